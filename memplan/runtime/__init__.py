@@ -1,0 +1,1 @@
+"""Builds, caches, tunes, owns pools and launches."""
