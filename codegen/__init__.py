@@ -1,0 +1,1 @@
+"""Plans become source text here: Triton, C++ and the wrappers."""

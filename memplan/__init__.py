@@ -1,0 +1,1 @@
+"""memplan: a graph-level memory optimiser for PyTorch."""

@@ -1,0 +1,1 @@
+"""Dynamo and AOTAutograd graphs become Programs here."""

@@ -1,0 +1,381 @@
+"""Index arithmetic: floor division, modulo, and simplification under known ranges.
+
+Flat element offsets are the common tongue of all kernels: a producer's store at offset ``e`` meets a consumer's load
+at offset ``f`` by solving ``e(x) = f(y)`` for ``x`` (`invert`), which gives floor divisions and moduli that
+`simplify` removes wherever the ranges prove it (``(8*y0 + y1) // 8 -> y0`` for ``y1 < 8``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import TypeAlias
+
+import sympy
+
+from .loops import Range, Size
+
+Ranges: TypeAlias = tuple[tuple[sympy.Symbol, Size], ...]
+_ZERO = sympy.Integer(0)
+_ONE = sympy.Integer(1)
+
+
+class FloorDiv(sympy.Expr):  # type: ignore[misc]
+    """``a // b`` of integers, rounding down. Evaluates literals only: `simplify` does the rest, with the ranges.
+
+    A plain `sympy.Expr`: building a `sympy.Function` costs a millisecond, which a compiler cannot afford.
+    """
+
+    is_integer = True
+    is_commutative = True
+
+    def __new__(cls, base: sympy.Expr | int, divisor: sympy.Expr | int) -> sympy.Expr:
+        base, divisor = sympy.sympify(base), sympy.sympify(divisor)
+        if divisor.is_Integer:
+            if divisor == 0:
+                raise ZeroDivisionError(f"{base} // 0")
+            if divisor == 1:
+                return base
+            if base.is_Integer:
+                return sympy.Integer(int(base) // int(divisor))
+        if base.is_Integer and base == 0:
+            return _ZERO
+        return sympy.Expr.__new__(cls, base, divisor)
+
+    def _eval_is_nonnegative(self) -> bool | None:
+        base, divisor = self.args
+        return True if base.is_nonnegative and divisor.is_positive else None
+
+    def _sympystr(self, printer: object) -> str:
+        return f"FloorDiv({self.args[0]}, {self.args[1]})"
+
+
+class Mod(sympy.Expr):  # type: ignore[misc]
+    """``a % b`` of integers, with the sign of ``b``, as in Python."""
+
+    is_integer = True
+    is_commutative = True
+
+    def __new__(cls, base: sympy.Expr | int, divisor: sympy.Expr | int) -> sympy.Expr:
+        base, divisor = sympy.sympify(base), sympy.sympify(divisor)
+        if divisor.is_Integer:
+            if divisor == 0:
+                raise ZeroDivisionError(f"{base} % 0")
+            if divisor == 1:
+                return _ZERO
+            if base.is_Integer:
+                return sympy.Integer(int(base) % int(divisor))
+        if base.is_Integer and base == 0:
+            return _ZERO
+        return sympy.Expr.__new__(cls, base, divisor)
+
+    def _eval_is_nonnegative(self) -> bool | None:
+        return True if self.args[1].is_positive else None
+
+    def _sympystr(self, printer: object) -> str:
+        return f"Mod({self.args[0]}, {self.args[1]})"
+
+
+@lru_cache(maxsize=65536)
+def expand(expr: sympy.Expr) -> sympy.Expr:
+    """Products multiplied out; what is a sum of plain terms already is returned as it is (the common case)."""
+    for term in sympy.Add.make_args(expr):
+        if term.is_Mul:
+            if any(f.is_Add for f in term.args):
+                return sympy.expand_mul(expr)
+        elif term.is_Pow and term.args[0].is_Add:
+            return sympy.expand(expr)
+    return expr
+
+
+def ranges_of(ranges: Iterable[Range]) -> Ranges:
+    """Hashable (symbol, size) pairs for `simplify` and `bounds`."""
+    return tuple((r.symbol, r.size) for r in ranges)
+
+
+def is_nonnegative(expr: sympy.Expr) -> bool:
+    """Whether the expression is provably at least zero; size symbols are positive integers."""
+    if expr.is_Integer:
+        return bool(expr >= 0)
+    known = expr.is_nonnegative
+    if known is None and not expr.is_Atom:
+        known = expand(expr).is_nonnegative
+    return bool(known)
+
+
+@lru_cache(maxsize=65536)
+def bounds(expr: sympy.Expr, ranges: Ranges) -> tuple[sympy.Expr, sympy.Expr] | None:
+    """Inclusive (least, greatest) value over the ranges, or None where it is not known."""
+    if expr.is_Integer:
+        return expr, expr
+    sizes = dict(ranges)
+    return _bounds(expr, sizes, ranges)
+
+
+def _bounds(
+    expr: sympy.Expr, sizes: Mapping[sympy.Symbol, Size], ranges: Ranges
+) -> tuple[sympy.Expr, sympy.Expr] | None:
+    if expr.is_Symbol:
+        if expr in sizes:
+            return _ZERO, sympy.sympify(sizes[expr]) - 1
+        return (expr, expr) if expr.is_nonnegative else None
+    if expr.is_Add:
+        low, high = _ZERO, _ZERO
+        for term in expr.args:
+            found = bounds(term, ranges)
+            if found is None:
+                return None
+            low, high = low + found[0], high + found[1]
+        return low, high
+    if expr.is_Mul:
+        sign = 1
+        low, high = _ONE, _ONE
+        for factor in expr.args:
+            if factor.is_Integer and factor < 0:
+                sign, factor = -sign, -factor
+            found = bounds(factor, ranges)
+            if found is None or not is_nonnegative(found[0]):
+                return None
+            low, high = low * found[0], high * found[1]
+        return (low, high) if sign > 0 else (-high, -low)
+    if isinstance(expr, FloorDiv):
+        base, divisor = expr.args
+        found = bounds(base, ranges)
+        if found is None or not divisor.is_positive:
+            return None
+        return FloorDiv(found[0], divisor), FloorDiv(found[1], divisor)
+    if isinstance(expr, Mod):
+        return (_ZERO, expr.args[1] - 1) if expr.args[1].is_positive else None
+    return None
+
+
+@lru_cache(maxsize=65536)
+def simplify(expr: sympy.Expr, ranges: Ranges) -> sympy.Expr:
+    """An equal expression over the given ranges, with divisions and moduli removed where that is proved."""
+    if expr.is_Atom:
+        sizes = dict(ranges)
+        return _ZERO if expr in sizes and sizes[expr] == 1 else expr
+    if not expr.has(FloorDiv, Mod):
+        ones = {s: _ZERO for s, n in ranges if n == 1}
+        return expand(expr.xreplace(ones) if ones else expr)
+    args = [simplify(a, ranges) for a in expr.args]
+    if isinstance(expr, FloorDiv):
+        return floor_div(args[0], args[1], ranges)
+    if isinstance(expr, Mod):
+        return modulo(args[0], args[1], ranges)
+    out = expr.func(*args)
+    if out.is_Add or out.is_Mul:
+        out = _recombine(expand(out))
+    return out
+
+
+def _split(base: sympy.Expr, divisor: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
+    """(quotient, rest) with ``base = quotient * divisor + rest``, the quotient from terms that divide exactly."""
+    quotient, rest = _ZERO, _ZERO
+    for term in sympy.Add.make_args(expand(base)):
+        exact = _divide_term(term, divisor)
+        if exact is None:
+            rest += term
+        else:
+            quotient += exact
+    return quotient, rest
+
+
+def _divide_term(term: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr | None:
+    if divisor.is_Integer:
+        coefficient, factor = term.as_coeff_Mul()
+        if coefficient.is_Integer:
+            d = int(divisor)
+            c = int(coefficient)
+            if c % d == 0:
+                return sympy.Integer(c // d) * factor
+        return None
+    ratio = sympy.cancel(term / divisor)
+    return ratio if ratio.is_polynomial() and all(c.is_Integer for c in _coefficients(ratio)) else None
+
+
+def _coefficients(expr: sympy.Expr) -> list[sympy.Expr]:
+    return [t.as_coeff_Mul()[0] for t in sympy.Add.make_args(expand(expr))]
+
+
+def floor_div(base: sympy.Expr, divisor: sympy.Expr, ranges: Ranges) -> sympy.Expr:
+    """``base // divisor`` simplified; both are simplified already."""
+    if divisor == 1:
+        return base
+    quotient, rest = _split(base, divisor)
+    found = bounds(rest, ranges)
+    if found is not None and is_nonnegative(found[0]):
+        if is_nonnegative(divisor - 1 - found[1]):
+            return quotient
+        reduced = _reduce_common(rest, divisor, ranges)
+        if reduced is not None:
+            return quotient + reduced
+        if isinstance(rest, FloorDiv):
+            return quotient + floor_div(rest.args[0], expand(rest.args[1] * divisor), ranges)
+        return quotient + FloorDiv(rest, divisor)
+    if quotient != 0 and divisor.is_positive:
+        return quotient + FloorDiv(rest, divisor)
+    return FloorDiv(base, divisor)
+
+
+def _reduce_common(rest: sympy.Expr, divisor: sympy.Expr, ranges: Ranges) -> sympy.Expr | None:
+    """``(g*a + b) // (g*d) -> a // d`` where ``0 <= b < g``, for an integer ``g > 1`` dividing the divisor."""
+    if not divisor.is_Integer:
+        return None
+    terms = sympy.Add.make_args(rest)
+    coefficients = sorted({abs(int(t.as_coeff_Mul()[0])) for t in terms if t.as_coeff_Mul()[0].is_Integer})
+    for g in reversed(coefficients):
+        g = int(sympy.igcd(g, int(divisor)))
+        if g <= 1:
+            continue
+        upper, lower = _split(rest, sympy.Integer(g))
+        found = bounds(lower, ranges)
+        if found is not None and is_nonnegative(found[0]) and is_nonnegative(g - 1 - found[1]):
+            smaller = sympy.Integer(int(divisor) // g)
+            return floor_div(upper, smaller, ranges)
+    return None
+
+
+def modulo(base: sympy.Expr, divisor: sympy.Expr, ranges: Ranges) -> sympy.Expr:
+    """``base % divisor`` (sign of the divisor) simplified; both are simplified already."""
+    if divisor == 1:
+        return _ZERO
+    _, rest = _split(base, divisor)
+    found = bounds(rest, ranges)
+    if found is not None and is_nonnegative(found[0]) and is_nonnegative(divisor - 1 - found[1]):
+        return rest
+    if isinstance(rest, Mod) and _divide_term(rest.args[1], divisor) is not None:
+        return modulo(rest.args[0], divisor, ranges)
+    if divisor.is_Integer and found is not None and is_nonnegative(found[0]):
+        # (g*a + b) % (g*d) = g*(a % d) + b for 0 <= b < g
+        for g in sorted({abs(int(t.as_coeff_Mul()[0])) for t in sympy.Add.make_args(rest)}, reverse=True):
+            if g <= 1 or int(divisor) % g:
+                continue
+            upper, lower = _split(rest, sympy.Integer(g))
+            low = bounds(lower, ranges)
+            if low is not None and is_nonnegative(low[0]) and is_nonnegative(g - 1 - low[1]):
+                return expand(g * modulo(upper, sympy.Integer(int(divisor) // g), ranges) + lower)
+    return Mod(rest, divisor)
+
+
+def _recombine(expr: sympy.Expr) -> sympy.Expr:
+    """``d*(e // d) + e % d -> e`` (with a common factor), and ``d*((e // d) % m) + e % d -> e % (d*m)``."""
+    if not expr.is_Add:
+        return expr
+    terms = list(expr.args)
+    for i, term in enumerate(terms):
+        c, factor = term.as_coeff_Mul()
+        symbols = 1
+        if factor.is_Mul:
+            mods = [f for f in factor.args if isinstance(f, Mod)]
+            if len(mods) != 1:
+                continue
+            symbols = factor / mods[0]
+            factor = mods[0]
+        if not isinstance(factor, Mod):
+            continue
+        e, d = factor.args
+        inner = FloorDiv(e, d)
+        target = expand(c * symbols * d * inner)
+        for j, other in enumerate(terms):
+            if j == i:
+                continue
+            if expand(other) == target:
+                rest = [t for k, t in enumerate(terms) if k not in (i, j)]
+                return _recombine(expand(sympy.Add(*rest, c * symbols * e)))
+            oc, of = other.as_coeff_Mul()
+            if isinstance(of, Mod) and of.args[0] == inner and symbols == 1 and oc == c * d:
+                rest = [t for k, t in enumerate(terms) if k not in (i, j)]
+                return _recombine(expand(sympy.Add(*rest, c * Mod(e, expand(d * of.args[1])))))
+    return expr
+
+
+def flat_index(indices: Iterable[sympy.Expr], strides: Iterable[Size], offset: Size = 0) -> sympy.Expr:
+    """Element offset of the point ``indices`` of a strided view."""
+    out = sympy.sympify(offset)
+    for i, s in zip(indices, strides, strict=True):
+        out += i * s
+    return expand(out)
+
+
+def delinearize(flat: sympy.Expr, sizes: tuple[Size, ...], ranges: Ranges) -> tuple[sympy.Expr, ...]:
+    """Coordinates of row-major position ``flat`` in a space of ``sizes``."""
+    out: list[sympy.Expr] = []
+    stride: Size = 1
+    for k in range(len(sizes) - 1, -1, -1):
+        size = sizes[k]
+        if size == 1:
+            out.append(_ZERO)
+            continue
+        coordinate = floor_div(flat, sympy.sympify(stride), ranges)
+        outermost = all(s == 1 for s in sizes[:k])
+        out.append(coordinate if outermost else modulo(coordinate, sympy.sympify(size), ranges))
+        stride = stride * size
+    return tuple(reversed(out))
+
+
+def invert(store: sympy.Expr, space: Ranges, target: sympy.Expr, ranges: Ranges) -> dict[sympy.Symbol, sympy.Expr] | None:
+    """Solve ``store(space) = target(ranges)`` for the symbols of ``space``.
+
+    ``store`` must be affine in the space's symbols with strides that nest (each stride at least the extent of the
+    smaller ones), so that the solution is unique. ``target`` must only take values that the store writes: then the
+    solution is exact.
+
+    Returns
+    -------
+    The value of every symbol of ``space`` as an expression over ``ranges``, or None if the store is not invertible.
+    """
+    strides: list[tuple[sympy.Expr, sympy.Symbol, Size]] = []
+    rest = store
+    for symbol, size in space:
+        if size == 1:
+            rest = rest.xreplace({symbol: _ZERO})
+            continue
+        stride = store.coeff(symbol, 1)
+        if stride == 0 or stride.free_symbols & {s for s, _ in space}:
+            return None
+        strides.append((stride, symbol, size))
+        rest = expand(rest - stride * symbol)
+    if rest.free_symbols & {s for s, _ in space}:
+        return None
+    order = _nesting_order(strides)
+    if order is None:
+        return None
+    flat = expand(target - rest)
+    flat = simplify(flat, ranges)
+    out: dict[sympy.Symbol, sympy.Expr] = {s: _ZERO for s, n in space if n == 1}
+    for k, (stride, symbol, size) in enumerate(order):
+        coordinate = floor_div(flat, stride, ranges)
+        if k:
+            # dense nesting makes the modulus exact; the outermost coordinate needs none
+            coordinate = modulo(coordinate, sympy.sympify(size), ranges)
+        out[symbol] = simplify(coordinate, ranges)
+    return out
+
+
+def _nesting_order(
+    strides: list[tuple[sympy.Expr, sympy.Symbol, Size]],
+) -> list[tuple[sympy.Expr, sympy.Symbol, Size]] | None:
+    """Strides from the largest to the smallest, if each one divides the next and holds its extent; else None.
+
+    The modulus by a dimension's size is exact only where the next larger stride is a multiple of this dimension's
+    whole extent, so gaps (padded rows) are accepted only at multiples of the extent.
+    """
+    remaining = list(strides)
+    ascending: list[tuple[sympy.Expr, sympy.Symbol, Size]] = []
+    extent: sympy.Expr = _ONE
+    while remaining:
+        found = None
+        for item in remaining:
+            if item[0] == extent:
+                found = item
+                break
+        if found is None:
+            divisible = [i for i in remaining if (ratio := sympy.cancel(i[0] / extent)).is_integer and ratio.is_positive]
+            if not divisible or any(not i[0].is_Integer for i in divisible):
+                return None
+            found = min(divisible, key=lambda i: int(i[0]))
+        ascending.append(found)
+        remaining.remove(found)
+        extent = expand(found[0] * found[2])
+    return list(reversed(ascending))

@@ -1,0 +1,301 @@
+"""Kernels as data: loops over outer and row ranges, and an expression DAG inside.
+
+One `Kernel` iterates over all points of ``outer x row``. Values are a DAG in static single assignment: ``nodes[k]``
+names its operands by their position, always smaller than ``k``. A value is of one of three levels, which
+`Kernel.levels` computes:
+
+* *constant*: depends on no range;
+* *outer*: the same for a whole row (a `Reduce` is always at this level; so is what is computed from it alone);
+* *point*: differs along the row.
+
+A kernel without row ranges is pointwise. A kernel may reduce several times over the same row (softmax, LayerNorm):
+a point value may use an outer value that a reduction made. Emitters cut it into passes over the row where it does
+not fit into a block.
+
+Index expressions are sympy expressions over the range symbols (``x0, x1, ...`` outer, ``r0, r1, ...`` row), size
+symbols (dynamic shapes) and ``v<k>``, the integer value of ``nodes[k]`` (indirect access). They count elements of the
+buffer's dtype from the start of its storage. Functions used in them: `FloorDiv`, `Mod` of `memplan.ir.index`.
+
+Number semantics: a node of dtype float16 or bfloat16 is computed in float32 and not rounded, except by `Cast` and
+by storing, which round to nearest even; float64 and integers are computed in their own type, integers wrap around.
+Maxima and minima propagate NaN. Half-open ranges everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from typing import Literal
+
+import sympy
+import torch
+
+Size = int | sympy.Expr
+IndexExpr = sympy.Expr
+Scalar = bool | int | float
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """One loop dimension: the symbol runs over ``0 <= symbol < size``."""
+
+    symbol: sympy.Symbol
+    size: Size
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Read one element. Where ``mask`` (a boolean node) is false nothing is read and the value is ``other``."""
+
+    buffer: str
+    index: IndexExpr
+    dtype: torch.dtype
+    mask: int | None = None
+    other: Scalar = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """An index expression as a value (iota, positions, symbolic scalars); dtype is integral."""
+
+    expr: IndexExpr
+    dtype: torch.dtype = torch.int64
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A literal (infinities and NaN are allowed for floating dtypes)."""
+
+    value: Scalar
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A pointwise function of `OPERATIONS`; operand dtypes are already what the function works in."""
+
+    op: str
+    args: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Conversion with C semantics for values in range; to bool it is ``!= 0``; to float16/bfloat16 it rounds."""
+
+    arg: int
+    dtype: torch.dtype
+
+
+ReduceOp = Literal["sum", "prod", "max", "min", "any", "all", "argmax", "argmin", "welford", "welford_combine"]
+
+
+@dataclass(frozen=True, slots=True)
+class Reduce:
+    """A reduction of point values over the whole row; the result is at outer level.
+
+    ``sum, prod, max, min, any, all`` take one operand. ``argmax, argmin`` take (value, index): the index belonging
+    to the first largest (smallest) value, NaN counting as largest (smallest), ties to the smallest index.
+    ``welford`` takes one operand and gives (mean, m2, weight), m2 the sum of squared deviations;
+    ``welford_combine`` takes (mean, m2, weight) and gives the same of the union. Items of the multi-result ones are
+    read with `Item`. ``dtype`` is the accumulator's and the result's type (float32 for half inputs).
+    """
+
+    op: ReduceOp
+    args: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """Result number ``item`` of a reduction with several (welford: mean, m2, weight)."""
+
+    arg: int
+    item: int
+    dtype: torch.dtype
+
+
+RandomKind = Literal["rand", "randn", "randint64"]
+
+
+@dataclass(frozen=True, slots=True)
+class Random:
+    """Philox 4x32-10, as Triton's ``tl.rand`` (float32 in [0, 1)), ``tl.randn``; a function of (seed, offset) alone.
+
+    ``seed`` is an int64 node, ``offset`` an integer node (the element's flat position).
+    """
+
+    kind: RandomKind
+    seed: int
+    offset: int
+    dtype: torch.dtype
+
+
+Node = Load | Index | Constant | Call | Cast | Reduce | Item | Random
+
+
+class StoreMode(Enum):
+    """What a store does with what is there."""
+
+    SET = "set"
+    ADD = "add"  # atomic
+    MAX = "max"  # atomic
+    MIN = "min"  # atomic
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Write node ``value`` (cast to ``dtype``, the buffer's) to ``index`` where ``mask`` is true.
+
+    A store whose index and value are both free of the row ranges happens once per outer point.
+    """
+
+    buffer: str
+    index: IndexExpr
+    value: int
+    dtype: torch.dtype
+    mode: StoreMode = StoreMode.SET
+    mask: int | None = None
+
+
+class Level(Enum):
+    CONSTANT = 0
+    OUTER = 1
+    POINT = 2
+
+
+# Pointwise functions that a Call may name, with their number of operands. Comparisons and `logical_*`, `isnan`,
+# `isinf` give bool; `where` takes (bool, a, b). `div` is true division of floats; `floordiv`, `truncdiv` and `mod`
+# (sign of the divisor, as Python), `fmod` (sign of the dividend) work on integers and floats. `maximum`, `minimum`
+# propagate NaN, `fmax`, `fmin` ignore it. Shifts: `shr` is arithmetic on signed types. `round` is to even.
+OPERATIONS: dict[str, int] = {
+    **dict.fromkeys(
+        "neg abs sqrt rsqrt exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan sinh cosh tanh asinh acosh"
+        " atanh erf erfc erfinv lgamma digamma sigmoid relu floor ceil trunc round sign signbit reciprocal square"
+        " logical_not bitwise_not isnan isinf i0 i0e i1 i1e ndtri log_ndtr bessel_j0 bessel_j1".split(),
+        1,
+    ),
+    **dict.fromkeys(
+        "add sub mul div floordiv truncdiv mod fmod pow maximum minimum fmax fmin atan2 hypot copysign nextafter eq ne"
+        " lt le gt ge logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor shl shr".split(),
+        2,
+    ),
+    "where": 3,
+    "fma": 3,
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Loops with a body. See the module's docstring for the meaning."""
+
+    outer: tuple[Range, ...]
+    row: tuple[Range, ...]
+    nodes: tuple[Node, ...]
+    stores: tuple[Store, ...]
+
+    @cached_property
+    def levels(self) -> tuple[Level, ...]:
+        """The level of every node, in order."""
+        row = {r.symbol for r in self.row}
+        outer = {r.symbol for r in self.outer}
+        levels: list[Level] = []
+        for node in self.nodes:
+            if isinstance(node, Reduce):
+                levels.append(Level.OUTER)
+                continue
+            level = max((levels[k].value for k in operands(node)), default=0)
+            for symbol in index_symbols(node):
+                if symbol in row:
+                    level = max(level, Level.POINT.value)
+                elif symbol in outer:
+                    level = max(level, Level.OUTER.value)
+            levels.append(Level(level))
+        return tuple(levels)
+
+    def store_level(self, store: Store) -> Level:
+        """POINT if the store happens at every point, OUTER if once a row."""
+        row = {r.symbol for r in self.row}
+        deps = [store.value, *value_references(store.index), *([] if store.mask is None else [store.mask])]
+        point = any(self.levels[k] is Level.POINT for k in deps) or bool(store.index.free_symbols & row)
+        return Level.POINT if point else Level.OUTER
+
+    @cached_property
+    def loads(self) -> tuple[Load, ...]:
+        return tuple(n for n in self.nodes if isinstance(n, Load))
+
+    @cached_property
+    def read_buffers(self) -> tuple[str, ...]:
+        """Names of buffers loaded from, in order of first appearance."""
+        return tuple(dict.fromkeys(n.buffer for n in self.loads))
+
+    @cached_property
+    def written_buffers(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(s.buffer for s in self.stores))
+
+    @cached_property
+    def reductions(self) -> tuple[int, ...]:
+        return tuple(k for k, n in enumerate(self.nodes) if isinstance(n, Reduce))
+
+
+def operands(node: Node) -> tuple[int, ...]:
+    """Positions of the nodes that ``node`` uses, indirect indices and masks among them."""
+    match node:
+        case Load():
+            own = value_references(node.index)
+            return own if node.mask is None else (*own, node.mask)
+        case Index():
+            return value_references(node.expr)
+        case Constant():
+            return ()
+        case Call() | Reduce():
+            return node.args
+        case Cast() | Item():
+            return (node.arg,)
+        case Random():
+            return (node.seed, node.offset)
+
+
+def index_symbols(node: Node) -> frozenset[sympy.Symbol]:
+    """Free symbols of the node's own index expression (ranges, sizes and ``v<k>``)."""
+    match node:
+        case Load():
+            return frozenset(node.index.free_symbols)
+        case Index():
+            return frozenset(node.expr.free_symbols)
+        case _:
+            return frozenset()
+
+
+def value_symbol(position: int) -> sympy.Symbol:
+    """The symbol ``v<position>`` that stands for the integer value of ``nodes[position]`` in an index."""
+    return sympy.Symbol(f"v{position}", integer=True)
+
+
+def value_references(expr: sympy.Expr) -> tuple[int, ...]:
+    """Positions of the nodes that ``expr`` refers to by `value_symbol`."""
+    if isinstance(expr, (int, sympy.Integer)):
+        return ()
+    found = (s.name for s in expr.free_symbols)
+    return tuple(sorted(int(n[1:]) for n in found if n[0] == "v" and n[1:].isdigit()))
+
+
+def outer_symbol(position: int) -> sympy.Symbol:
+    return sympy.Symbol(f"x{position}", integer=True, nonnegative=True)
+
+
+def row_symbol(position: int) -> sympy.Symbol:
+    return sympy.Symbol(f"r{position}", integer=True, nonnegative=True)
+
+
+def walk_expressions(kernel: Kernel) -> Iterator[sympy.Expr]:
+    """Every index expression of the kernel, stores last."""
+    for node in kernel.nodes:
+        if isinstance(node, Load):
+            yield node.index
+        elif isinstance(node, Index):
+            yield node.expr
+    for store in kernel.stores:
+        yield store.index

@@ -1,0 +1,116 @@
+"""The plan: in which order steps run, how long each buffer lives, and where its bytes are.
+
+All lifetimes are half-open in steps: a buffer with ``[start, stop)`` exists while steps ``start .. stop - 1`` run.
+Step ``k`` runs operation ``order[k]``. Externals that the program may not free have lifetime ``[0, len(order))``;
+outputs and saved tensors end at ``len(order) + 1``, that is: they outlive the program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .loops import Size
+from .program import Program
+
+
+@dataclass(frozen=True, slots=True)
+class Lifetime:
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise ValueError(f"lifetime [{self.start}, {self.stop}) is empty or negative")
+
+    def overlaps(self, other: Lifetime) -> bool:
+        return self.start < other.stop and other.start < self.stop
+
+
+@dataclass(frozen=True, slots=True)
+class External:
+    """The bytes are the caller's (inputs, parameters, constants)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """An allocation of its own, made at the lifetime's start; returned by the call for FRESH externs."""
+
+
+@dataclass(frozen=True, slots=True)
+class InPool:
+    """At ``offset`` bytes from the start of pool ``pool``."""
+
+    pool: str
+    offset: Size
+
+
+@dataclass(frozen=True, slots=True)
+class InPlaceOf:
+    """Takes the storage of ``buffer`` (which may itself be in place of another), at the same first byte."""
+
+    buffer: str
+
+
+Placement = External | Own | InPool | InPlaceOf
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """One allocation that holds many buffers, made at its lifetime's start, freed at its end."""
+
+    name: str
+    nbytes: Size
+    device: str
+    lifetime: Lifetime
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """How near the optimum the plan is, in bytes at the hinted sizes.
+
+    ``program_peak``: the peak in program order; ``peak``: in the plan's order, of live bytes; ``order_bound``: no
+    order of this program can have a lower peak; ``placed_peak``: live own allocations and whole pools;
+    ``alignment``: of it, bytes lost to rounding.
+    """
+
+    program_peak: int
+    peak: int
+    order_bound: int
+    placed_peak: int
+    alignment: int
+    note: str = ""
+
+    @property
+    def order_gap(self) -> int:
+        return self.peak - self.order_bound
+
+    @property
+    def packing_gap(self) -> int:
+        return self.placed_peak - self.peak - self.alignment
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See the module's docstring. ``timeline[k]`` is the live bytes while step ``k`` runs, above the externals that
+    the caller keeps (donated inputs count until they are freed); scratch included."""
+
+    program: Program
+    order: tuple[str, ...]
+    lifetimes: Mapping[str, Lifetime]
+    placements: Mapping[str, Placement]
+    pools: tuple[Pool, ...]
+    timeline: tuple[int, ...]
+    certificate: Certificate
+    #: why a clone, copy or reuse was left as it is: (operation or buffer, reason)
+    notes: tuple[tuple[str, str], ...] = ()
+    #: bytes at the hinted sizes, rounded as the device allocator rounds them, by device
+    predicted_peak: Mapping[str, int] = field(default_factory=dict)
+
+    def storage_of(self, buffer: str) -> str:
+        """The buffer whose storage ``buffer`` uses, following in-place reuse."""
+        placement = self.placements[buffer]
+        while isinstance(placement, InPlaceOf):
+            buffer = placement.buffer
+            placement = self.placements[buffer]
+        return buffer

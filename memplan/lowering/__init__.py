@@ -1,0 +1,1 @@
+"""ATen operations become kernels as data, or extern calls."""
