@@ -12,8 +12,8 @@ ask for it (``#pragma omp simd reduction``), which ``-fopenmp-simd`` allows with
 
 Measured on g++ 12.2, two shared Zen 3 cores: a one-loop library takes 0.09 s without headers, ``<cmath>`` adds 0.2 s,
 ``<algorithm>`` 0.1 s, ``<cstdint>`` and ``<omp.h>`` 0.02 s each; ``-march=native`` and ``-fopenmp`` cost no time that
-can be measured (below 0.02 s).  So kernels include neither ``<cmath>`` nor ``<algorithm>`` (``codegen/cpp_prelude.h`` uses
-the compiler's builtins), and there is nothing left for a precompiled header to save.
+can be measured (below 0.02 s).  So kernels include neither ``<cmath>`` nor ``<algorithm>`` (``codegen/cpp_prelude.h``
+uses the compiler's builtins), and there is nothing left for a precompiled header to save.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ _LOCK_TIMEOUT_SECONDS = 900.0
 _STALE_SECONDS = 86_400.0
 """Temporary files older than this were left by a killed process."""
 
-KeyPart: TypeAlias = "str | bytes | int | bool | None | tuple[KeyPart, ...]"
+KeyPart: TypeAlias = "str | bytes | int | bool | tuple[KeyPart, ...] | None"
 
 
 class CacheWarning(UserWarning):
@@ -120,10 +120,14 @@ class Cache:
     """
 
     def __init__(self, root: Path | str | None = None, *, max_bytes: int | None = None) -> None:
-        self.root = Path(root) if root is not None else default_root()
+        self.root = (Path(root) if root is not None else default_root()).absolute()
         self.max_bytes = max_bytes
         self._mutex = threading.Lock()
-        self._fallback: Path | None = None
+
+    @property
+    def _fallback(self) -> Path | None:
+        """Where writes go instead of to ``root``, once that has failed in this process (not in a parent's)."""
+        return _diverted.get((os.getpid(), self.root))
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -155,17 +159,7 @@ class Cache:
         """
         _check_key(key)
         _check_suffix(suffix)
-        with self._mutex:
-            if self._fallback is None:
-                try:
-                    return self._publish(self.root, key, data, suffix)
-                except (OSError, CacheError) as error:
-                    self._use_fallback(error)
-            assert self._fallback is not None
-            try:
-                return self._publish(self._fallback, key, data, suffix)
-            except OSError as error:
-                raise CacheError(f"cannot write {len(data)} bytes to {self._fallback}: {error}") from error
+        return self._write(lambda place: self._publish(place, key, data, suffix))
 
     def get_or_build(self, key: str, build: Callable[[Path], None], *, suffix: str = "") -> Path:
         """Path of the entry; when there is none, ``build(path)`` is called to write it to a path of its own.
@@ -195,17 +189,21 @@ class Cache:
 
         Raises CacheError as `put` does.
         """
+        return self._write(lambda place: _write_atomically(_prepare(place, "kept") / name, data))
+
+    def _write(self, action: Callable[[Path], Path]) -> Path:
+        """``action`` on the root, and where that fails on the fallback directory."""
         with self._mutex:
             if self._fallback is None:
                 try:
-                    return _write_atomically(_prepare(self.root, "kept") / name, data)
+                    return action(self.root)
                 except (OSError, CacheError) as error:
-                    self._use_fallback(error)
-            assert self._fallback is not None
+                    self._divert(error)
+            fallback = _fallback_directory(self.root)
             try:
-                return _write_atomically(_prepare(self._fallback, "kept") / name, data)
+                return action(fallback)
             except OSError as error:
-                raise CacheError(f"cannot write {name} to {self._fallback}: {error}") from error
+                raise CacheError(f"cannot write to the temporary directory {fallback}: {error}") from error
 
     def _publish(self, place: Path, key: str, data: bytes, suffix: str) -> Path:
         folder = _prepare(place, key[:2])
@@ -218,28 +216,28 @@ class Cache:
             _trim(place, self.max_bytes, keep=target)
         return target
 
-    def _use_fallback(self, reason: Exception) -> None:
-        """Send further writes to a directory of this process, saying so once per cache object and root."""
-        self._fallback = _fallback_directory()
+    def _divert(self, reason: Exception) -> None:
+        """Send this process's further writes for ``root`` to a temporary directory, with one warning."""
+        fallback = _fallback_directory(self.root)
+        first = (os.getpid(), self.root) not in _diverted
+        _diverted[os.getpid(), self.root] = fallback
         text = os.strerror(reason.errno) if isinstance(reason, OSError) and reason.errno else str(reason)
-        with _warned_lock:
-            first = self.root not in _warned
-            _warned.add(self.root)
         if first:
             warnings.warn(
                 f"memplan cannot write its cache directory {self.root} ({text}); what is compiled now goes to "
-                f"{self._fallback} and is lost when this process ends. Set MEMPLAN_CACHE_DIR to a directory of yours.",
+                f"{fallback} and is lost when this process ends. Set MEMPLAN_CACHE_DIR to a directory of yours.",
                 CacheWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     @contextlib.contextmanager
     def _locked(self, key: str) -> Iterator[None]:
         """Hold the key's lock.  The kernel frees it when the holder dies, so a killed builder blocks nobody."""
-        lock = self._make_lock(key)
+        lock: filelock.FileLock | None = None
         try:
-            if lock is not None:
-                lock.acquire()
+            path = self._write(lambda place: _lock_file(place, key))
+            lock = filelock.FileLock(path, timeout=_LOCK_TIMEOUT_SECONDS, thread_local=False, mode=0o600)
+            lock.acquire()
         except filelock.Timeout:
             _log.warning("waited %.0f s for another process to build %s; building it here", _LOCK_TIMEOUT_SECONDS, key)
             lock = None
@@ -252,21 +250,6 @@ class Cache:
         finally:
             if lock is not None:
                 lock.release()
-
-    def _make_lock(self, key: str) -> filelock.FileLock | None:
-        with self._mutex:
-            if self._fallback is None:
-                try:
-                    folder = _prepare(self.root, key[:2])
-                    _probe_writable(folder)
-                except (OSError, CacheError) as error:
-                    self._use_fallback(error)
-                    folder = _prepare(self._fallback, key[:2]) if self._fallback is not None else None
-            else:
-                folder = _prepare(self._fallback, key[:2])
-        if folder is None:
-            return None
-        return filelock.FileLock(folder / f"{key}.lock", timeout=_LOCK_TIMEOUT_SECONDS, thread_local=False, mode=0o600)
 
     # -- accounting ------------------------------------------------------------------------------------------------
 
@@ -303,14 +286,13 @@ def default_root() -> Path:
 
 # -- the process's private directory ------------------------------------------------------------------------------
 
-_warned: set[Path] = set()
-_warned_lock = threading.Lock()
+_diverted: dict[tuple[int, Path], Path] = {}
 _fallbacks: dict[int, Path] = {}
 _fallback_lock = threading.Lock()
 
 
-def _fallback_directory() -> Path:
-    """One temporary directory per process, removed when the process ends; a forked child gets its own."""
+def _fallback_directory(root: Path) -> Path:
+    """In one temporary directory per process, removed when the process ends; a forked child gets its own."""
     with _fallback_lock:
         pid = os.getpid()
         if pid not in _fallbacks:
@@ -319,7 +301,7 @@ def _fallback_directory() -> Path:
             except OSError as error:
                 raise CacheError(f"no temporary directory can be made either: {error}") from error
             atexit.register(_remove_fallback, pid)
-        return _fallbacks[pid]
+        return _fallbacks[pid] / cache_key(str(root))[:16]
 
 
 def _remove_fallback(pid: int) -> None:
@@ -368,10 +350,13 @@ def _prepare(place: Path, shard: str) -> Path:
     return folder
 
 
-def _probe_writable(folder: Path) -> None:
+def _lock_file(place: Path, key: str) -> Path:
+    """The key's lock file, in a folder that was seen to take files: better said before the build than after it."""
+    folder = _prepare(place, key[:2])
     handle, name = tempfile.mkstemp(dir=folder, suffix=".tmp")
     os.close(handle)
     _unlink(Path(name))
+    return folder / f"{key}.lock"
 
 
 def _write_atomically(target: Path, data: bytes) -> Path:
@@ -458,9 +443,14 @@ def _read_verified(entry: _Entry) -> bytes | None:
             _log.warning("cannot read cache entry %s (%s); making it again", entry.path, error)
             _unlink(entry.path)
         return None
-    with os.fdopen(handle, "rb") as file:
-        reason = _refusal(os.fstat(file.fileno()), directory=False)
-        data = b"" if reason is not None else file.read()
+    try:
+        reason = _refusal(os.fstat(handle), directory=False)
+        data = b""
+        if reason is None:
+            with os.fdopen(handle, "rb", closefd=False) as file:
+                data = file.read()
+    finally:
+        os.close(handle)
     if reason is None and hashlib.sha256(data).hexdigest() != entry.digest:
         reason = f"its {len(data)} bytes do not have the digest in its name"
     if reason is None:

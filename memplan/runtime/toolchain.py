@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,8 +44,8 @@ class Toolchain:
 
     ``command`` is the compiler with the arguments that ``CXX`` gave it; ``version`` its own first line; ``native`` and
     ``openmp`` whether ``-march=native`` and ``-fopenmp`` build and link; ``mvec`` whether glibc's vector mathematics
-    library does; ``cpu`` a digest of the CPU that ``-march=native`` was resolved on, so that a cache directory shared by
-    different machines never hands one the other's code.
+    library does; ``cpu`` a digest of the CPU that ``-march=native`` was resolved on, so that a cache directory shared
+    by different machines never hands one the other's code.
     """
 
     command: tuple[str, ...]
@@ -62,19 +63,27 @@ class Toolchain:
 def find_toolchain(cxx: str | None = None, *, cache: Cache | None = None) -> Toolchain:
     """The C++ compiler to use.
 
-    ``cxx`` is a command, arguments allowed (``"ccache g++"``); default: the environment's ``CXX``, then g++, clang++ and
-    c++ on PATH.  A compiler that is named and does not work is an error, never replaced by another one.
+    ``cxx`` is a command, arguments allowed (``"ccache g++"``); default: the environment's ``CXX``, then g++, clang++
+    and c++ on PATH.  A compiler that is named and does not work is an error, never replaced by another one.
 
     Raises CompilerError when there is none, or none works, saying what was looked for and what to install.
     """
     named = cxx if cxx is not None else os.environ.get("CXX")
-    return _find(named or None, os.environ.get("PATH", ""), cache)
-
-
-@functools.lru_cache(maxsize=32)
-def _find(named: str | None, path: str, cache: Cache | None) -> Toolchain:
-    """``path`` is part of the key only: a changed PATH is looked through again."""
     cache = cache if cache is not None else Cache()
+    path = os.environ.get("PATH", "")
+    with _found_lock:
+        known = _found.get((named or None, path))
+        if known is None:
+            known = _found[named or None, path] = _find(named or None, path, cache)
+        return known
+
+
+_found: dict[tuple[str | None, str], Toolchain] = {}
+"""Probed once per process, compiler name and PATH: a changed PATH is looked through again."""
+_found_lock = threading.Lock()
+
+
+def _find(named: str | None, path: str, cache: Cache) -> Toolchain:
     failures: list[str] = []
     for candidate in (named,) if named is not None else CANDIDATES:
         command = shlex.split(candidate)
@@ -174,4 +183,4 @@ def first_errors(output: str, lines: int = 30) -> str:
     start = max(0, start - 2)  # the function that the error is in
     shown = every[start : start + lines]
     rest = len(every) - start - len(shown)
-    return "\n".join(shown + [f"... {rest} more lines"] if rest > 0 else shown)
+    return "\n".join([*shown, f"... {rest} more lines"] if rest > 0 else shown)

@@ -1,0 +1,204 @@
+"""All options, in one place.
+
+`Config.from_options` reads what a user passes to `torch.compile`; `from_environment` is the only function of memplan
+that reads the environment. Every field that changes a result is part of `Config.cache_key`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+from .errors import OptionError
+
+WRAPPERS = ("auto", "python", "cpp")
+RANDOM = ("fast", "eager")
+MODES: Mapping[str, Mapping[str, object]] = {
+    "default": {},
+    "reduce-overhead": {"cuda_graphs": True},
+    "max-autotune": {"max_autotune": True, "cuda_graphs": True},
+    "max-autotune-no-cudagraphs": {"max_autotune": True},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Options of ``torch.compile(model, backend="memplan", options={...})``.
+
+    Attributes
+    ----------
+    wrapper:
+        Language of the code that runs the plan: ``"python"``, ``"cpp"``, or ``"auto"``.
+    disable:
+        Names of passes to leave out, for example ``["inplace"]``.
+    verify:
+        Run the program verifier after every pass and the plan verifier on the plan.
+    poison:
+        Fill bytes with a signalling pattern when the plan frees them, and put red zones between neighbours in a pool.
+    dump:
+        Folder to write the program to after every pass; None for none.
+    random:
+        ``"fast"``: random numbers from seeds, recomputed in the backward pass instead of being kept;
+        ``"eager"``: exactly eager's numbers, in eager's order.
+    target:
+        GPU architecture to plan for where none is present, for example ``"cuda:90"``.
+    cuda_graphs:
+        Capture what runs on a GPU into CUDA graphs.
+    max_autotune:
+        Search kernel configurations and templates.
+    recompute_time:
+        Largest part of the step's estimated time that recomputation may add; 0 keeps only what costs nothing.
+    budget:
+        Largest reserved bytes above those before the step, or None; text such as ``"12GiB"`` is understood.
+    max_fused_buffers:
+        Largest number of buffers that one fused kernel may touch.
+    pools:
+        ``"auto"`` (what the simulated device allocator likes best), ``"always"`` or ``"never"``.
+    """
+
+    wrapper: str = "auto"
+    disable: tuple[str, ...] = ()
+    verify: bool = True
+    poison: bool = False
+    dump: str | None = None
+    random: str = "fast"
+    target: str | None = None
+    cuda_graphs: bool = False
+    max_autotune: bool = False
+    recompute_time: float = 0.02
+    budget: int | None = None
+    max_fused_buffers: int = 24
+    pools: str = "auto"
+    cache_dir: str | None = None
+    #: passes that exist; filled in by the caller of `from_options` for the check of `disable`
+    known_passes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_options(
+        cls, options: Mapping[str, object] | None, mode: str | None = None, *, known_passes: tuple[str, ...] = ()
+    ) -> Config:
+        """The options a user gave, checked, over those of the environment.
+
+        Raises
+        ------
+        OptionError
+            For an unknown option, mode or pass (naming the nearest valid one) or a value of the wrong kind.
+        """
+        config = from_environment(cls(known_passes=known_passes))
+        if mode is not None:
+            if mode not in MODES:
+                raise OptionError(f"unknown mode {mode!r}{_nearest(mode, MODES)}; modes are {', '.join(MODES)}")
+            config = replace(config, **MODES[mode])  # type: ignore[arg-type]
+        values: dict[str, object] = {}
+        names = [f.name for f in fields(cls) if f.name != "known_passes"]
+        for name, value in (options or {}).items():
+            if name not in names:
+                raise OptionError(f"unknown option {name!r}{_nearest(name, names)}; options are {', '.join(names)}")
+            values[name] = _checked(name, value, known_passes)
+        return replace(config, **values)  # type: ignore[arg-type]
+
+    def enabled(self, name: str) -> bool:
+        """Whether the pass of this name runs."""
+        return name not in self.disable
+
+    def cache_key(self) -> tuple[tuple[str, str], ...]:
+        """Every field that changes what is generated."""
+        skip = {"dump", "cache_dir", "known_passes"}
+        return tuple((f.name, repr(getattr(self, f.name))) for f in fields(self) if f.name not in skip)
+
+
+def from_environment(config: Config) -> Config:
+    """``MEMPLAN_DUMP``, ``MEMPLAN_POISON``, ``MEMPLAN_CACHE_DIR``, ``MEMPLAN_DISABLE``, ``MEMPLAN_WRAPPER``."""
+    env = os.environ
+    values: dict[str, object] = {}
+    if env.get("MEMPLAN_DUMP"):
+        values["dump"] = env["MEMPLAN_DUMP"]
+    if env.get("MEMPLAN_POISON"):
+        values["poison"] = env["MEMPLAN_POISON"] != "0"
+    if env.get("MEMPLAN_CACHE_DIR"):
+        values["cache_dir"] = env["MEMPLAN_CACHE_DIR"]
+    if env.get("MEMPLAN_DISABLE"):
+        names = tuple(n for n in env["MEMPLAN_DISABLE"].replace(" ", ",").split(",") if n)
+        values["disable"] = _checked("disable", names, config.known_passes)
+    if env.get("MEMPLAN_WRAPPER"):
+        values["wrapper"] = _checked("wrapper", env["MEMPLAN_WRAPPER"], config.known_passes)
+    return replace(config, **values)  # type: ignore[arg-type]
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes from ``"12GiB"``, ``"1.5 GB"``, ``4096``.
+
+    Raises
+    ------
+    OptionError
+        If it is not a positive number of bytes.
+    """
+    if isinstance(text, int) and not isinstance(text, bool):
+        value = float(text)
+    else:
+        compact = str(text).replace(" ", "").replace("_", "")
+        digits = compact.rstrip("BKMGTibkmgtI")
+        unit = compact[len(digits) :].upper()
+        try:
+            value = float(digits) * _UNITS[unit]
+        except (ValueError, KeyError):
+            raise OptionError(f"{text!r} is not a number of bytes; write for example '12GiB' or 12000000000") from None
+    if not 0 < value < 2**62:
+        raise OptionError(f"{text!r} is not a positive number of bytes below 2**62")
+    return int(value)
+
+
+def _checked(name: str, value: object, known_passes: tuple[str, ...]) -> object:
+    match name:
+        case "wrapper":
+            return _choice(name, value, WRAPPERS)
+        case "random":
+            return _choice(name, value, RANDOM)
+        case "pools":
+            return _choice(name, value, ("auto", "always", "never"))
+        case "disable":
+            names = (value,) if isinstance(value, str) else value
+            if not isinstance(names, (tuple, list)):
+                raise OptionError(f"option 'disable' takes a list of pass names, not {value!r}")
+            for n in names:
+                if known_passes and n not in known_passes:
+                    raise OptionError(
+                        f"unknown pass {n!r} in 'disable'{_nearest(str(n), known_passes)}; "
+                        f"passes are {', '.join(known_passes)}"
+                    )
+            return tuple(names)
+        case "verify" | "poison" | "cuda_graphs" | "max_autotune":
+            if not isinstance(value, bool):
+                raise OptionError(f"option {name!r} takes True or False, not {value!r}")
+            return value
+        case "recompute_time":
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 10:
+                raise OptionError(f"option 'recompute_time' takes a number from 0 to 10, not {value!r}")
+            return float(value)
+        case "budget":
+            return None if value is None else parse_bytes(value)  # type: ignore[arg-type]
+        case "max_fused_buffers":
+            if isinstance(value, bool) or not isinstance(value, int) or value < 2:
+                raise OptionError(f"option 'max_fused_buffers' takes an integer of at least 2, not {value!r}")
+            return value
+        case _:
+            if value is not None and not isinstance(value, (str, os.PathLike)):
+                raise OptionError(f"option {name!r} takes text or None, not {value!r}")
+            return None if value is None else str(value)
+
+
+def _choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise OptionError(f"option {name!r} is one of {', '.join(choices)}, not {value!r}{_nearest(str(value), choices)}")
+    return str(value)
+
+
+def _nearest(name: str, valid: Mapping[str, object] | tuple[str, ...] | list[str]) -> str:
+    found = difflib.get_close_matches(name, list(valid), n=1)
+    return f" (did you mean {found[0]!r}?)" if found else ""
