@@ -265,6 +265,8 @@ class Program:
     hints: Mapping[sympy.Symbol, int] = field(default_factory=dict)
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     callables: Mapping[str, object] = field(default_factory=dict)
+    #: why a clone, copy or reuse was left as it is: (operation or buffer, reason)
+    notes: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def output_buffers(self) -> frozenset[str]:
@@ -292,14 +294,7 @@ class Program:
     @cached_property
     def dependencies(self) -> dict[str, frozenset[str]]:
         """For each operation, the operations that must run before it (direct ones)."""
-        writer: dict[str, str] = {}
         found: dict[str, set[str]] = {op.name: set() for op in self.operations}
-        for op in self.operations:
-            for b in op.reads:
-                if b in writer and writer[b] != op.name:
-                    found[op.name].add(writer[b])
-            for b in op.writes:
-                writer.setdefault(b, op.name)
         for before, after in order_edges(self.operations):
             found[after].add(before)
         return {k: frozenset(v) for k, v in found.items()}
@@ -326,33 +321,36 @@ class Program:
 
 
 def order_edges(operations: tuple[Operation, ...]) -> Iterator[tuple[str, str]]:
-    """Pairs (before, after) that a mutation or a side effect forces beyond plain data flow.
+    """Pairs (before, after) that data flow, a mutation or a side effect forces.
 
-    A mutation of a buffer comes after every earlier reader, writer and mutation of it, and before every later one.
-    Operations with side effects keep their order among themselves.
+    A reader comes after every earlier writer and mutation of its buffer. Several operations may write one fresh
+    buffer in parts (slices of a concatenation): they are free among themselves, and a reader waits for those before
+    it. A mutation of a buffer comes after every earlier reader, writer and mutation of it, and before every later
+    one. Operations with side effects keep their order among themselves.
     """
-    last_change: dict[str, str] = {}
+    mutation: dict[str, str] = {}
+    changes: dict[str, list[str]] = {}
     readers: dict[str, list[str]] = {}
     effect: str | None = None
     for op in operations:
+        for b in op.reads:
+            for c in changes.get(b, ()):
+                yield c, op.name
         for b in op.mutates:
-            if b in last_change:
-                yield last_change[b], op.name
             for r in readers.get(b, ()):
                 if r != op.name:
                     yield r, op.name
-        for b in op.reads:
-            if b in last_change and b not in op.mutates:
-                yield last_change[b], op.name
         for b in op.mutates:
-            last_change[b] = op.name
+            mutation[b] = op.name
+            changes[b] = [op.name]
             readers[b] = []
         for b in op.reads:
             if b not in op.mutates:
                 readers.setdefault(b, []).append(op.name)
         for b in op.writes:
-            # a buffer that several operations write in parts (slices of a concatenation) keeps its first writer
-            last_change.setdefault(b, op.name)
+            if b in mutation:
+                yield mutation[b], op.name
+            changes.setdefault(b, []).append(op.name)
         if isinstance(op, Extern) and op.effect:
             if effect is not None:
                 yield effect, op.name
