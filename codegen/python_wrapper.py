@@ -1,0 +1,326 @@
+"""The Python printer of wrapper lines.
+
+The text it prints is one function ``call(args)`` over a boxed argument list. Names it uses are provided by
+`memplan.runtime.python_runtime`: allocation, views, kernels and operators.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ..ir.loops import Size
+from ..ir.plan import InPool, Pool
+from ..ir.program import (
+    Argument,
+    Buffer,
+    BufferKind,
+    Contract,
+    Copy,
+    Extern,
+    Literal,
+    OpaqueInput,
+    ProgramOutput,
+    SymbolInput,
+    Symbolic,
+    TensorInput,
+    Tuple,
+    View,
+)
+from .printers import pexpr
+from .wrapper_lines import (
+    Allocate,
+    AllocatePool,
+    CallExtern,
+    Comment,
+    CopyInto,
+    End,
+    Free,
+    FreePool,
+    Launch,
+    Line,
+    Place,
+    Return,
+    Reuse,
+    WrapperProgram,
+    Zero,
+)
+
+
+@dataclass(frozen=True)
+class PythonWrapper:
+    """Source of ``call``, and the operators and constants that its global names stand for."""
+
+    source: str
+    operators: Mapping[str, str]  # name in the source -> torch operator
+
+
+@dataclass
+class _Printer:
+    program: WrapperProgram
+    poison: bool
+    out: list[str] = field(default_factory=list)
+    operators: dict[str, str] = field(default_factory=dict)
+    devices: dict[str, str] = field(default_factory=dict)
+    typed_pools: set[tuple[str, str]] = field(default_factory=set)
+    tensors: set[str] = field(default_factory=set)  # names that exist as tensor variables
+
+    def line(self, text: str) -> None:
+        self.out.append("    " + text)
+
+    # -- small texts --
+
+    def size(self, value: Size) -> str:
+        return str(value) if isinstance(value, int) else pexpr(value)
+
+    def sizes(self, values: tuple[Size, ...]) -> str:
+        inner = ", ".join(self.size(v) for v in values)
+        return f"({inner},)" if len(values) == 1 else f"({inner})"
+
+    def operator(self, target: str) -> str:
+        name = target.replace("callable:", "hop_").replace(".", "_").replace("::", "_")
+        self.operators[name] = target
+        return name
+
+    def address(self, buffer: str) -> str:
+        """The address of a buffer's first byte, as Python text."""
+        storage = self.program.plan.storage_of(buffer)
+        placement = self.program.plan.placements[storage]
+        if isinstance(placement, InPool) and buffer not in self.tensors:
+            offset = self.size(placement.offset)
+            return f"{placement.pool}_p" if offset == "0" else f"{placement.pool}_p + {offset}"
+        return f"{buffer}.data_ptr()"
+
+    def tensor(self, view: View) -> str:
+        """A tensor with the view's sizes and strides."""
+        base = self.program.base[view.buffer]
+        self.need_tensor(view.buffer)
+        if view == base or (
+            view.dtype == base.dtype and view.sizes == base.sizes and view.strides == base.strides and view.offset == 0
+        ):
+            return view.buffer
+        source = view.buffer
+        if view.dtype != base.dtype:
+            itemsize = view.dtype.itemsize
+            return (
+                f"reinterpret_as({source}, {view.dtype}, {self.sizes(view.sizes)}, {self.sizes(view.strides)}, "
+                f"{self.size(view.offset * itemsize)})"
+            )
+        return f"reinterpret({source}, {self.sizes(view.sizes)}, {self.sizes(view.strides)}, {self.size(view.offset)})"
+
+    def need_tensor(self, name: str) -> None:
+        """Make the tensor variable of a buffer that so far is only an address in a pool."""
+        if name in self.tensors:
+            return
+        plan = self.program.plan
+        placement = plan.placements[plan.storage_of(name)]
+        assert isinstance(placement, InPool), f"{name} is used before it exists"
+        base = self.program.base[name]
+        self.line(
+            f"{name} = in_pool({placement.pool}, {base.dtype}, {self.sizes(base.sizes)}, {self.sizes(base.strides)}, "
+            f"{self.size(placement.offset)})"
+        )
+        self.tensors.add(name)
+
+    def argument(self, a: Argument) -> str:
+        match a:
+            case View():
+                return self.tensor(a)
+            case Symbolic(expr):
+                return pexpr(expr)
+            case Tuple(items):
+                return "[" + ", ".join(self.argument(i) for i in items) + "]"
+            case Literal(value):
+                return literal(value)
+
+    # -- lines --
+
+    def print_line(self, line: Line) -> None:
+        match line:
+            case Comment(origins):
+                for text in dict.fromkeys(_origin_text(o.node, o.op, o.location, o.code) for o in origins[:6]):
+                    self.line(f"# {text}")
+            case AllocatePool(pool):
+                self.line(f"{pool.name} = allocate_pool({self.size(pool.nbytes)}, {self.device(pool.device)})")
+                self.line(f"{pool.name}_p = {pool.name}.data_ptr()")
+            case FreePool(pool):
+                self.line(f"del {pool.name}")
+            case Allocate(buffer, view):
+                self.allocate(buffer, view)
+            case Place(buffer, pool, offset):
+                if self.program.plan.placements[buffer.name] and buffer.name in self.program.tensors:
+                    self.place(buffer, pool, offset)
+            case Reuse(buffer, old):
+                self.reuse(buffer, old)
+            case Zero(buffer):
+                self.need_tensor(buffer.name)
+                self.line(f"{buffer.name}.zero_()")
+            case Launch(_, kernel, buffers, symbols, device):
+                args = [self.address(b) for b in buffers] + [pexpr(s) for s in symbols]
+                stream = [] if device == "cpu" else [f"stream{_index(device)}"]
+                self.line(f"{kernel}({', '.join(stream + args)})")
+            case CallExtern(op):
+                self.extern(op)
+            case CopyInto(op):
+                self.copy(op)
+            case Free(buffer):
+                if buffer.name in self.tensors:
+                    if self.poison and buffer.kind not in (BufferKind.INPUT, BufferKind.PARAMETER):
+                        self.line(f"poison_tensor({buffer.name})")
+                    self.line(f"del {buffer.name}")
+                    self.tensors.discard(buffer.name)
+            case End(buffer):
+                self.end(buffer)
+            case Return(outputs):
+                self.returns(outputs)
+
+    def device(self, device: str) -> str:
+        return repr(device)
+
+    def allocate(self, buffer: Buffer, view: View) -> None:
+        maker = "empty_cpu" if buffer.device == "cpu" else "empty_cuda" if buffer.device.startswith("cuda") else None
+        sizes, strides = self.sizes(view.sizes), self.sizes(view.strides)
+        if maker is None:
+            self.line(f"{buffer.name} = torch.empty_strided({sizes}, {strides}, dtype={view.dtype}, device={buffer.device!r})")
+        else:
+            self.line(f"{buffer.name} = {maker}({sizes}, {strides}, {view.dtype})")
+        self.tensors.add(buffer.name)
+        if self.poison:
+            self.line(f"poison_tensor({buffer.name})")
+
+    def place(self, buffer: Buffer, pool: Pool, offset: Size) -> None:
+        base = self.program.base[buffer.name]
+        self.line(
+            f"{buffer.name} = in_pool({pool.name}, {base.dtype}, {self.sizes(base.sizes)}, {self.sizes(base.strides)}, "
+            f"{self.size(offset)})"
+        )
+        self.tensors.add(buffer.name)
+
+    def reuse(self, buffer: Buffer, old: Buffer) -> None:
+        plan = self.program.plan
+        placement = plan.placements[plan.storage_of(buffer.name)]
+        base = self.program.base[buffer.name]
+        if isinstance(placement, InPool) and old.name not in self.tensors:
+            if buffer.name in self.program.tensors:
+                self.need_tensor(buffer.name)
+            return
+        self.line(
+            f"{buffer.name} = reinterpret_as({old.name}, {base.dtype}, {self.sizes(base.sizes)}, "
+            f"{self.sizes(base.strides)}, 0)  # in place of {old.name}"
+        )
+        self.tensors.add(buffer.name)
+
+    def copy(self, op: Copy) -> None:
+        target, source = self.tensor(op.target), self.tensor(op.source)
+        self.line(f"{target}.copy_({source})")
+
+    def extern(self, op: Extern) -> None:
+        args = [self.argument(a) for a in op.args]
+        args += [f"{k}={self.argument(a)}" for k, a in op.kwargs]
+        name = self.operator(op.target)
+        if op.contract is Contract.OUT:
+            outs = [self.tensor(v) for v in op.results if v is not None]
+            names = ["out"] if len(outs) == 1 else [f"out{k}" for k in range(len(outs))]
+            self.line(f"{name}({', '.join([*args, *(f'{n}={o}' for n, o in zip(names, outs, strict=True))])})")
+            return
+        call = f"{name}({', '.join(args)})"
+        mutated = set(op.mutates)
+        fresh = [(k, v) for k, v in enumerate(op.results) if v is not None and v.buffer not in mutated]
+        if not fresh and not op.symbols:
+            self.line(call)
+            return
+        if len(op.results) == 1 and not op.symbols and not op.target.startswith("callable:"):
+            view = fresh[0][1]
+            self.line(f"{view.buffer} = laid_out({call}, {self.sizes(view.sizes)}, {self.sizes(view.strides)})")
+        else:
+            self.line(f"r = flatten({call})")
+            for text, symbol in op.symbols:
+                self.line(f"{symbol} = r{text}")
+            for k, view in fresh:
+                self.line(f"{view.buffer} = laid_out(r[{k}], {self.sizes(view.sizes)}, {self.sizes(view.strides)})")
+            self.line("del r")
+        self.tensors.update(view.buffer for _, view in fresh)
+
+    def end(self, buffer: Buffer) -> None:
+        plan = self.program.plan
+        placement = plan.placements[plan.storage_of(buffer.name)]
+        if self.poison and isinstance(placement, InPool):
+            self.line(
+                f"poison_range({placement.pool}, {self.size(placement.offset)}, {self.size(buffer.nbytes)})"
+            )
+        if buffer.name in self.tensors:
+            self.line(f"del {buffer.name}")
+            self.tensors.discard(buffer.name)
+
+    def returns(self, outputs: tuple[ProgramOutput, ...]) -> None:
+        texts = []
+        for out in outputs:
+            match out:
+                case View():
+                    texts.append(self.tensor(out))
+                case Symbolic(expr):
+                    texts.append(pexpr(expr))
+                case Literal(value):
+                    texts.append(literal(value))
+        inner = ", ".join(texts)
+        self.line(f"return ({inner},)" if len(texts) == 1 else f"return ({inner})")
+
+
+def print_python(program: WrapperProgram, *, poison: bool = False) -> PythonWrapper:
+    """The wrapper as Python source; deterministic."""
+    p = _Printer(program, poison)
+    p.out.append("def call(args):")
+    names = []
+    for i in program.inputs:
+        match i:
+            case TensorInput(_, view):
+                names.append(view.buffer)
+                p.tensors.add(view.buffer)
+            case SymbolInput(_, symbol):
+                names.append(str(symbol))
+            case OpaqueInput(_, name):
+                names.append(f"opaque_{name}")
+    if names:
+        p.line(f"{', '.join(names)}, = args")
+    p.line("args.clear()")
+    cuda = sorted({b.device for b in program.plan.program.buffers.values() if b.device.startswith("cuda")})
+    for device in cuda:
+        p.line(f"stream{_index(device)} = current_stream({_index(device)})")
+    for b in program.plan.program.buffers.values():
+        if b.kind is BufferKind.CONSTANT:
+            p.tensors.add(b.name)
+    for line in program.lines:
+        p.print_line(line)
+    return PythonWrapper("\n".join(p.out) + "\n", p.operators)
+
+
+def literal(value: object) -> str:
+    """A constant argument as Python text."""
+    match value:
+        case float() if math.isnan(value):
+            return "float('nan')"
+        case float() if math.isinf(value):
+            return "float('inf')" if value > 0 else "-float('inf')"
+        case torch.device():
+            return f"torch.device({str(value)!r})"
+        case _:
+            return repr(value)
+
+
+def _index(device: str) -> int:
+    return int(device.partition(":")[2] or 0)
+
+
+def _origin_text(node: str, op: str, location: str, code: str) -> str:
+    text = f"{node}: {op}"
+    if location:
+        text += f"   {location}"
+    if code:
+        text += f"   {code[:80]}"
+    return text.replace("\n", " ")
+
+
+__all__ = ["PythonWrapper", "literal", "print_python"]

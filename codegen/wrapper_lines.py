@@ -1,0 +1,297 @@
+"""The wrapper as data: one line a thing that happens, made once from the plan and printed by each language.
+
+A line decides nothing: what is allocated, where, in which order and when it is freed is in the plan already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sympy
+
+from ..ir.loops import Size
+from ..ir.plan import InPlaceOf, InPool, Own, Plan, Pool
+from ..ir.program import (
+    EXTERNAL_KINDS,
+    Buffer,
+    BufferKind,
+    Contract,
+    Copy,
+    Extern,
+    KernelOp,
+    Operation,
+    Origin,
+    ProgramInput,
+    ProgramOutput,
+    TensorInput,
+    View,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Comment:
+    """Where the next lines come from."""
+
+    origins: tuple[Origin, ...]
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AllocatePool:
+    pool: Pool
+
+
+@dataclass(frozen=True, slots=True)
+class FreePool:
+    pool: Pool
+
+
+@dataclass(frozen=True, slots=True)
+class Allocate:
+    """An own allocation; ``view`` is the shape that most of its users want."""
+
+    buffer: Buffer
+    view: View
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The buffer starts to live at ``offset`` bytes of a pool."""
+
+    buffer: Buffer
+    pool: Pool
+    offset: Size
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """The buffer takes the storage of another, which ends here."""
+
+    buffer: Buffer
+    old: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Zero:
+    """Fill with zeros."""
+
+    buffer: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Run one of our kernels: ``kernel`` names the source, ``buffers`` and ``symbols`` are its arguments."""
+
+    operation: str
+    kernel: str
+    buffers: tuple[str, ...]
+    symbols: tuple[sympy.Symbol, ...]
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallExtern:
+    """Call a torch operator; with contract OUT it writes into ``operation.results``' buffers."""
+
+    operation: Extern
+
+
+@dataclass(frozen=True, slots=True)
+class CopyInto:
+    operation: Copy
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    """Give the storage back (an own allocation or a donated input)."""
+
+    buffer: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The buffer's place in its pool is free from here on (a comment, unless poison mode fills it)."""
+
+    buffer: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Return:
+    outputs: tuple[ProgramOutput, ...]
+
+
+Line = (
+    Comment | AllocatePool | FreePool | Allocate | Place | Reuse | Zero | Launch | CallExtern | CopyInto | Free | End
+    | Return
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WrapperProgram:
+    """Everything a printer needs: the inputs, the lines, and each buffer's base view."""
+
+    name: str
+    inputs: tuple[ProgramInput, ...]
+    lines: tuple[Line, ...]
+    base: Mapping[str, View]
+    plan: Plan
+    #: buffers that some line needs as a tensor (not only as an address)
+    tensors: frozenset[str]
+
+
+def wrapper_lines(plan: Plan, kernels: Mapping[str, tuple[str, tuple[str, ...], tuple[sympy.Symbol, ...]]]) -> WrapperProgram:
+    """The plan as lines.
+
+    Parameters
+    ----------
+    kernels:
+        For each kernel operation: (name of its source, its buffers in argument order, its size symbols).
+    """
+    program = plan.program
+    base = base_views(plan)
+    starts: dict[int, list[str]] = {}
+    stops: dict[int, list[str]] = {}
+    for name, life in plan.lifetimes.items():
+        b = program.buffers[name]
+        if b.kind not in EXTERNAL_KINDS:
+            starts.setdefault(life.start, []).append(name)
+        stops.setdefault(life.stop, []).append(name)
+    pool_by_name = {p.name: p for p in plan.pools}
+    taken = {p.buffer for p in plan.placements.values() if isinstance(p, InPlaceOf)}
+    lines: list[Line] = []
+    for k, op_name in enumerate(plan.order):
+        op = program.by_name[op_name]
+        lines.append(Comment(op.origins))
+        lines.extend(AllocatePool(p) for p in plan.pools if p.lifetime.start == k)
+        returned = _returned(op)
+        for name in starts.get(k, ()):
+            line = _birth(plan, name, base, pool_by_name, returned)
+            if line is not None:
+                lines.append(line)
+            if program.buffers[name].zero_fill:
+                lines.append(Zero(program.buffers[name]))
+        lines.append(_run(op, kernels))
+        for name in stops.get(k + 1, ()):
+            lines.extend(_death(plan, name, taken, pool_by_name))
+        lines.extend(FreePool(p) for p in plan.pools if p.lifetime.stop == k + 1)
+    lines.append(Return(program.outputs))
+    return WrapperProgram(
+        program.name, program.inputs, tuple(lines), base, plan, _tensors_needed(plan, frozenset(base))
+    )
+
+
+def _returned(op: Operation) -> frozenset[str]:
+    """Buffers that come out of the call itself."""
+    if isinstance(op, Extern) and op.contract in (Contract.FRESH, Contract.DYNAMIC):
+        return frozenset(v.buffer for v in op.results if v is not None)
+    return frozenset()
+
+
+def _birth(
+    plan: Plan, name: str, base: Mapping[str, View], pools: Mapping[str, Pool], returned: frozenset[str]
+) -> Line | None:
+    buffer = plan.program.buffers[name]
+    match plan.placements[name]:
+        case Own():
+            return None if name in returned else Allocate(buffer, base[name])
+        case InPool(pool, offset):
+            return Place(buffer, pools[pool], offset)
+        case InPlaceOf(old):
+            return Reuse(buffer, plan.program.buffers[old])
+        case _:
+            return None
+
+
+def _death(plan: Plan, name: str, taken: set[str], pools: Mapping[str, Pool]) -> list[Line]:
+    buffer = plan.program.buffers[name]
+    if name in taken:
+        return []
+    if buffer.kind in EXTERNAL_KINDS:
+        return [Free(buffer)] if buffer.donated else []
+    placement = plan.placements[plan.storage_of(name)]
+    if isinstance(placement, InPool):
+        return [End(buffer)]
+    return [Free(buffer)]
+
+
+def _run(
+    op: Operation, kernels: Mapping[str, tuple[str, tuple[str, ...], tuple[sympy.Symbol, ...]]]
+) -> Line:
+    match op:
+        case KernelOp():
+            source, buffers, symbols = kernels[op.name]
+            return Launch(op.name, source, buffers, symbols, op.device)
+        case Extern():
+            return CallExtern(op)
+        case Copy():
+            return CopyInto(op)
+
+
+def base_views(plan: Plan) -> dict[str, View]:
+    """For each buffer the shape to allocate it in: what the caller gets, else what an extern wants, else flat."""
+    program = plan.program
+    found: dict[str, View] = {}
+
+    def offer(view: View | None) -> None:
+        if view is None or view.buffer in found or view.offset != 0:
+            return
+        b = program.buffers[view.buffer]
+        if view.dtype == b.dtype and _covers(view, b):
+            found[view.buffer] = view
+
+    for i in program.inputs:
+        if isinstance(i, TensorInput):
+            found[i.view.buffer] = i.view
+    for op in program.operations:
+        if isinstance(op, Extern) and op.contract in (Contract.FRESH, Contract.DYNAMIC):
+            for view in op.results:
+                if view is not None:
+                    found[view.buffer] = view
+    for out in program.outputs:
+        if isinstance(out, View):
+            offer(out)
+    for op in program.operations:
+        if isinstance(op, Extern):
+            for view in op.results:
+                offer(view)
+            for a in op.args:
+                if isinstance(a, View):
+                    offer(a)
+        elif isinstance(op, Copy):
+            offer(op.source)
+            offer(op.target)
+    for b in program.buffers.values():
+        if b.kind is BufferKind.CONSTANT and b.name in program.constants:
+            t = program.constants[b.name]
+            found[b.name] = View(b.name, t.dtype, tuple(t.shape), tuple(t.stride()), 0)
+        if b.name not in found:
+            count = _elements(b)
+            found[b.name] = View(b.name, b.dtype, (count,), (1,), 0)
+    return found
+
+
+def _elements(b: Buffer) -> Size:
+    if isinstance(b.nbytes, int):
+        return -(-b.nbytes // b.dtype.itemsize)
+    return sympy.cancel(b.nbytes / b.dtype.itemsize)
+
+
+def _covers(view: View, b: Buffer) -> bool:
+    extent: Size = 1
+    for n, s in zip(view.sizes, view.strides, strict=True):
+        if n == 0:
+            return False
+        extent = extent + (n - 1) * s
+    return bool(sympy.expand(extent * view.dtype.itemsize - b.nbytes) == 0)
+
+
+def _tensors_needed(plan: Plan, known: frozenset[str]) -> frozenset[str]:
+    """Buffers used as tensors: by extern calls and copies, or returned."""
+    program = plan.program
+    need: set[str] = set(program.output_buffers)
+    for op in program.operations:
+        if isinstance(op, (Extern, Copy)):
+            need.update(op.reads)
+            need.update(op.writes)
+    return frozenset(need & known)

@@ -1,0 +1,190 @@
+"""The one place that joins everything: ``torch.compile(model, backend="memplan")`` arrives here."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch._functorch.config as functorch_config
+import torch.fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._guards import TracingContext
+
+from . import recording
+from .capture.fx import capture
+from .capture.partition import Partitioned, partitioner
+from .compilation import compile_program
+from .ir.config import Config
+from .ir.errors import UnsupportedError
+from .ir.plan import Plan
+from .ir.program import BufferKind, Phase, Program, View
+from .lowering.decompositions import decomposition_table
+from .passes.pipeline import PASS_NAMES
+
+log = logging.getLogger(__name__)
+_groups = itertools.count()
+SUPPORTED_TORCH = ((2, 11), (2, 14))
+
+
+def check_platform() -> None:
+    """Refuse what cannot work, warn of what was never tried.
+
+    Raises
+    ------
+    UnsupportedError
+        On ROCm, Windows, macOS, or a torch older than 2.11.
+    """
+    if sys.platform != "linux":
+        raise UnsupportedError(f"memplan runs on Linux; this is {sys.platform}")
+    if torch.version.hip is not None:
+        raise UnsupportedError("memplan does not support ROCm builds of torch; use an NVIDIA or a CPU build")
+    version = tuple(int(p) for p in torch.__version__.split("+")[0].split(".")[:2])
+    if version < SUPPORTED_TORCH[0]:
+        raise UnsupportedError(f"memplan needs torch 2.11 or newer; this is torch {torch.__version__}")
+    if version > SUPPORTED_TORCH[1]:
+        warnings.warn(f"memplan was tested with torch 2.11 to 2.14; this is torch {torch.__version__}", stacklevel=3)
+
+
+@dataclass
+class Region:
+    """One torch.compile region: a forward and its backward, or an inference graph."""
+
+    config: Config
+    group: int
+    partitioned: Partitioned = field(default_factory=Partitioned)
+    forward: Program | None = None
+
+    def compile_forward(self, module: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
+        program = self.capture_forward(module)
+        return self.finish(program, inputs)
+
+    def capture_forward(self, module: torch.fx.GraphModule) -> Program:
+        count = len(module.graph.output_node().args[0])  # type: ignore[arg-type]
+        saved = frozenset(range(self.partitioned.forward_outputs, count))
+        program = capture(
+            module,
+            Phase.FORWARD,
+            name=f"forward{self.group}",
+            static_inputs=static_inputs(),
+            saved_outputs=saved,
+        )
+        self.forward = program
+        return program
+
+    def compile_backward(self, module: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
+        return self.finish(self.capture_backward(module), inputs)
+
+    def capture_backward(self, module: torch.fx.GraphModule) -> Program:
+        """Inputs that the forward made for this backward alone are donated: they die with their last use."""
+        donated: set[int] = set()
+        kinds: dict[str, BufferKind] = {}
+        if self.forward is not None:
+            assert self.partitioned.forward is not None
+            outputs = self.partitioned.forward.graph.output_node().args[0]
+            counted: set[str] = set()
+            for node, out in zip(outputs, self.forward.outputs, strict=True):  # type: ignore[arg-type]
+                if isinstance(out, View) and isinstance(node, torch.fx.Node) and out.buffer not in counted:
+                    counted.add(out.buffer)
+                    kinds[node.name] = self.forward.buffers[out.buffer].kind
+        static: set[int] = set()
+        for position, node in enumerate(n for n in module.graph.nodes if n.op == "placeholder"):
+            match kinds.get(node.name):
+                case BufferKind.SAVED:
+                    donated.add(position)
+                case BufferKind.PARAMETER:
+                    static.add(position)
+                case _:
+                    pass
+        return capture(
+            module,
+            Phase.BACKWARD,
+            name=f"backward{self.group}",
+            static_inputs=frozenset(static),
+            donated_inputs=frozenset(donated),
+        )
+
+    def compile_inference(self, module: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
+        program = capture(module, Phase.INFERENCE, name=f"inference{self.group}", static_inputs=static_inputs())
+        return self.finish(program, inputs)
+
+    def finish(self, program: Program, inputs: Sequence[object]) -> Callable[..., object]:
+        compiled = compile_program(program, self.config)
+        recording.tell(
+            recording.CompiledGraph(
+                compiled.plan, self.group, self.joins(compiled.plan), compiled.waterfall, compiled.source
+            )
+        )
+        return compiled.call
+
+    def joins(self, plan: Plan) -> tuple[tuple[str, str], ...]:
+        """(forward buffer, backward buffer) for what this backward got from its forward."""
+        if plan.program.phase is not Phase.BACKWARD or self.forward is None:
+            return ()
+        assert self.partitioned.forward is not None
+        outputs = self.partitioned.forward.graph.output_node().args[0]
+        out = []
+        for node, held in zip(outputs, self.forward.outputs, strict=True):  # type: ignore[arg-type]
+            if isinstance(held, View) and isinstance(node, torch.fx.Node) and node.name in plan.program.buffers:
+                out.append((held.buffer, node.name))
+        return tuple(dict.fromkeys(out))
+
+
+def static_inputs() -> frozenset[int]:
+    """Positions of parameters and module buffers among the forward's inputs."""
+    context = TracingContext.try_get()
+    metadata = getattr(context, "fw_metadata", None)
+    return frozenset(getattr(metadata, "static_input_indices", None) or ())
+
+
+def compile(
+    module: torch.fx.GraphModule,
+    example_inputs: Sequence[object],
+    *,
+    mode: str | None = None,
+    options: dict[str, object] | None = None,
+) -> Callable[..., object]:
+    """The backend of ``torch.compile(model, backend="memplan", options={...})``.
+
+    Parameters
+    ----------
+    module:
+        A Dynamo graph.
+    mode:
+        ``"default"``, ``"reduce-overhead"``, ``"max-autotune"`` or ``"max-autotune-no-cudagraphs"``.
+    options:
+        Fields of `memplan.ir.config.Config`.
+
+    Raises
+    ------
+    OptionError
+        For an option that does not exist or cannot be used.
+    UnsupportedError
+        On a platform where memplan does not run.
+    """
+    check_platform()
+    config = Config.from_options(options, mode, known_passes=PASS_NAMES)
+    return compile_with(module, example_inputs, config)
+
+
+def compile_with(
+    module: torch.fx.GraphModule, example_inputs: Sequence[object], config: Config
+) -> Callable[..., object]:
+    """As `compile`, for a ready `Config`."""
+    region = Region(config, next(_groups))
+    backend = aot_autograd(
+        fw_compiler=region.compile_forward,
+        bw_compiler=region.compile_backward,
+        inference_compiler=region.compile_inference,
+        partition_fn=partitioner(config, region.partitioned),
+        decompositions=decomposition_table(config),
+        keep_inference_input_mutations=True,
+    )
+    # the backward is built with its forward, not inside the first .backward(), when all activations are alive;
+    # donation is decided when the backward runs, so that retain_graph=True works
+    with functorch_config.patch(force_non_lazy_backward_lowering=True, donated_buffer=False):
+        return backend(module, example_inputs)  # type: ignore[no-any-return]

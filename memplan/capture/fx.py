@@ -1,0 +1,499 @@
+"""AOTAutograd's FX graphs as programs.
+
+Every call becomes an `Extern`; view operations become views and cost nothing; `copy_` into an input becomes a `Copy`.
+So a captured program runs as it is, and lowering is free to replace what it can.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import sympy
+import torch
+import torch.fx
+from torch.utils import _pytree as pytree
+
+from ..ir.errors import UnsupportedError
+from ..ir.program import (
+    Argument,
+    Buffer,
+    BufferKind,
+    Contract,
+    Copy,
+    Extern,
+    Literal,
+    OpaqueInput,
+    Operation,
+    Origin,
+    Phase,
+    Program,
+    ProgramInput,
+    ProgramOutput,
+    SymbolInput,
+    Symbolic,
+    TensorInput,
+    Tuple,
+    View,
+)
+from .origin import operator_name, origin_of
+from .sizes import convert, extent, size_of, sizes_of
+
+#: What an FX node stands for: a view, a size, a literal, or a nest of these.
+Value = Argument | None
+# View operations whose result carries a lazy bit that strides cannot express: run as the operation that copies.
+_LAZY_BITS = {"aten._conj.default": "aten._conj_physical.default", "aten._neg_view.default": "aten.neg.default"}
+_PURE_HIGHER_ORDER = {"triton_kernel_wrapper_functional", "flex_attention", "flex_attention_backward", "cond", "while_loop"}
+
+
+@dataclass(frozen=True)
+class HigherOrderCall:
+    """A higher-order operator with its subgraphs: everything but tensors and sizes is held in ``template``.
+
+    ``template`` is the flat argument list, ``spec`` its pytree; positions in ``slots`` are filled from the call's
+    arguments. Calling it returns the flat list of results.
+    """
+
+    operator: Callable[..., object]
+    template: tuple[object, ...]
+    spec: pytree.TreeSpec
+    slots: tuple[int, ...]
+
+    def __call__(self, *values: object) -> list[object]:
+        leaves = list(self.template)
+        for position, value in zip(self.slots, values, strict=True):
+            leaves[position] = value
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return pytree.tree_leaves(self.operator(*args, **kwargs))
+
+
+@dataclass
+class _Capture:
+    """State of one walk over a graph."""
+
+    module: torch.fx.GraphModule
+    phase: Phase
+    static_inputs: frozenset[int]
+    donated_inputs: frozenset[int]
+    buffers: dict[str, Buffer] = field(default_factory=dict)
+    operations: list[Operation] = field(default_factory=list)
+    inputs: list[ProgramInput] = field(default_factory=list)
+    outputs: list[ProgramOutput] = field(default_factory=list)
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    callables: dict[str, object] = field(default_factory=dict)
+    hints: dict[sympy.Symbol, int] = field(default_factory=dict)
+    values: dict[torch.fx.Node, object] = field(default_factory=dict)
+    base_offset: dict[str, object] = field(default_factory=dict)  # bytes from the storage's start to the buffer's
+
+    def run(self, name: str) -> Program:
+        position = 0
+        for node in self.module.graph.nodes:
+            match node.op:
+                case "placeholder":
+                    self.placeholder(node, position)
+                    position += 1
+                case "get_attr":
+                    self.get_attr(node)
+                case "call_function":
+                    self.call(node)
+                case "output":
+                    self.output(node)
+                case _:
+                    raise UnsupportedError(f"FX node of kind {node.op!r} in an AOTAutograd graph", where=node.name)
+        return Program(
+            name,
+            self.phase,
+            self.buffers,
+            tuple(self.operations),
+            tuple(self.inputs),
+            tuple(self.outputs),
+            self.hints,
+            self.constants,
+            self.callables,
+        )
+
+    # -- leaves -----------------------------------------------------------------------------------------------------
+
+    def placeholder(self, node: torch.fx.Node, position: int) -> None:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and is_plain(value):
+            kind = BufferKind.PARAMETER if position in self.static_inputs else BufferKind.INPUT
+            view = self.fresh(node.name, value, kind, origin_of(node), donated=position in self.donated_inputs)
+            self.inputs.append(TensorInput(position, view))
+            self.values[node] = view
+        elif isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
+            self.note_symbols(value)
+            self.inputs.append(SymbolInput(position, value.node.expr))
+            self.values[node] = Symbolic(value.node.expr)
+        elif isinstance(value, (int, float, bool, torch.SymInt)) and not isinstance(value, torch.SymInt):
+            self.inputs.append(OpaqueInput(position, node.name))
+            self.values[node] = Literal(value)
+        elif isinstance(value, torch.SymInt):
+            # the caller passes an expression of symbols that other inputs define
+            self.note_symbols(value)
+            self.inputs.append(OpaqueInput(position, node.name))
+            self.values[node] = Symbolic(convert(value.node.expr))
+        else:
+            self.inputs.append(OpaqueInput(position, node.name))
+            self.values[node] = _Opaque(node.name)
+
+    def get_attr(self, node: torch.fx.Node) -> None:
+        target = self.module
+        for part in str(node.target).split("."):
+            target = getattr(target, part)
+        if isinstance(target, torch.Tensor):
+            name = _identifier(str(node.target))
+            self.constants[name] = target
+            self.values[node] = self.fresh(name, node.meta.get("val", target), BufferKind.CONSTANT, origin_of(node))
+        else:
+            self.values[node] = _Opaque(str(node.target), target)
+
+    def fresh(
+        self, name: str, value: torch.Tensor, kind: BufferKind, origin: Origin, *, donated: bool = False
+    ) -> View:
+        """A new buffer that holds ``value`` from its first element on."""
+        for s in (*value.shape, *value.stride()):
+            self.note_symbols(s)
+        sizes, strides = sizes_of(value.shape), sizes_of(value.stride())
+        itemsize = value.dtype.itemsize
+        nbytes = extent(sizes, strides) * itemsize
+        self.buffers[name] = Buffer(name, nbytes, value.dtype, str(value.device), kind, origin, donated=donated)
+        self.base_offset[name] = size_of(value.storage_offset()) * itemsize
+        return View(name, value.dtype, sizes, strides, 0)
+
+    def note_symbols(self, value: int | torch.SymInt) -> None:
+        """Remember the hint of every symbol in a size."""
+        if isinstance(value, int):
+            return
+        env = value.node.shape_env
+        for symbol in value.node.expr.free_symbols:
+            if symbol in self.hints:
+                continue
+            known = symbol_hint(env, symbol)
+            self.hints[symbol] = known
+
+    # -- calls ------------------------------------------------------------------------------------------------------
+
+    def call(self, node: torch.fx.Node) -> None:
+        target = node.target
+        value = node.meta.get("val")
+        if target is operator.getitem:
+            container, key = node.args
+            held = self.values[container]
+            self.values[node] = held[key] if not isinstance(held, Tuple) else held.items[key]
+            return
+        if isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)) and not _has_tensor(node):
+            self.scalar(node, value)
+            return
+        if isinstance(target, torch._ops.OpOverload):
+            self.overload(node, target)
+        elif isinstance(target, torch._ops.HigherOrderOperator) or callable(target):
+            self.higher_order(node)
+
+    def scalar(self, node: torch.fx.Node, value: object) -> None:
+        """Arithmetic on sizes: the result's expression says it all."""
+        if isinstance(value, torch.SymInt):
+            self.note_symbols(value)
+            size = size_of(value)
+            self.values[node] = Literal(size) if isinstance(size, int) else Symbolic(size)
+        elif isinstance(value, (int, float, bool)):
+            self.values[node] = Literal(value)
+        else:
+            expr = value.node.expr  # type: ignore[attr-defined]
+            self.values[node] = Symbolic(convert(expr))
+
+    def overload(self, node: torch.fx.Node, target: torch._ops.OpOverload) -> None:
+        name = str(target)
+        if name == "aten.copy_.default":
+            self.copy(node)
+            return
+        if name.startswith(("aten._assert", "aten.sym_constrain_range", "aten._assert_tensor_metadata")):
+            self.values[node] = Literal(None)
+            if name.startswith(("aten._assert_scalar", "aten._assert_async")) is False:
+                return
+        value = node.meta.get("val")
+        aliased = _view_of(target)
+        if aliased is not None and name not in _LAZY_BITS:
+            base = self.argument(node.args[aliased] if aliased < len(node.args) else None)
+            if isinstance(base, View):
+                self.values[node] = pytree.tree_map(lambda v: self.reseen(base, v), value)
+                return
+        self.extern(node, _LAZY_BITS.get(name, name), target)
+
+    def reseen(self, base: View, value: object) -> object:
+        """The view that the fake tensor ``value``, an alias of ``base``, describes."""
+        assert isinstance(value, torch.Tensor)
+        start = self.base_offset[base.buffer]
+        itemsize = value.dtype.itemsize
+        offset_bytes = size_of(value.storage_offset()) * itemsize - start  # type: ignore[operator]
+        offset = offset_bytes // itemsize if isinstance(offset_bytes, int) else sympy.cancel(offset_bytes / itemsize)
+        return View(base.buffer, value.dtype, sizes_of(value.shape), sizes_of(value.stride()), offset)
+
+    def copy(self, node: torch.fx.Node) -> None:
+        target, source = self.argument(node.args[0]), self.argument(node.args[1])
+        assert isinstance(target, View) and isinstance(source, View)
+        device = self.buffers[target.buffer].device
+        origins = (origin_of(node),)
+        self.operations.append(Copy(node.name, source, target, device, origins, mutates=(target.buffer,)))
+        self.values[node] = target
+
+    def extern(self, node: torch.fx.Node, name: str, target: torch._ops.OpOverload) -> None:
+        args = tuple(self.argument(a) for a in node.args)
+        kwargs = tuple((k, self.argument(a)) for k, a in node.kwargs.items())
+        mutates: dict[str, None] = {}
+        written: list[View] = []
+        for k, schema in enumerate(target._schema.arguments):
+            if schema.alias_info is None or not schema.alias_info.is_write:
+                continue
+            given = args[k] if k < len(args) else dict(kwargs).get(schema.name)
+            for view in _views(given):
+                mutates[view.buffer] = None
+                written.append(view)
+        random = torch.Tag.nondeterministic_seeded in target.tags
+        effect = random or _is_effect(name)
+        self.finish(node, name, args, kwargs, tuple(mutates), written, effect=effect)
+
+    def higher_order(self, node: torch.fx.Node) -> None:
+        leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
+        template: list[object] = []
+        slots: list[int] = []
+        args: list[Argument] = []
+        for leaf in leaves:
+            held = self.values[leaf] if isinstance(leaf, torch.fx.Node) else leaf
+            if isinstance(held, _Opaque) and held.value is not None:
+                template.append(held.value)
+            elif isinstance(leaf, torch.fx.Node):
+                slots.append(len(template))
+                template.append(None)
+                args.append(self.argument(leaf))
+            else:
+                template.append(leaf)
+        key = node.name
+        self.callables[key] = HigherOrderCall(node.target, tuple(template), spec, tuple(slots))  # type: ignore[arg-type]
+        name = operator_name(node.target)
+        effect = name not in _PURE_HIGHER_ORDER
+        mutates: dict[str, None] = {}
+        written: list[View] = []
+        if name == "triton_kernel_wrapper_mutation":
+            for a in args:
+                for view in _views(a):
+                    mutates[view.buffer] = None
+                    written.append(view)
+        self.finish(node, f"callable:{key}", tuple(args), (), tuple(mutates), written, effect=effect)
+
+    def finish(
+        self,
+        node: torch.fx.Node,
+        target: str,
+        args: tuple[Argument, ...],
+        kwargs: tuple[tuple[str, Argument], ...],
+        mutates: tuple[str, ...],
+        written: Sequence[View],
+        *,
+        effect: bool,
+    ) -> None:
+        """Append the call, and buffers for its results."""
+        value = node.meta.get("val")
+        origin = origin_of(node)
+        flat, spec = pytree.tree_flatten(value)
+        results: list[View | None] = []
+        held: list[object] = []
+        single = not isinstance(value, (tuple, list, dict))
+        for k, item in enumerate(flat):
+            if isinstance(item, torch.Tensor) and is_plain(item):
+                if mutates and len(written) > k and _same_tensor(item, written[k]):
+                    results.append(written[k])
+                else:
+                    name = node.name if single else f"{node.name}_{k}"
+                    results.append(self.fresh(name, item, BufferKind.TEMPORARY, origin))
+                held.append(results[-1])
+            elif isinstance(item, torch.SymInt):
+                self.note_symbols(item)
+                results.append(None)
+                held.append(Symbolic(convert(item.node.expr)))
+            else:
+                results.append(None)
+                held.append(Literal(item) if isinstance(item, (int, float, bool, type(None))) else _Opaque(node.name, item))
+        symbols = self.bound_symbols(node)
+        if mutates and all(r is None or r.buffer in mutates for r in results):
+            contract = Contract.MUTATE
+        else:
+            contract = Contract.DYNAMIC if symbols else Contract.FRESH
+        device = next((self.buffers[r.buffer].device for r in results if r is not None), None) or self.device_of(args)
+        self.operations.append(
+            Extern(
+                node.name, target, args, kwargs, tuple(results), contract, device, (origin,), mutates,
+                symbols=symbols, effect=effect,
+            )
+        )  # fmt: skip
+        self.values[node] = pytree.tree_unflatten(held, spec)
+
+    def device_of(self, args: tuple[Argument, ...]) -> str:
+        for a in args:
+            for v in _views(a):
+                return self.buffers[v.buffer].device
+        return "cpu"
+
+    def bound_symbols(self, node: torch.fx.Node) -> tuple[tuple[str, sympy.Symbol], ...]:
+        """Accessors of the unbacked sizes that this node makes known."""
+        found = node.meta.get("unbacked_bindings") or {}
+        out = []
+        for symbol, path in found.items():
+            text, rest = "[0]", list(path)
+            value = node.meta.get("val")
+            if rest and isinstance(value, (tuple, list)) and hasattr(rest[0], "idx"):
+                text, rest = f"[{rest[0].idx}]", rest[1:]
+            for step in rest:
+                text += _accessor(step)
+            self.hints.setdefault(symbol, 1)
+            out.append((text, symbol))
+        return tuple(out)
+
+    def argument(self, value: object) -> Argument:
+        if isinstance(value, torch.fx.Node):
+            held = self.values[value]
+            if isinstance(held, (View, Literal, Symbolic, Tuple)):
+                return held
+            if isinstance(held, (list, tuple)):
+                return Tuple(tuple(self.argument_value(v) for v in held))
+            if isinstance(held, _Opaque):
+                return Symbolic(sympy.Symbol(f"opaque_{held.name}"))
+            raise UnsupportedError(f"value {held!r} as an argument", where=value.name)
+        if isinstance(value, (list, tuple)):
+            return Tuple(tuple(self.argument(v) for v in value))
+        if isinstance(value, torch.SymInt):
+            return Symbolic(convert(value.node.expr))
+        return Literal(value)  # type: ignore[arg-type]
+
+    def argument_value(self, held: object) -> Argument:
+        if isinstance(held, (View, Literal, Symbolic, Tuple)):
+            return held
+        raise UnsupportedError(f"value {held!r} inside a list argument")
+
+    def output(self, node: torch.fx.Node) -> None:
+        for value in node.args[0]:  # type: ignore[union-attr]
+            held = self.argument(value)
+            if isinstance(held, Tuple):
+                raise UnsupportedError("a nested output of an AOTAutograd graph", where=str(value))
+            self.outputs.append(held)
+        for held in self.outputs:
+            if isinstance(held, View) and self.buffers[held.buffer].kind is BufferKind.TEMPORARY:
+                b = self.buffers[held.buffer]
+                self.buffers[held.buffer] = _with_kind(b, BufferKind.OUTPUT)
+
+
+@dataclass(frozen=True)
+class _Opaque:
+    """A value that is neither tensor nor size (a subgraph, a token, a script object)."""
+
+    name: str
+    value: object = None
+
+
+def capture(
+    module: torch.fx.GraphModule,
+    phase: Phase,
+    *,
+    name: str,
+    static_inputs: frozenset[int] = frozenset(),
+    donated_inputs: frozenset[int] = frozenset(),
+    saved_outputs: frozenset[int] = frozenset(),
+) -> Program:
+    """An AOTAutograd graph as a program of extern calls.
+
+    Parameters
+    ----------
+    static_inputs:
+        Positions of parameters and buffers of the model (the caller keeps them).
+    donated_inputs:
+        Positions whose storage dies with its last use here (what a forward saved for this backward).
+    saved_outputs:
+        Positions of outputs that are kept for the backward pass.
+
+    Raises
+    ------
+    UnsupportedError
+        For a construct that has no meaning here, naming the FX node.
+    """
+    state = _Capture(module, phase, static_inputs, donated_inputs)
+    program = state.run(name)
+    if saved_outputs:
+        public = {o.buffer for k, o in enumerate(program.outputs) if isinstance(o, View) and k not in saved_outputs}
+        for k in saved_outputs:
+            out = program.outputs[k]
+            if isinstance(out, View) and out.buffer not in public:
+                b = state.buffers[out.buffer]
+                if b.kind is BufferKind.OUTPUT:
+                    state.buffers[out.buffer] = _with_kind(b, BufferKind.SAVED)
+    return program
+
+
+def symbol_hint(env: object, symbol: sympy.Symbol) -> int:
+    """The traced value of a size symbol; 1 where it has none (unbacked sizes)."""
+    for table in ("backed_var_to_val", "var_to_val"):
+        known: Mapping[sympy.Symbol, object] | None = getattr(env, table, None)
+        if known is not None and symbol in known:
+            return int(known[symbol])  # type: ignore[call-overload, no-any-return]
+    return 1
+
+
+def is_plain(value: torch.Tensor) -> bool:
+    """A strided tensor whose bytes we may plan (not sparse, quantised or mkldnn)."""
+    return value.layout is torch.strided and not value.is_quantized
+
+
+def _with_kind(buffer: Buffer, kind: BufferKind) -> Buffer:
+    return replace(buffer, kind=kind)
+
+
+def _identifier(text: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in text)
+
+
+def _views(value: object) -> list[View]:
+    if isinstance(value, View):
+        return [value]
+    if isinstance(value, Tuple):
+        return [v for item in value.items for v in _views(item)]
+    return []
+
+
+def _same_tensor(value: torch.Tensor, view: View) -> bool:
+    return sizes_of(value.shape) == view.sizes and sizes_of(value.stride()) == view.strides and value.dtype == view.dtype
+
+
+def _has_tensor(node: torch.fx.Node) -> bool:
+    return any(isinstance(a.meta.get("val"), torch.Tensor) for a in node.all_input_nodes) and not (
+        isinstance(node.target, torch._ops.OpOverload) and str(node.target).startswith("aten.sym_")
+    )
+
+
+def _view_of(target: torch._ops.OpOverload) -> int | None:
+    """Position of the argument that the operator returns a view of, or None if it is no view operator."""
+    schema = target._schema
+    if not schema.returns or any(r.alias_info is None for r in schema.returns):
+        return None
+    if any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments):
+        return None
+    aliased = [k for k, a in enumerate(schema.arguments) if a.alias_info is not None]
+    return aliased[0] if len(aliased) == 1 else None
+
+
+def _is_effect(name: str) -> bool:
+    return name.startswith(("aten._assert", "_c10d_functional.", "c10d."))
+
+
+def _accessor(step: object) -> str:
+    """One step of torch's key path to an unbacked size, as a suffix of Python text."""
+    match type(step).__name__:
+        case "CallMethodKey":
+            return f".{step.name}()"  # type: ignore[attr-defined]
+        case "SequenceKey":
+            return f"[{step.idx}]"  # type: ignore[attr-defined]
+        case "DivideByKey":
+            return f"//{step.divisor}"  # type: ignore[attr-defined]
+        case "ConvertIntKey":
+            return ".__int__()"
+        case _:
+            raise UnsupportedError(f"an unbacked size bound through {step!r}")

@@ -1,0 +1,79 @@
+"""memplan's own torch operators: random numbers as functions of a seed and a position.
+
+``memplan::seeds(n, device)`` draws ``n`` int64 seeds from torch's generator (once per graph call, on the device);
+``memplan::rand(seeds, index, size)`` gives float32 numbers in [0, 1), the same for the same seed: Philox 4x32-10 as
+Triton's ``tl.rand`` (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). So the backward pass
+recomputes a dropout mask from 8 bytes instead of keeping it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+_LIBRARY = torch.library.Library("memplan", "DEF")
+_LIBRARY.define(
+    "seeds(int n, *, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,)
+)
+_LIBRARY.define("rand(Tensor seeds, int index, SymInt[] size) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_LOW = 0xFFFFFFFF
+
+
+def _seeds(n: int, *, device: torch.device) -> torch.Tensor:
+    return torch.randint(-(2**63), 2**63 - 1, (n,), dtype=torch.int64, device=device)
+
+
+def _seeds_fake(n: int, *, device: torch.device) -> torch.Tensor:
+    return torch.empty((n,), dtype=torch.int64, device=device)
+
+
+def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """High and low 32 bits of the product of two unsigned 32-bit numbers (held in int64)."""
+    # split so that no partial product passes 2**63
+    low = (b & 0xFFFF) * a
+    high = (b >> 16) * a
+    low_total = low + ((high & 0xFFFF) << 16)
+    return ((high >> 16) + (low_total >> 32)) & _LOW, low_total & _LOW
+
+
+def philox(seed: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """First 32-bit word (in int64) of Philox 4x32-10 for each offset."""
+    c0, c1 = offset & _LOW, (offset >> 32) & _LOW
+    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    for _ in range(10):
+        high_b, low_b = _multiply(_M1, c2)
+        high_a, low_a = _multiply(_M0, c0)
+        c0, c2 = high_b ^ c1 ^ k0, high_a ^ c3 ^ k1
+        c1, c3 = low_b, low_a
+        k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    return c0
+
+
+def uniform(word: torch.Tensor) -> torch.Tensor:
+    """float32 in [0, 1) from a 32-bit word, as Triton does it."""
+    signed = torch.where(word >= 2**31, word - 2**32, word)
+    magnitude = torch.where(signed < 0, -signed - 1, signed)
+    return magnitude.to(torch.float32) * 4.6566127342e-10
+
+
+def _rand(seeds: torch.Tensor, index: int, size: Sequence[int]) -> torch.Tensor:
+    count = 1
+    for n in size:
+        count *= n
+    offsets = torch.arange(count, dtype=torch.int64, device=seeds.device)
+    return uniform(philox(seeds[index], offsets)).reshape(tuple(size))
+
+
+def _rand_fake(seeds: torch.Tensor, index: int, size: Sequence[int]) -> torch.Tensor:
+    return torch.empty(tuple(size), dtype=torch.float32, device=seeds.device)
+
+
+_LIBRARY.impl("seeds", _seeds, "CompositeExplicitAutograd")
+_LIBRARY.impl("rand", _rand, "CompositeExplicitAutograd")
+torch.library.register_fake("memplan::seeds", _seeds_fake, lib=_LIBRARY)
+torch.library.register_fake("memplan::rand", _rand_fake, lib=_LIBRARY)

@@ -1,0 +1,112 @@
+"""What the Python wrapper's text calls: allocation, views, operators, kernels, poison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch._C._dynamo.guards import _empty_strided_cpu, _reinterpret_tensor
+from torch.utils import _pytree as pytree
+
+#: Byte that poison mode writes over what the plan calls free: a NaN in every floating dtype, a large odd integer.
+POISON = 0xFF
+
+
+def allocate_pool(nbytes: int, device: str) -> torch.Tensor:
+    """One uninitialised allocation of ``nbytes`` bytes."""
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+def in_pool(
+    pool: torch.Tensor, dtype: torch.dtype, sizes: Sequence[int], strides: Sequence[int], offset: int
+) -> torch.Tensor:
+    """The tensor at ``offset`` bytes of a pool; the offset is a multiple of the item size."""
+    return _reinterpret_tensor(pool.view(dtype), sizes, strides, offset // dtype.itemsize)
+
+
+def reinterpret_as(
+    tensor: torch.Tensor, dtype: torch.dtype, sizes: Sequence[int], strides: Sequence[int], offset_bytes: int
+) -> torch.Tensor:
+    """A tensor of another dtype on the same storage, ``offset_bytes`` after the given tensor's first element."""
+    if tensor.dtype == dtype:
+        return _reinterpret_tensor(tensor, sizes, strides, offset_bytes // dtype.itemsize)
+    start = tensor.storage_offset() * tensor.element_size() + offset_bytes
+    out = torch.empty(0, dtype=dtype, device=tensor.device)
+    return out.set_(tensor.untyped_storage(), start // dtype.itemsize, tuple(sizes), tuple(strides))
+
+
+def laid_out(tensor: torch.Tensor, sizes: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
+    """A fresh result in the layout that the plan was made for: itself, or a copy where the operator chose another.
+
+    Raises
+    ------
+    RuntimeError
+        If the operator returned another shape than it did when it was traced.
+    """
+    if tensor.stride() == strides and tensor.shape == sizes:
+        return tensor
+    if tuple(tensor.shape) != tuple(sizes):
+        raise RuntimeError(f"an operator returned shape {tuple(tensor.shape)} where {tuple(sizes)} was traced")
+    if all(n <= 1 or a == b for n, a, b in zip(sizes, tensor.stride(), strides, strict=True)):
+        return tensor
+    out = torch.empty_strided(sizes, strides, dtype=tensor.dtype, device=tensor.device)
+    return out.copy_(tensor)
+
+
+def poison_tensor(tensor: torch.Tensor) -> None:
+    """Overwrite every byte of the tensor's own elements."""
+    if tensor.numel() == 0:
+        return
+    extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    flat = torch.as_strided(tensor.detach(), (extent,), (1,), tensor.storage_offset())
+    flat.view(torch.uint8).fill_(POISON)
+
+
+def poison_range(pool: torch.Tensor, offset: int, nbytes: int) -> None:
+    """Overwrite bytes ``[offset, offset + nbytes)`` of a pool."""
+    pool[offset : offset + nbytes].fill_(POISON)
+
+
+def flatten(value: object) -> list[object]:
+    """The flat results of an operator."""
+    return pytree.tree_leaves(value)
+
+
+def find_operator(target: str, callables: Mapping[str, object]) -> Callable[..., object]:
+    """The operator that ``namespace.name.overload`` or ``callable:<key>`` names."""
+    if target.startswith("callable:"):
+        return callables[target.removeprefix("callable:")]  # type: ignore[return-value]
+    namespace, name, overload = target.split(".")
+    found: Callable[..., object] = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+    return found
+
+
+def namespace(
+    operators: Mapping[str, str],
+    callables: Mapping[str, object],
+    constants: Mapping[str, torch.Tensor],
+    kernels: Mapping[str, Callable[..., object]],
+) -> dict[str, object]:
+    """Global names of a Python wrapper."""
+    names: dict[str, object] = {
+        "torch": torch,
+        "device": torch.device,
+        "allocate_pool": allocate_pool,
+        "in_pool": in_pool,
+        "reinterpret": _reinterpret_tensor,
+        "reinterpret_as": reinterpret_as,
+        "laid_out": laid_out,
+        "poison_tensor": poison_tensor,
+        "poison_range": poison_range,
+        "flatten": flatten,
+        "empty_cpu": _empty_strided_cpu,
+        **{name: find_operator(target, callables) for name, target in operators.items()},
+        **constants,
+        **kernels,
+    }
+    if torch.cuda.is_available():
+        from torch._C._dynamo.guards import _empty_strided_cuda
+
+        names["empty_cuda"] = _empty_strided_cuda
+        names["current_stream"] = torch._C._cuda_getCurrentRawStream
+    return names

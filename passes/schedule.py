@@ -1,0 +1,199 @@
+"""From a program to a plan: lifetimes, places and the timeline of live bytes.
+
+Order, in-place reuse and offsets are decided by the passes that have those names; this file joins what they say into
+one `Plan`. Sizes that count are those at the program's hints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..ir.plan import (
+    Certificate,
+    External,
+    InPlaceOf,
+    InPool,
+    Lifetime,
+    Own,
+    Placement,
+    Plan,
+    Pool,
+)
+from ..ir.program import EXTERNAL_KINDS, BufferKind, Contract, Extern, Program, all_views_buffers, evaluate
+
+#: Bytes to which the device allocators round a request (CUDA's caching allocator: 512; the CPU's: 64).
+ROUNDING = {"cuda": 512, "cpu": 64}
+
+
+def rounded(nbytes: int, device: str) -> int:
+    """Bytes that an own allocation of ``nbytes`` takes on the device."""
+    step = ROUNDING.get(device.partition(":")[0], 64)
+    return -(-nbytes // step) * step
+
+
+def lifetimes(program: Program, order: Sequence[str]) -> dict[str, Lifetime]:
+    """Half-open lifetimes in steps of every buffer under the given order. See `memplan.ir.plan` for externals."""
+    n = max(1, len(order))
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for k, name in enumerate(order):
+        op = program.by_name[name]
+        for b in (*op.reads, *op.writes, *all_views_buffers(op)):
+            first.setdefault(b, k)
+            last[b] = k
+    out: dict[str, Lifetime] = {}
+    leaving = program.output_buffers
+    for b in program.buffers.values():
+        if b.kind in EXTERNAL_KINDS:
+            stop = last.get(b.name, 0) + 1 if b.donated and b.name not in leaving else n
+            out[b.name] = Lifetime(0, stop)
+        elif b.name in first:
+            out[b.name] = Lifetime(first[b.name], n + 1 if b.name in leaving else last[b.name] + 1)
+    return out
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Buffers that share one storage by in-place reuse, as one allocation."""
+
+    root: str
+    members: tuple[str, ...]
+    lifetime: Lifetime
+    nbytes: int
+
+
+def storages(program: Program, lives: Mapping[str, Lifetime], in_place: Mapping[str, str]) -> list[Storage]:
+    """In-place chains joined; in order of birth."""
+    root: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while name in in_place:
+            name = in_place[name]
+        return name
+
+    members: dict[str, list[str]] = {}
+    for name in lives:
+        root[name] = find(name)
+        members.setdefault(root[name], []).append(name)
+    out = []
+    for r, names in members.items():
+        life = Lifetime(min(lives[m].start for m in names), max(lives[m].stop for m in names))
+        out.append(Storage(r, tuple(names), life, max(program.nbytes(m) for m in names)))
+    out.sort(key=lambda s: (s.lifetime.start, s.root))
+    return out
+
+
+def must_own(program: Program) -> frozenset[str]:
+    """Buffers that can lie in no pool: they leave the program, or the call that makes them allocates them."""
+    own = set(program.output_buffers)
+    for op in program.operations:
+        if isinstance(op, Extern) and op.contract in (Contract.FRESH, Contract.DYNAMIC):
+            own.update(v.buffer for v in op.results if v is not None)
+    return frozenset(own)
+
+
+def timeline(
+    program: Program, order: Sequence[str], stores: Sequence[Storage], pools: Sequence[Pool], pooled: frozenset[str]
+) -> list[int]:
+    """Live bytes while each step runs: own allocations and whole pools, rounded, and the step's own scratch.
+
+    Externals count only where they are donated (the caller's other memory was there before the step).
+    """
+    n = max(1, len(order))
+    change = [0] * (n + 2)
+    for s in stores:
+        b = program.buffers[s.root]
+        if s.root in pooled or (b.kind in EXTERNAL_KINDS and not b.donated):
+            continue
+        size = rounded(s.nbytes, b.device)
+        change[s.lifetime.start] += size
+        change[min(s.lifetime.stop, n + 1)] -= size
+    for p in pools:
+        size = rounded(evaluate(p.nbytes, program.hints), p.device)
+        change[p.lifetime.start] += size
+        change[min(p.lifetime.stop, n + 1)] -= size
+    out, live = [], 0
+    for k in range(n):
+        live += change[k]
+        scratch = 0
+        if k < len(order):
+            op = program.by_name[order[k]]
+            scratch = evaluate(op.scratch, program.hints) if isinstance(op, Extern) else 0
+        out.append(live + scratch)
+    return out
+
+
+def make_plan(
+    program: Program,
+    order: Sequence[str],
+    *,
+    in_place: Mapping[str, str],
+    pools: Sequence[Pool] = (),
+    offsets: Mapping[str, tuple[str, int]] | None = None,
+    order_bound: int = 0,
+    program_peak: int | None = None,
+    notes: Sequence[tuple[str, str]] = (),
+    note: str = "",
+) -> Plan:
+    """Join the decisions into a plan.
+
+    Parameters
+    ----------
+    in_place:
+        For each buffer that takes another's storage, that other buffer.
+    offsets:
+        For each storage root placed in a pool: (pool, offset in bytes).
+    order_bound, program_peak:
+        Certified lower bound on any order's peak and the peak in program order, in bytes.
+    """
+    lives = lifetimes(program, order)
+    live_places = {b: p for b, p in in_place.items() if b in lives and p in lives}
+    stores = storages(program, lives, live_places)
+    offsets = offsets or {}
+    placements: dict[str, Placement] = {}
+    for name in lives:
+        if program.buffers[name].kind in EXTERNAL_KINDS:
+            placements[name] = External()
+        elif name in live_places:
+            placements[name] = InPlaceOf(live_places[name])
+        elif name in offsets:
+            placements[name] = InPool(*offsets[name])
+        else:
+            placements[name] = Own()
+    pooled = frozenset(offsets)
+    line = timeline(program, order, stores, pools, pooled)
+    unpooled = timeline(program, order, stores, (), frozenset())
+    peak, placed = max(unpooled), max(line)
+    certificate = Certificate(
+        program_peak=peak if program_peak is None else program_peak,
+        peak=peak,
+        order_bound=min(order_bound, peak),
+        placed_peak=placed,
+        alignment=0,
+        note=note,
+    )
+    return Plan(
+        program,
+        tuple(order),
+        lives,
+        placements,
+        tuple(pools),
+        tuple(line),
+        certificate,
+        (*program.notes, *notes),
+        by_device(program, order, stores, pools, pooled),
+    )
+
+
+def by_device(
+    program: Program, order: Sequence[str], stores: Sequence[Storage], pools: Sequence[Pool], pooled: frozenset[str]
+) -> dict[str, int]:
+    """Predicted peak of each device by itself."""
+    devices = sorted({b.device for b in program.buffers.values() if b.kind is not BufferKind.CONSTANT})
+    out = {}
+    for device in devices:
+        mine = [s for s in stores if program.buffers[s.root].device == device]
+        here = [p for p in pools if p.device == device]
+        out[device] = max(timeline(program, order, mine, here, pooled))
+    return out
