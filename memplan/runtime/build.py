@@ -85,7 +85,8 @@ def build_library(
     flags
         After the default ones, so that they win.
     libraries
-        ``"mvec"`` becomes ``-lmvec``; a path is linked as it is, with its directory as run path.
+        ``"z"`` becomes ``-lz``; a path is linked as it is, with its directory as run path.  libm, and libmvec where
+        there is one, are linked always.
     include_dirs
         Searched for headers. Their paths are part of the cache key, their contents are not: give the version of what
         lies there in ``extra_key``.
@@ -128,24 +129,27 @@ def compile_command(job: BuildJob, toolchain: Toolchain) -> tuple[str, ...]:
         command.append("-march=native")
     if job.openmp and toolchain.openmp:
         command.append("-fopenmp")
+    if toolchain.mvec:
+        command.append("-DMP_MVEC")  # codegen/cpp_prelude.h then asks for vector versions of libm's functions
     command.extend(f"-I{folder}" for folder in job.include_dirs)
     command.extend(job.flags)
     return tuple(command)
 
 
-def _link_arguments(libraries: tuple[str, ...]) -> tuple[str, ...]:
+def _link_arguments(libraries: tuple[str, ...], toolchain: Toolchain) -> tuple[str, ...]:
     arguments: list[str] = []
     for library in libraries:
         if os.sep in library:
             arguments += [library, f"-Wl,-rpath,{os.path.dirname(os.path.abspath(library))}"]
         else:
             arguments.append(f"-l{library}")
-    return tuple(arguments)
+    mathematics = ("-lmvec", "-lm") if toolchain.mvec else ("-lm",)
+    return (*arguments, "-Wl,--as-needed", *mathematics)
 
 
 def _build(job: BuildJob, toolchain: Toolchain, cache: Cache) -> Path:
     command = compile_command(job, toolchain)
-    links = _link_arguments(job.libraries)
+    links = _link_arguments(job.libraries, toolchain)
     key = cache_key("library 1", job.source, command, links, toolchain.fingerprint(), job.extra_key)
 
     def build(target: Path) -> None:

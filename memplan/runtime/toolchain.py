@@ -38,14 +38,24 @@ extern "C" float probe(const float* a, int n) {
 """
 
 
+_MVEC_SOURCE = """\
+extern "C" __attribute__((simd("notinbranch"))) float erff(float) noexcept;
+extern "C" void probe(const float* __restrict a, float* __restrict b) {
+    #pragma omp simd
+    for (int i = 0; i < 64; ++i) b[i] = erff(a[i]);
+}
+"""
+"""erff came with glibc 2.35, as did all but six of the functions."""
+
+
 @dataclass(frozen=True, slots=True)
 class Toolchain:
     """A compiler that was seen to build a shared library.
 
     ``command`` is the compiler with the arguments that ``CXX`` gave it; ``version`` its own first line; ``native`` and
     ``openmp`` whether ``-march=native`` and ``-fopenmp`` build and link; ``mvec`` whether glibc's vector mathematics
-    library does; ``cpu`` a digest of the CPU that ``-march=native`` was resolved on, so that a cache directory shared
-    by different machines never hands one the other's code.
+    library, 2.35 or newer, does; ``cpu`` a digest of the CPU that ``-march=native`` was resolved on, so that a cache
+    directory shared by different machines never hands one the other's code.
     """
 
     command: tuple[str, ...]
@@ -140,7 +150,7 @@ def _probe(command: tuple[str, ...], cache: Cache) -> Toolchain:
     resolved = Path(command[0]).resolve()
     status = resolved.stat()
     key = cache_key(
-        "toolchain 1", command, str(resolved), status.st_mtime_ns, status.st_size, version, cpu_identity()
+        "toolchain 2", command, str(resolved), status.st_mtime_ns, status.st_size, version, cpu_identity()
     )  # fmt: skip
     stored = cache.get_bytes(key)
     if stored is not None:
@@ -162,17 +172,18 @@ def _version(command: tuple[str, ...]) -> str:
 def _try_flags(command: tuple[str, ...], version: str) -> Toolchain:
     with tempfile.TemporaryDirectory(prefix="memplan-probe-") as folder:
 
-        def builds(*flags: str) -> subprocess.CompletedProcess[str]:
-            line = (*command, "-std=c++17", "-O1", "-fPIC", "-shared", "probe.cpp", "-o", "probe.so", *flags)
+        def builds(source: str, *flags: str) -> subprocess.CompletedProcess[str]:
+            (Path(folder) / "probe.cpp").write_text(source, encoding="utf-8")
+            line = (*command, "-std=c++17", "-O3", "-fPIC", "-shared", "probe.cpp", "-o", "probe.so", *flags)
             return run_compiler(line, Path(folder), _PROBE_SECONDS)
 
-        (Path(folder) / "probe.cpp").write_text(_PROBE_SOURCE, encoding="utf-8")
-        plain = builds()
+        plain = builds(_PROBE_SOURCE)
         if plain.returncode != 0:
             raise CompilerError(f"cannot build a shared library:\n{first_errors(plain.stderr)}")
-        native = builds("-march=native").returncode == 0
-        openmp = builds("-fopenmp").returncode == 0
-        mvec = builds("-lmvec", "-lm").returncode == 0
+        native = builds(_PROBE_SOURCE, "-march=native").returncode == 0
+        openmp = builds(_PROBE_SOURCE, "-fopenmp").returncode == 0
+        mvec_flags = ("-fno-math-errno", "-fopenmp-simd", "-Wl,-z,defs", "-lmvec", "-lm")
+        mvec = builds(_MVEC_SOURCE, *mvec_flags).returncode == 0
     return Toolchain(command, version, native, openmp, mvec, cpu_identity())
 
 
