@@ -1,0 +1,321 @@
+"""The program verifier: what must hold after every pass.
+
+It shares no code with a pass. Every message names the operation, the buffer or both buffers, and the user's line.
+`verify_plan` (in `verify_plan.py`) does the same for plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import sympy
+
+from .errors import VerificationError
+from .loops import Size, StoreMode
+from .program import (
+    EXTERNAL_KINDS,
+    BufferKind,
+    Contract,
+    Copy,
+    Extern,
+    KernelOp,
+    Operation,
+    Program,
+    SymbolInput,
+    TensorInput,
+    View,
+    argument_views,
+)
+from .verify_access import (
+    POINTWISE_EXTERNS,
+    Region,
+    in_place_hazard,
+    regions_disjoint,
+    same_elements,
+    store_region,
+    view_region,
+)
+from .verify_kernel import evaluate_index, verify_kernel
+
+__all__ = ["verify_kernel", "verify_program"]
+
+
+def verify_program(program: Program) -> None:
+    """Check a program.
+
+    Single assignment and declared mutation, buffers written before they are read, views and kernels in bounds, parts
+    of a buffer written by several operations apart from one another, contracts of extern calls, sizes known when they
+    are used, external storages written only where declared, outputs that outlive the program.
+
+    Raises
+    ------
+    VerificationError
+        At the first rule broken.
+    """
+    _ProgramCheck(program).run()
+
+
+def location(op: Operation) -> str:
+    """The user's line that an operation comes from, or its FX node."""
+    for origin in op.origins:
+        if origin.location:
+            return f"{origin.location} {origin.code}".rstrip()
+    return next((o.node for o in op.origins if o.node), "")
+
+
+def operation_views(op: Operation) -> Iterator[View]:
+    """Views that an extern call or a copy names, results among them."""
+    if isinstance(op, Copy):
+        yield op.source
+        yield op.target
+    elif isinstance(op, Extern):
+        yield from argument_views((*op.args, *(a for _, a in op.kwargs)))
+        yield from (v for v in op.results if v is not None)
+
+
+class _ProgramCheck:
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.hints: Mapping[sympy.Symbol, int] = program.hints
+        self.written: dict[str, list[Operation]] = {}
+        self.mutated: dict[str, Operation] = {}
+        self.defined: dict[sympy.Symbol, Operation] = {
+            s: op for op in program.operations if isinstance(op, Extern) for _, s in op.symbols
+        }
+        self.known: set[sympy.Symbol] = set()
+
+    def fail(self, message: str, op: Operation | None = None) -> VerificationError:
+        head = f"program {self.program.name!r}" if op is None else f"operation {op.name!r}"
+        return VerificationError(f"{head}: {message}", where="" if op is None else location(op))
+
+    def run(self) -> None:
+        self.check_buffers()
+        self.check_inputs()
+        seen: set[str] = set()
+        for op in self.program.operations:
+            if op.name in seen:
+                raise self.fail("another operation has the same name", op)
+            seen.add(op.name)
+            self.check_operation(op)
+        self.check_outputs()
+
+    # -- buffers ----------------------------------------------------------------------------------------------------
+
+    def check_buffers(self) -> None:
+        for key, b in self.program.buffers.items():
+            if key != b.name:
+                raise self.fail(f"buffer {b.name!r} is held under the name {key!r}")
+            if self.size(b.nbytes, f"the size of buffer {key!r}") < 0:
+                raise self.fail(f"buffer {key!r} has {b.nbytes} bytes")
+            if b.alignment <= 0 or b.alignment & (b.alignment - 1):
+                raise self.fail(f"buffer {key!r} has alignment {b.alignment}, which is no power of two")
+            if b.donated and b.kind is not BufferKind.INPUT:
+                raise self.fail(f"buffer {key!r} is donated, but it is {b.kind.value} and no input")
+            if b.zero_fill and b.kind in EXTERNAL_KINDS:
+                raise self.fail(f"buffer {key!r} is external ({b.kind.value}) and would be filled with zeros")
+
+    def size(self, size: Size, what: str, op: Operation | None = None) -> int:
+        if isinstance(size, int):
+            return size
+        for symbol in size.free_symbols:
+            if symbol not in self.hints:
+                raise self.fail(f"{what} uses the symbol {symbol}, which has no hint", op)
+        return evaluate_index(size, self.hints)
+
+    def check_inputs(self) -> None:
+        positions: set[int] = set()
+        passed: set[str] = set()
+        for i in self.program.inputs:
+            if i.position in positions:
+                raise self.fail(f"two inputs have position {i.position}")
+            positions.add(i.position)
+            if isinstance(i, SymbolInput):
+                if i.symbol not in self.hints:
+                    raise self.fail(f"input {i.position} is the symbol {i.symbol}, which has no hint")
+            elif isinstance(i, TensorInput):
+                name = i.view.buffer
+                if name not in self.program.buffers:
+                    raise self.fail(f"input {i.position} is the buffer {name!r}, which does not exist")
+                if self.program.buffers[name].kind not in EXTERNAL_KINDS:
+                    kind = self.program.buffers[name].kind.value
+                    raise self.fail(f"input {i.position} is the buffer {name!r}, whose kind is {kind}")
+                self.check_view(i.view, f"input {i.position}")
+                passed.add(name)
+        for b in self.program.buffers.values():
+            if b.kind in EXTERNAL_KINDS and b.name not in passed and b.name not in self.program.constants:
+                raise self.fail(f"buffer {b.name!r} is external ({b.kind.value}), but neither an input nor a constant")
+
+    def check_view(self, view: View, what: str, op: Operation | None = None) -> None:
+        if view.buffer not in self.program.buffers:
+            raise self.fail(f"{what} names the buffer {view.buffer!r}, which does not exist", op)
+        if len(view.sizes) != len(view.strides):
+            raise self.fail(f"{what} of {view.buffer!r} has {len(view.sizes)} sizes and {len(view.strides)} strides", op)
+        label = f"{what} of {view.buffer!r}"
+        sizes = [self.size(n, label, op) for n in view.sizes]
+        strides = [self.size(n, label, op) for n in view.strides]
+        first = self.size(view.offset, label, op)
+        if min(sizes, default=0) < 0 or min(strides, default=0) < 0 or first < 0:
+            raise self.fail(f"{label} has a negative size, stride or offset", op)
+        if 0 in sizes:
+            return
+        last = first + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
+        nbytes = self.size(self.program.buffers[view.buffer].nbytes, label, op)
+        if (last + 1) * view.dtype.itemsize > nbytes:
+            raise self.fail(
+                f"{what} reaches byte {(last + 1) * view.dtype.itemsize} of {view.buffer!r}, which has {nbytes} bytes", op
+            )
+
+    # -- operations -------------------------------------------------------------------------------------------------
+
+    def check_operation(self, op: Operation) -> None:
+        self.check_symbols(op)
+        for name in (*op.reads, *op.writes, *op.mutates):
+            if name not in self.program.buffers:
+                raise self.fail(f"it names the buffer {name!r}, which does not exist", op)
+        for name in op.reads:
+            self.check_read(name, op)
+        for view in operation_views(op):
+            self.check_view(view, "a view", op)
+        match op:
+            case KernelOp():
+                self.check_kernel(op)
+            case Extern():
+                self.check_extern(op)
+            case Copy():
+                self.check_copy(op)
+        for name in op.mutates:
+            self.check_mutation(name, op)
+        for name in op.writes:
+            self.check_write(name, op)
+        for name in op.mutates:
+            self.mutated[name] = op
+        for name in op.writes:
+            self.written.setdefault(name, []).append(op)
+        if isinstance(op, Extern):
+            self.known.update(s for _, s in op.symbols)
+
+    def check_symbols(self, op: Operation) -> None:
+        """A size that a call makes known is not used before it."""
+        if not self.defined:
+            return
+        used: set[sympy.Symbol] = set()
+        for view in operation_views(op):
+            for n in (*view.sizes, *view.strides, view.offset):
+                used |= set() if isinstance(n, int) else n.free_symbols
+        if isinstance(op, KernelOp):
+            for r in (*op.kernel.outer, *op.kernel.row):
+                used |= set() if isinstance(r.size, int) else r.size.free_symbols
+        for symbol in used:
+            definer = self.defined.get(symbol)
+            if definer is not None and symbol not in self.known and definer is not op:
+                raise self.fail(f"it uses the size {symbol}, which {definer.name!r} defines later", op)
+
+    def check_read(self, name: str, op: Operation) -> None:
+        b = self.program.buffers[name]
+        if b.kind in EXTERNAL_KINDS or name in self.written or b.zero_fill:
+            return
+        raise self.fail(f"it reads {name!r} ({b.nbytes} bytes), which nothing before it writes", op)
+
+    def check_mutation(self, name: str, op: Operation) -> None:
+        if self.program.buffers[name].kind is BufferKind.CONSTANT:
+            raise self.fail(f"it changes the constant {name!r}", op)
+
+    def check_write(self, name: str, op: Operation) -> None:
+        b = self.program.buffers[name]
+        if b.kind in EXTERNAL_KINDS:
+            raise self.fail(f"it writes {name!r}, an external buffer ({b.kind.value}), without declaring the mutation", op)
+        if name in self.mutated:
+            raise self.fail(f"it writes {name!r} afresh, after {self.mutated[name].name!r} changed it", op)
+        for other in self.written.get(name, ()):
+            self.check_parts(name, op, other)
+
+    def check_parts(self, name: str, op: Operation, other: Operation) -> None:
+        for o in (op, other):
+            if isinstance(o, Extern) and o.contract in (Contract.FRESH, Contract.DYNAMIC):
+                raise self.fail(f"{o.name!r} returns {name!r} as a fresh allocation, yet another operation writes it", op)
+        for p in self.regions(op, name):
+            for q in self.regions(other, name):
+                if p is not None and q is not None and regions_disjoint(p, q, self.hints) is False:
+                    raise self.fail(f"it writes {name!r}, and {other.name!r} writes some of the same elements", op)
+
+    def regions(self, op: Operation, name: str) -> list[Region | None]:
+        if isinstance(op, KernelOp):
+            return [store_region(op.kernel, s, self.hints) for s in op.kernel.stores if s.buffer == name]
+        if isinstance(op, Copy):
+            return [view_region(op.target, self.hints)]
+        return [view_region(v, self.hints) for v in op.results if v is not None and v.buffer == name]
+
+    def check_kernel(self, op: KernelOp) -> None:
+        verify_kernel(op.kernel, self.program.buffers, self.hints, name=op.name, where=location(op))
+        stored = set(op.kernel.written_buffers)
+        for name in op.mutates:
+            if name not in stored:
+                raise self.fail(f"it declares that it changes {name!r}, but stores nothing there", op)
+            if name in op.kernel.read_buffers:
+                hazard = in_place_hazard(op.kernel, name, name)
+                if hazard:
+                    raise self.fail(f"it races with itself in {name!r}: {hazard}", op)
+        for store in op.kernel.stores:
+            b = self.program.buffers[store.buffer]
+            if store.mode is not StoreMode.SET and store.buffer not in op.mutates and not b.zero_fill:
+                raise self.fail(f"its atomic {store.mode.value} goes to {store.buffer!r}, which holds no value yet", op)
+        for name in (*op.reads, *op.writes):
+            device = self.program.buffers[name].device
+            if device != op.device:
+                raise self.fail(f"it runs on {op.device}, and {name!r} is on {device}", op)
+
+    def check_extern(self, op: Extern) -> None:
+        if op.target.startswith("callable:") and op.target.removeprefix("callable:") not in self.program.callables:
+            raise self.fail(f"its target {op.target!r} is not among the program's callables", op)
+        for name in {v.buffer for v in op.results if v is not None}:
+            fresh = name not in op.mutates
+            if fresh and op.contract is Contract.ALIAS and name not in op.reads:
+                raise self.fail(f"its result is an alias of {name!r}, which is no argument of it", op)
+            if fresh and op.contract is Contract.MUTATE:
+                raise self.fail(f"it only changes its arguments, yet returns {name!r}", op)
+        if self.size(op.scratch, "its scratch", op) < 0:
+            raise self.fail(f"it takes {op.scratch} bytes of scratch", op)
+        arguments = list(argument_views((*op.args, *(a for _, a in op.kwargs))))
+        parts = op.target.split(".")
+        pointwise = len(parts) > 1 and parts[1].rstrip("_") in POINTWISE_EXTERNS
+        for name in op.mutates:
+            own = [v for v in arguments if v.buffer == name]
+            if not own:
+                raise self.fail(f"it declares that it changes {name!r}, which is no argument of it", op)
+            for other in own[1:]:
+                self.check_repeated(op, own[0], other, pointwise)
+
+    def check_repeated(self, op: Extern, first: View, other: View, pointwise: bool) -> None:
+        """A changed argument must not be read through another argument as well."""
+        if pointwise and same_elements(first, other):
+            return
+        apart = regions_disjoint(view_region(first, self.hints), view_region(other, self.hints), self.hints)
+        if apart is not True:
+            raise self.fail(f"it changes {first.buffer!r} and names it twice: it could read what it has written", op)
+
+    def check_copy(self, op: Copy) -> None:
+        sizes = [tuple(self.size(n, "a view", op) for n in v.sizes) for v in (op.source, op.target)]
+        if sizes[0] != sizes[1]:
+            raise self.fail(
+                f"it copies {op.source.buffer!r} of shape {sizes[0]} to {op.target.buffer!r} of shape {sizes[1]}", op
+            )
+        for name in op.mutates:
+            if name != op.target.buffer:
+                raise self.fail(f"it declares that it changes {name!r}, but copies to {op.target.buffer!r}", op)
+        if op.source.buffer == op.target.buffer and not same_elements(op.source, op.target):
+            apart = regions_disjoint(view_region(op.source, self.hints), view_region(op.target, self.hints), self.hints)
+            if apart is False:
+                raise self.fail(f"it copies {op.source.buffer!r} onto itself, to elements that it still reads", op)
+
+    # -- outputs ----------------------------------------------------------------------------------------------------
+
+    def check_outputs(self) -> None:
+        for k, out in enumerate(self.program.outputs):
+            if not isinstance(out, View):
+                continue
+            self.check_view(out, f"output {k}")
+            b = self.program.buffers[out.buffer]
+            if b.kind not in EXTERNAL_KINDS and b.kind not in (BufferKind.OUTPUT, BufferKind.SAVED):
+                raise self.fail(f"output {k} is {b.name!r}, whose kind is {b.kind.value}: it would not outlive the program")
+            if b.kind not in EXTERNAL_KINDS and b.name not in self.written and not b.zero_fill:
+                raise self.fail(f"output {k} is {b.name!r}, which nothing writes")
