@@ -149,7 +149,7 @@ class _ProgramCheck:
         if view.buffer not in self.program.buffers:
             raise self.fail(f"{what} names the buffer {view.buffer!r}, which does not exist", op)
         if len(view.sizes) != len(view.strides):
-            raise self.fail(f"{what} of {view.buffer!r} has {len(view.sizes)} sizes and {len(view.strides)} strides", op)
+            raise self.fail(f"{what} of {view.buffer!r} has {len(view.sizes)} sizes, {len(view.strides)} strides", op)
         label = f"{what} of {view.buffer!r}"
         sizes = [self.size(n, label, op) for n in view.sizes]
         strides = [self.size(n, label, op) for n in view.strides]
@@ -162,7 +162,8 @@ class _ProgramCheck:
         nbytes = self.size(self.program.buffers[view.buffer].nbytes, label, op)
         if (last + 1) * view.dtype.itemsize > nbytes:
             raise self.fail(
-                f"{what} reaches byte {(last + 1) * view.dtype.itemsize} of {view.buffer!r}, which has {nbytes} bytes", op
+                f"{what} reaches byte {(last + 1) * view.dtype.itemsize} of {view.buffer!r}, which has {nbytes} bytes",
+                op,
             )
 
     # -- operations -------------------------------------------------------------------------------------------------
@@ -223,7 +224,7 @@ class _ProgramCheck:
     def check_write(self, name: str, op: Operation) -> None:
         b = self.program.buffers[name]
         if b.kind in EXTERNAL_KINDS:
-            raise self.fail(f"it writes {name!r}, an external buffer ({b.kind.value}), without declaring the mutation", op)
+            raise self.fail(f"it writes {name!r}, which is external ({b.kind.value}), without declaring it", op)
         if name in self.mutated:
             raise self.fail(f"it writes {name!r} afresh, after {self.mutated[name].name!r} changed it", op)
         for other in self.written.get(name, ()):
@@ -232,7 +233,7 @@ class _ProgramCheck:
     def check_parts(self, name: str, op: Operation, other: Operation) -> None:
         for o in (op, other):
             if isinstance(o, Extern) and o.contract in (Contract.FRESH, Contract.DYNAMIC):
-                raise self.fail(f"{o.name!r} returns {name!r} as a fresh allocation, yet another operation writes it", op)
+                raise self.fail(f"{o.name!r} allocates {name!r} itself, yet another operation writes it", op)
         for p in self.regions(op, name):
             for q in self.regions(other, name):
                 if p is not None and q is not None and regions_disjoint(p, q, self.hints) is False:
@@ -316,6 +317,6 @@ class _ProgramCheck:
             self.check_view(out, f"output {k}")
             b = self.program.buffers[out.buffer]
             if b.kind not in EXTERNAL_KINDS and b.kind not in (BufferKind.OUTPUT, BufferKind.SAVED):
-                raise self.fail(f"output {k} is {b.name!r}, whose kind is {b.kind.value}: it would not outlive the program")
+                raise self.fail(f"output {k} is {b.name!r}, which is {b.kind.value}: it would not outlive the program")
             if b.kind not in EXTERNAL_KINDS and b.name not in self.written and not b.zero_fill:
                 raise self.fail(f"output {k} is {b.name!r}, which nothing writes")

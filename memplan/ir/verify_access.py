@@ -16,14 +16,15 @@ from .loops import Kernel, Level, Load, Reduce, Size, Store, StoreMode, operands
 from .program import Extern, View, argument_views
 from .verify_kernel import evaluate_index, interval
 
-#: ATen calls that read and write element by element (one iterator over all operands): output over input is safe.
-POINTWISE_EXTERNS = frozenset(
+_POINTWISE = (
     "abs acos acosh add addcdiv addcmul asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or bitwise_xor ceil"
-    " clamp clamp_max clamp_min copysign cos cosh digamma div elu erf erfc erfinv exp exp2 expm1 fill floor floor_divide"
-    " fmax fmin fmod frac gelu hardsigmoid hardswish hardtanh hypot leaky_relu lerp lgamma log log10 log1p log2"
-    " logit masked_fill maximum minimum mish mul nan_to_num neg pow reciprocal relu remainder round rsqrt sgn"
-    " sigmoid sign silu sin sinc sinh softplus sqrt square sub tan tanh threshold trunc where xlogy zero".split()
+    " clamp clamp_max clamp_min copysign cos cosh digamma div elu erf erfc erfinv exp exp2 expm1 fill floor"
+    " floor_divide fmax fmin fmod frac gelu hardsigmoid hardswish hardtanh hypot leaky_relu lerp lgamma log log10 log1p"
+    " log2 logit masked_fill maximum minimum mish mul nan_to_num neg pow reciprocal relu remainder round rsqrt sgn"
+    " sigmoid sign silu sin sinc sinh softplus sqrt square sub tan tanh threshold trunc where xlogy zero"
 )
+#: ATen calls that read and write element by element (one iterator over all operands): output over input is safe.
+POINTWISE_EXTERNS = frozenset(_POINTWISE.split())
 _ENUMERATED_ELEMENTS = 4096
 
 
@@ -136,9 +137,7 @@ def in_place_hazard(kernel: Kernel, old: str, new: str) -> str:
     return ""
 
 
-def _pair_hazard(
-    kernel: Kernel, position: int, load: Load, store: Store, ranges: Ranges, passes: Sequence[int]
-) -> str:
+def _pair_hazard(kernel: Kernel, position: int, load: Load, store: Store, ranges: Ranges, passes: Sequence[int]) -> str:
     if load.dtype.itemsize != store.dtype.itemsize:
         return (
             f"elements of {load.buffer!r} have {load.dtype.itemsize} bytes, those of {store.buffer!r} "
@@ -146,16 +145,20 @@ def _pair_hazard(
         )
     point = kernel.store_level(store) is Level.POINT
     written = max((passes[k] for k in _store_values(store)), default=0)
-    late = [p for p, sink_is_point in _sinks(kernel, position, passes) if p > written or (p == written and not point and sink_is_point)]
+    sinks = list(_sinks(kernel, position, passes))
+    late = [p for p, along_row in sinks if p > written or (p == written and along_row and not point)]
     if late:
-        return f"v{position} reads {load.buffer!r} in pass {max(late)} over the row, after pass {written} wrote {store.buffer!r}"
+        return (
+            f"v{position} reads {load.buffer!r} in pass {max(late)} over the row, when pass {written} has written "
+            f"{store.buffer!r}"
+        )
     if simplify(expand(load.index - store.index), ranges) == 0:
         wide = {r.symbol for r in (*kernel.outer, *(kernel.row if point else ())) if r.size != 1}
         missing = wide - store.index.free_symbols
         if missing:
             return f"points along {min(missing, key=str)} read and write one element of {load.buffer!r}"
         return ""
-    early = all(p < written for p, _ in _sinks(kernel, position, passes))
+    early = all(p < written for p, _ in sinks)
     if early and _rows_apart(kernel, load.index, store.index, ranges):
         return ""
     return f"v{position} reads {load.buffer!r} at {load.index} while {store.buffer!r} is written at {store.index}"

@@ -37,7 +37,8 @@ from .loops import (
 )
 from .program import Buffer
 
-_BOOLEAN_RESULTS = frozenset("eq ne lt le gt ge logical_and logical_or logical_xor logical_not isnan isinf signbit".split())
+_LOGICAL = "eq ne lt le gt ge logical_and logical_or logical_xor logical_not isnan isinf"
+_BOOLEAN_RESULTS = frozenset(_LOGICAL.split())
 _REDUCE_ARITY = {"argmax": 2, "argmin": 2, "welford": 1, "welford_combine": 3}
 _RANGE_NAME = re.compile(r"[xr]\d+")
 _SAMPLED_POINTS = 256  # single points tried where interval arithmetic proves nothing
@@ -378,5 +379,5 @@ def interval(
         divisor = known[1][0]
         if isinstance(expr, FloorDiv):
             return known[0][0] // divisor, known[0][1] // divisor
-        return known[0] if 0 <= known[0][0] and known[0][1] < divisor else (0, divisor - 1)
+        return known[0] if known[0][0] >= 0 and known[0][1] < divisor else (0, divisor - 1)
     return None
