@@ -205,10 +205,10 @@ def _rows_apart(kernel: Kernel, load: sympy.Expr, store: sympy.Expr, ranges: Ran
     starts, spans = [], []
     for expr in (load, store):
         terms = sympy.Add.make_args(expand(simplify(expr, ranges)))
-        inside = [t for t in terms if t.free_symbols & row]
-        if any(t.free_symbols - row for t in inside):
+        inside = [t for t in terms if not t.free_symbols - row]
+        if any(t.free_symbols & row for t in terms if t not in inside):
             return False
-        starts.append(sympy.Add(*[t for t in terms if not t.free_symbols & row]))
+        starts.append(sympy.Add(*[t for t in terms if t not in inside]))
         found = interval(sympy.Add(*inside), sizes, {})
         if found is None:
             return False

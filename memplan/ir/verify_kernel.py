@@ -185,7 +185,7 @@ class _Check:
         if buffer not in self.buffers:
             raise self.fail(f"{what} names the buffer {buffer!r}, which does not exist")
         known = self.buffers[buffer].dtype
-        if dtype is not known:
+        if dtype.itemsize != known.itemsize:
             raise self.fail(f"{what} accesses {buffer!r} as {dtype}; the buffer's elements are {known}")
         self.check_symbols(what, index)
 

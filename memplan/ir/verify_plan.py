@@ -110,7 +110,8 @@ class _PlanCheck:
     def fail(self, message: str, *ops: Operation, buffer: Buffer | None = None) -> VerificationError:
         where = next((w for w in map(location, ops) if w), "")
         if not where and buffer is not None:
-            where = buffer.origin.location or buffer.origin.node
+            writer = next((op for op in self.program.operations if buffer.name in op.writes), None)
+            where = buffer.origin.location or ("" if writer is None else location(writer)) or buffer.origin.node
         return VerificationError(f"plan of {self.program.name!r}: {message}", where=where)
 
     def at(self, step: int) -> str:
