@@ -1,0 +1,148 @@
+"""Source of the small device functions that emitted kernels may call; a kernel's module holds those it uses.
+
+Each takes tensors that broadcast against each other. ``NEEDS`` names functions that a function calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+DEVICE_FUNCTIONS: Mapping[str, str] = {
+    "floor_divide": """
+def floor_divide(a, b):
+    quotient = a // b
+    return tl.where((a - quotient * b != 0) & ((a < 0) != (b < 0)), quotient - 1, quotient)
+""",
+    "floor_modulo": """
+def floor_modulo(a, b):
+    rest = a % b
+    return tl.where((rest != 0) & ((rest < 0) != (b < 0)), rest + b, rest)
+""",
+    "floor_divide_float": """
+def floor_divide_float(a, b):
+    rest = libdevice.fmod(a, b)
+    quotient = (a - rest) / b
+    quotient = tl.where((rest != 0.0) & ((b < 0.0) != (rest < 0.0)), quotient - 1.0, quotient)
+    whole = tl.floor(quotient)
+    whole = tl.where(quotient - whole > 0.5, whole + 1.0, whole)
+    whole = tl.where(quotient == 0.0, (a / b) * 0.0, whole)
+    return tl.where(b == 0.0, a / b, whole)
+""",
+    "floor_modulo_float": """
+def floor_modulo_float(a, b):
+    rest = libdevice.fmod(a, b)
+    return tl.where((rest != 0.0) & ((rest < 0.0) != (b < 0.0)), rest + b, rest)
+""",
+    "integer_power": """
+def integer_power(base, exponent, BITS: tl.constexpr):
+    result = base * 0 + 1
+    factor = base
+    rest = exponent
+    for _ in tl.static_range(BITS):
+        result = tl.where((rest & 1) != 0, result * factor, result)
+        factor = factor * factor
+        rest = rest >> 1
+    odd = (exponent & 1) != 0
+    inverse = tl.where(base == 1, base, tl.where(base == -1, tl.where(odd, base, -base), base * 0))
+    return tl.where(exponent < 0, inverse, result)
+""",
+    "digamma": """
+def digamma(x):
+    pole = (x == 0.0) | ((x < 0.0) & (x == tl.floor(x)))
+    reflected = x < 0.0
+    y = tl.where(reflected, 1.0 - x, x)
+    shift = y * 0.0
+    for _ in tl.static_range(10):
+        small = y < 10.0
+        shift = tl.where(small, shift - 1.0 / tl.where(small, y, 1.0), shift)
+        y = tl.where(small, y + 1.0, y)
+    z = 1.0 / (y * y)
+    series = z * (1 / 12 - z * (1 / 120 - z * (1 / 252 - z * (1 / 240 - z * (1 / 132)))))
+    value = shift + libdevice.log(y) - 0.5 / y - series
+    fraction = x - tl.floor(x)
+    angle = 3.141592653589793 * fraction
+    value = tl.where(reflected, value - 3.141592653589793 / libdevice.tan(tl.where(reflected, angle, 1.0)), value)
+    infinite = tl.where(x == 0.0, -1.0 / x, float("nan"))
+    return tl.where(pole, infinite, value)
+""",
+    "log_ndtr": """
+def log_ndtr(x):
+    t = x * 0.7071067811865476
+    tail = libdevice.log(libdevice.erfcx(-t) * 0.5) - t * t
+    return tl.where(x < -1.0, tail, libdevice.log1p(-libdevice.erfc(t) * 0.5))
+""",
+    "random_int64": """
+def random_int64(seed, offset):
+    low, high, _third, _fourth = tl.randint4x(seed, offset)
+    low = low.to(tl.uint32, bitcast=True).to(tl.uint64)
+    high = high.to(tl.uint32, bitcast=True).to(tl.uint64)
+    return (low | (high << 32)).to(tl.int64, bitcast=True)
+""",
+    "larger": """
+def larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+""",
+    "smaller": """
+def smaller(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+""",
+    "larger_integer": """
+def larger_integer(a, b):
+    return tl.maximum(a, b)
+""",
+    "smaller_integer": """
+def smaller_integer(a, b):
+    return tl.minimum(a, b)
+""",
+    "product": """
+def product(a, b):
+    return a * b
+""",
+    "first_larger": """
+def first_larger(a, a_index, b, b_index):
+    take = (a > b) | ((a == b) & (a_index < b_index))
+    return tl.where(take, a, b), tl.where(take, a_index, b_index)
+""",
+    "first_smaller": """
+def first_smaller(a, a_index, b, b_index):
+    take = (a < b) | ((a == b) & (a_index < b_index))
+    return tl.where(take, a, b), tl.where(take, a_index, b_index)
+""",
+    "first_larger_float": """
+def first_larger_float(a, a_index, b, b_index):
+    greater = (a > b) | ((a != a) & (b == b))
+    equal = (a == b) | ((a != a) & (b != b))
+    take = greater | (equal & (a_index < b_index))
+    return tl.where(take, a, b), tl.where(take, a_index, b_index)
+""",
+    "first_smaller_float": """
+def first_smaller_float(a, a_index, b, b_index):
+    smaller = (a < b) | ((a != a) & (b == b))
+    equal = (a == b) | ((a != a) & (b != b))
+    take = smaller | (equal & (a_index < b_index))
+    return tl.where(take, a, b), tl.where(take, a_index, b_index)
+""",
+    # T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+    # variances", 1979
+    "welford_union": """
+def welford_union(mean_a, m2_a, weight_a, mean_b, m2_b, weight_b):
+    delta = mean_b - mean_a
+    weight = weight_a + weight_b
+    part = tl.where(weight == 0.0, 0.0, weight_b / weight)
+    return mean_a + delta * part, m2_a + m2_b + delta * delta * weight_a * part, weight
+""",
+}
+
+NEEDS: Mapping[str, tuple[str, ...]] = {}
+
+
+def device_source(names: Iterable[str]) -> str:
+    """Definitions of the named functions and of what they call, in the table's order."""
+    wanted: set[str] = set()
+    pending = list(names)
+    while pending:
+        name = pending.pop()
+        if name not in wanted:
+            wanted.add(name)
+            pending.extend(NEEDS.get(name, ()))
+    return "".join(f"\n\n@triton.jit{DEVICE_FUNCTIONS[n]}" for n in DEVICE_FUNCTIONS if n in wanted)
