@@ -1,0 +1,67 @@
+"""Which operators AOTAutograd takes apart before memplan sees them.
+
+Three groups. What has a lowering of its own stays whole (one node, one kernel, float32 inside for half types). What
+has a fast library kernel stays whole (matmuls, convolutions, attention). The rest is taken apart as
+`torch._decomp` has it; normalisations and softmax among it on purpose: their statistics are small and are kept for
+the backward pass, while the normalised values are pointwise in them and can be recomputed there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch._decomp import core_aten_decompositions, get_decompositions
+
+from ..ir.config import Config
+from . import lower  # noqa: F401  (registers the lowerings)
+from .call_site import LOWERINGS
+
+Table = dict[torch._ops.OperatorBase, Callable[..., object]]
+aten = torch.ops.aten
+
+#: taken apart beyond torch's core set
+EXTRA = (
+    "_adaptive_avg_pool2d_backward _batch_norm_no_update _batch_norm_with_update _batch_norm_with_update_functional"
+    " _log_softmax _native_batch_norm_legit _native_batch_norm_legit_functional _native_batch_norm_legit_no_training"
+    " _softmax addmv adaptive_max_pool2d batch_norm_backward dist elu index_select lcm linalg_vector_norm"
+    " native_batch_norm native_group_norm native_layer_norm permute_copy rrelu_with_noise_backward tril_indices"
+    " triu_indices unbind_copy upsample_bilinear2d hann_window var_mean std_mean _to_copy"
+).split()
+
+#: taken apart although they have a lowering of their own: their pieces fuse again, and can be recomputed one by one
+SPLIT_ANYWAY = frozenset({"aten._softmax.default", "aten._log_softmax.default"})
+
+#: whole, for a library kernel is better than the pieces, or for another stage of memplan takes them
+WHOLE = (
+    "convolution convolution_backward _convolution mm bmm addmm baddbmm mv dot vdot"
+    " _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention_for_cpu_backward"
+    " _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention"
+    " _scaled_dot_product_cudnn_attention _scaled_dot_product_fused_attention_overrideable"
+    " native_dropout _thnn_fused_lstm_cell grid_sampler_2d max_pool2d_with_indices cumsum cumprod index_put_"
+    " embedding_bag _embedding_bag detach _weight_norm_interface"
+).split()
+
+#: random operators: eager's own calls where eager's own numbers are asked for
+RANDOM = "bernoulli rrelu rrelu_with_noise dropout alpha_dropout feature_dropout normal uniform".split()
+
+
+@lru_cache(maxsize=2)
+def _table(eager_random: bool) -> Table:
+    packets = [getattr(aten, name) for name in EXTRA if hasattr(aten, name)]
+    table: Table = dict(core_aten_decompositions()) | dict(get_decompositions(packets))
+    whole = {f"aten.{name}" for name in (WHOLE + RANDOM if eager_random else WHOLE)}
+    kept: Table = {}
+    for operator, decomposition in table.items():
+        target = str(operator)
+        packet = target.rpartition(".")[0] if target.count(".") == 2 else target
+        if packet in whole or (target in LOWERINGS and target not in SPLIT_ANYWAY):
+            continue
+        kept[operator] = decomposition
+    return kept
+
+
+def decomposition_table(config: Config) -> Table:
+    """Operator to decomposition, for `aot_autograd`; a new dictionary each time, since torch changes what it gets."""
+    return dict(_table(config.random == "eager"))

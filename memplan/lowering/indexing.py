@@ -1,0 +1,165 @@
+"""Reading at computed positions: embedding, gather, index, index_select, take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from ..ir.loops import IndexExpr, Size
+from ..ir.program import View
+from .builder import ZERO, KernelBuilder, Value
+from .call_site import CallSite, Operations, lowers
+from .pointwise import is_empty, pointwise_kernel
+
+INDEX_DTYPES = frozenset({torch.int64, torch.int32, torch.int16, torch.int8})
+
+
+def wrapped(value: Value, size: Size) -> Value:
+    """A position that may count from the end."""
+    value = value.cast(torch.int64)
+    end = value.builder.index(size)
+    return (value < 0).where(value + end, value)
+
+
+def load_position(builder: KernelBuilder, view: View, coordinates: Sequence[IndexExpr]) -> Value:
+    return builder.load_broadcast(view, coordinates).cast(torch.int64)
+
+
+@lowers("aten.embedding.default")
+def _embedding(site: CallSite) -> Operations | None:
+    weight, indices = site.view("weight"), site.view("indices")
+
+    def body(builder: KernelBuilder) -> Value:
+        row = load_position(builder, indices, builder.outer_coordinates[:-1])
+        return builder.load(weight, (row.symbol(), builder.outer_coordinates[-1]))
+
+    return pointwise_kernel(site, site.result, body)
+
+
+@lowers("aten.gather.default")
+def _gather(site: CallSite) -> Operations | None:
+    source, index, result = site.view("self"), site.view("index"), site.result
+    dim = site.dim("dim", len(source.sizes))
+
+    def body(builder: KernelBuilder) -> Value:
+        where = builder.outer_coordinates
+        position = builder.load(index, where).cast(torch.int64) if where else builder.load(index, ())
+        if not source.sizes:
+            return builder.load(source, ())
+        symbol = position.cast(torch.int64).symbol()
+        return builder.load(source, [symbol if d == dim else c for d, c in enumerate(where or (ZERO,))])
+
+    if len(index.sizes) != len(source.sizes):
+        return None
+    return pointwise_kernel(site, result, body)
+
+
+@lowers("aten.index_select.default")
+def _index_select(site: CallSite) -> Operations | None:
+    source, index = site.view("self"), site.view("index")
+    dim = site.dim("dim", len(source.sizes))
+    if not source.sizes:
+        return pointwise_kernel(site, site.result, lambda b: b.load(source, ()))
+
+    def body(builder: KernelBuilder) -> Value:
+        where = list(builder.outer_coordinates)
+        at = (where[dim],) if index.sizes else ()
+        where[dim] = load_position(builder, index, at).symbol()
+        return builder.load(source, where)
+
+    return pointwise_kernel(site, site.result, body)
+
+
+def advanced_positions(
+    builder: KernelBuilder, source: View, indices: Sequence[View | None], coordinates: Sequence[IndexExpr]
+) -> list[IndexExpr]:
+    """Coordinates in ``source`` of the point ``coordinates`` of the indexed result, by numpy's rules.
+
+    The index tensors broadcast together; their dimensions stand where the first of them stood if they are next to
+    each other, and in front otherwise.
+    """
+    present = [d for d, v in enumerate(indices) if v is not None]
+    rank = max((len(v.sizes) for v in indices if v is not None), default=0)
+    adjacent = present == list(range(present[0], present[-1] + 1))
+    start = present[0] if adjacent else 0
+    block = coordinates[start : start + rank]
+    rest = iter([*coordinates[:start], *coordinates[start + rank :]])
+    out: list[IndexExpr] = []
+    for d, size in enumerate(source.sizes):
+        view = indices[d] if d < len(indices) else None
+        if view is None:
+            out.append(next(rest))
+        else:
+            out.append(wrapped(load_position(builder, view, block), size).symbol())
+    return out
+
+
+def index_views(site: CallSite) -> list[View | None] | None:
+    """The index tensors; None where one is a mask (its result's size is known only afterwards)."""
+    found = site["indices"]
+    assert isinstance(found, tuple)
+    views = [v if isinstance(v, View) else None for v in found]
+    if any(v is not None and v.dtype not in INDEX_DTYPES for v in views) or all(v is None for v in views):
+        return None
+    return views
+
+
+@lowers("aten.index.Tensor", "aten._unsafe_index.Tensor")
+def _index(site: CallSite) -> Operations | None:
+    source, indices = site.view("self"), index_views(site)
+    if indices is None or is_empty(source):
+        return None
+
+    def body(builder: KernelBuilder) -> Value:
+        return builder.load(source, advanced_positions(builder, source, indices, builder.outer_coordinates))
+
+    return pointwise_kernel(site, site.result, body)
+
+
+@lowers("aten._unsafe_masked_index.default")
+def _masked_index(site: CallSite) -> Operations | None:
+    source, indices, mask = site.view("self"), index_views(site), site.view("mask")
+    if indices is None or any(v is None for v in indices):
+        return None
+    fill = site.scalar("fill")
+
+    def body(builder: KernelBuilder) -> Value:
+        inside = builder.load_broadcast(mask, builder.outer_coordinates)
+        where = advanced_positions(builder, source, indices, builder.outer_coordinates)
+        return builder.load(source, where, inside, fill)
+
+    return pointwise_kernel(site, site.result, body)
+
+
+@lowers("aten.take.default")
+def _take(site: CallSite) -> Operations | None:
+    source, index = site.view("self"), site.view("index")
+    if is_empty(source) or not all(isinstance(s, int) for s in source.sizes):
+        return None
+
+    def body(builder: KernelBuilder) -> Value:
+        position = wrapped(builder.load(index, builder.outer_coordinates), source.numel).symbol()
+        return builder.load(source, row_major(builder, position, source.sizes))
+
+    return pointwise_kernel(site, site.result, body)
+
+
+def row_major(builder: KernelBuilder, position: IndexExpr, sizes: Sequence[Size]) -> list[IndexExpr]:
+    """Coordinates of row-major ``position``, by floor divisions and moduli."""
+    from ..ir.index import FloorDiv, Mod
+
+    out: list[IndexExpr] = []
+    stride: Size = 1
+    for d in range(len(sizes) - 1, -1, -1):
+        size = sizes[d]
+        inner = FloorDiv(position, stride)
+        out.append(ZERO if size == 1 else inner if d == 0 else Mod(inner, size))
+        stride = stride * size
+    return [builder.simplify(e) for e in reversed(out)]
+
+
+def out_of_range(dtype: torch.dtype) -> float | int:
+    """What a masked load gives where it must not be used."""
+    return math.nan if dtype.is_floating_point else 0

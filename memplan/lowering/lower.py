@@ -1,0 +1,118 @@
+"""Lowering of a whole program: every extern call that has a lowering becomes kernels, the rest stays as it is."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from ..ir.config import Config
+from ..ir.errors import LoweringError
+from ..ir.program import Copy, Extern, KernelOp, Operation, Program, View, argument_views
+
+# registers the lowerings
+from . import (  # noqa: F401
+    activations,
+    arithmetic,
+    creation,
+    indexing,
+    loss,
+    random,
+    reductions,
+    scatter,
+    shapes,
+    softmax,
+)
+from .builder import KernelBuilder
+from .call_site import LOWERINGS, SUPPORTED, CallSite, Context
+
+log = logging.getLogger("memplan.lowering")
+
+
+def lower_program(program: Program, config: Config) -> Program:
+    """The same program with kernels wherever there is a lowering.
+
+    Returns
+    -------
+    A program whose results, buffers and order are the same; temporaries between the kernels of one call are added.
+    """
+    context = Context.of(program, config)
+    context.kernel_readers = _kernel_readers(program)
+    operations: list[Operation] = []
+    for op in program.operations:
+        operations.extend(lower_one(op, context))
+    buffers = {**program.buffers, **context.added}
+    return replace(program, buffers=buffers).with_operations(tuple(operations))
+
+
+def lower_one(op: Operation, context: Context) -> tuple[Operation, ...]:
+    """The operation's kernels, or the operation itself."""
+    found: tuple[Operation, ...] | None = None
+    if isinstance(op, Extern):
+        found = lower_operation(op, context)
+    elif isinstance(op, Copy):
+        found = lower_copy(op, context)
+    return (op,) if found is None else found
+
+
+def lower_operation(op: Extern, context: Context) -> tuple[Operation, ...] | None:
+    """The kernels that do what the call does, or None where it stays an ATen call.
+
+    Raises
+    ------
+    LoweringError
+        If a lowering fails: our own mistake, with the operation and the user's line.
+    """
+    lowering = LOWERINGS.get(op.target)
+    if lowering is None or op.effect or op.mutates or op.symbols:
+        return None
+    if not _is_plain(op, context):
+        return None
+    site = CallSite.of(op, context)
+    if site is None:
+        return None
+    try:
+        return lowering(site)
+    except (TypeError, ValueError, KeyError, IndexError, AssertionError, AttributeError) as error:
+        where = op.origins[0].location if op.origins else ""
+        raise LoweringError(f"{op.target} ({op.name}) cannot be lowered: {error!r}", where=where) from error
+
+
+def _is_plain(op: Extern, context: Context) -> bool:
+    """Whether every tensor is of a dtype that kernels know, seen as its buffer's own dtype, on one device."""
+    views = [v for v in op.results if v is not None]
+    views += argument_views(op.args)
+    for _, argument in op.kwargs:
+        views += argument_views((argument,))
+    for view in views:
+        buffer = context.buffers[view.buffer]
+        if view.dtype is not buffer.dtype or view.dtype not in SUPPORTED or buffer.device != op.device:
+            return False
+    return True
+
+
+def lower_copy(op: Copy, context: Context) -> tuple[Operation, ...] | None:
+    """A copy as a kernel, so that what makes its source can write there itself."""
+    source, target = op.source, op.target
+    for view in (source, target):
+        buffer = context.buffers[view.buffer]
+        if view.dtype is not buffer.dtype or view.dtype not in SUPPORTED or buffer.device != op.device:
+            return None
+    if source.buffer == target.buffer or any(s == 0 for s in target.sizes):
+        return None
+    builder = KernelBuilder(target.sizes)
+    value = builder.load_broadcast(source, builder.outer_coordinates)
+    builder.store(target, builder.outer_coordinates, value)
+    return (KernelOp(op.name, builder.build(), op.device, op.origins, op.mutates),)
+
+
+def _kernel_readers(program: Program) -> dict[str, bool]:
+    """For each buffer that is read, whether all that reads it has a lowering and it does not leave the program."""
+    found: dict[str, bool] = {}
+    for op in program.operations:
+        lowered = not isinstance(op, Extern) or op.target in LOWERINGS
+        for buffer in op.reads:
+            found[buffer] = found.get(buffer, True) and lowered
+    for output in program.outputs:
+        if isinstance(output, View):
+            found[output.buffer] = False
+    return found
