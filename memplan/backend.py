@@ -17,7 +17,7 @@ from torch._guards import TracingContext
 
 from . import recording
 from .capture.fx import capture
-from .capture.partition import Partitioned, partitioner
+from .capture.partition import Chooser, Partitioned, partitioner
 from .compilation import compile_program
 from .ir.config import Config
 from .ir.errors import UnsupportedError
@@ -25,6 +25,7 @@ from .ir.plan import Plan
 from .ir.program import BufferKind, Phase, Program, View
 from .lowering.decompositions import decomposition_table
 from .passes.pipeline import PASS_NAMES
+from .passes.rematerialize import Value, choose_kept
 
 log = logging.getLogger(__name__)
 _groups = itertools.count()
@@ -134,6 +135,24 @@ class Region:
         return tuple(dict.fromkeys(out))
 
 
+#: Operators that are never computed again though nothing random or mutating marks them: they cost time.
+EXPENSIVE = (
+    "mm addmm bmm baddbmm addmv mv dot vdot convolution cudnn_convolution mkldnn_convolution convolution_backward"
+    " sort topk unique unique2 _unique2 cumsum cumprod scatter_add scatter_reduce index_put index_add nonzero"
+    " _scaled_dot_product _flash_attention _efficient_attention _cudnn_attention embedding_bag _embedding_bag"
+    " _fft linalg _linalg native_dropout svd qr cholesky inverse grid_sampler max_pool3d rnn lstm gru histc bincount"
+    " _scaled_mm _int_mm _grouped_mm _cdist _pdist cdist ctc_loss _ctc_loss"
+).split()
+
+
+def cheap_again(target: str) -> bool:
+    """Whether an operator may be computed again in the backward: what fuses into one pass over its inputs."""
+    namespace, name, _ = target.split(".")
+    if namespace not in ("aten", "prims", "memplan"):
+        return False
+    return not any(name == e or (e.startswith("_") and name.startswith(e)) for e in EXPENSIVE)
+
+
 def static_inputs() -> frozenset[int]:
     """Positions of parameters and module buffers among the forward's inputs."""
     context = TracingContext.try_get()
@@ -171,6 +190,13 @@ def compile(
     return compile_with(module, example_inputs, config)
 
 
+CHOOSER = Chooser(
+    value=lambda name, keep, again, inputs, needed: Value(name, keep, again, inputs, needed),
+    choose=lambda values: choose_kept(values).kept,  # type: ignore[arg-type]
+    cheap=cheap_again,
+)
+
+
 def compile_with(
     module: torch.fx.GraphModule, example_inputs: Sequence[object], config: Config
 ) -> Callable[..., object]:
@@ -180,7 +206,7 @@ def compile_with(
         fw_compiler=region.compile_forward,
         bw_compiler=region.compile_backward,
         inference_compiler=region.compile_inference,
-        partition_fn=partitioner(config, region.partitioned),
+        partition_fn=partitioner(config, region.partitioned, CHOOSER),
         decompositions=decomposition_table(config),
         keep_inference_input_mutations=True,
     )

@@ -1,0 +1,147 @@
+"""What the forward keeps for the backward, and what the backward computes again: one minimum cut.
+
+Every forward value ``v`` has an edge ``v_in -> v_out`` with the bytes it takes if it is kept, and an edge
+``source -> v_in`` with what it costs to compute again, in the same unit. Values that cannot be computed again (matrix
+products, random draws, side effects) have an infinite cost, those that cannot be kept (views, tuples) infinite bytes;
+what the backward needs is tied to the sink. A value on the sink's side whose ``v_in`` is on the sink's side too is
+recomputed; one whose edge is cut is kept. Minimum cuts for this are due to Chen et al. (2016) in spirit and to
+functorch's partitioner in form; the cost edges, which make the cut prefer a 2-byte statistic to a pass over a row and
+a sum to the terms of a sum, are ours.
+
+Among all minimum cuts the one nearest the backward is taken: it recomputes least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse
+import scipy.sparse.csgraph
+
+#: Capacities are scaled below this, since the flow solver works in 32 bits.
+_LIMIT = 2**30 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A value of the joint graph.
+
+    Attributes
+    ----------
+    keep:
+        Bytes it takes if it is kept for the backward; 0 for what is alive anyway (inputs, parameters); None if it
+        cannot be kept.
+    again:
+        Cost of computing it again, in bytes; None if it cannot be.
+    inputs:
+        Positions of the values it is computed from.
+    needed:
+        The backward reads it.
+    """
+
+    name: str
+    keep: float | None
+    again: float | None
+    inputs: tuple[int, ...]
+    needed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Positions of the values to keep, of those recomputed, and the bytes kept."""
+
+    kept: tuple[int, ...]
+    recomputed: tuple[int, ...]
+    nbytes: float
+
+
+def choose_kept(values: Sequence[Value]) -> Kept:
+    """The cheapest set of values to keep.
+
+    Parameters
+    ----------
+    values:
+        Forward values in topological order.
+
+    Raises
+    ------
+    ValueError
+        If something that the backward needs can neither be kept nor computed again.
+    """
+    relevant = _ancestors(values)
+    if not relevant:
+        return Kept((), (), 0.0)
+    number = {v: k for k, v in enumerate(relevant)}
+    source, sink = 2 * len(relevant), 2 * len(relevant) + 1
+    total = sum((values[v].keep or 0.0) + (values[v].again or 0.0) for v in relevant)
+    scale = min(1.0, (_LIMIT - len(relevant) * 4) / max(1.0, total))
+    tails: list[int] = []
+    heads: list[int] = []
+    capacities: list[int] = []
+
+    def edge(tail: int, head: int, capacity: float | None) -> None:
+        tails.append(tail)
+        heads.append(head)
+        capacities.append(_LIMIT if capacity is None else int(capacity * scale) + (1 if capacity > 0 else 0))
+
+    for v in relevant:
+        k = number[v]
+        value = values[v]
+        edge(2 * k, 2 * k + 1, value.keep)
+        if value.again is None:
+            edge(source, 2 * k, None)
+        elif value.again > 0:
+            edge(source, 2 * k, value.again)
+        if value.needed:
+            edge(2 * k + 1, sink, None)
+        for i in value.inputs:
+            if i in number:
+                edge(2 * number[i] + 1, 2 * k, None)
+    side = _sink_side(tails, heads, capacities, source, sink)
+    kept: list[int] = []
+    recomputed: list[int] = []
+    for v in relevant:
+        inside, outside = side[2 * number[v]], side[2 * number[v] + 1]
+        if outside and not inside:
+            if values[v].keep is None:
+                raise ValueError(f"{values[v].name} is needed by the backward, but can neither be kept nor recomputed")
+            kept.append(v)
+        elif inside:
+            recomputed.append(v)
+    return Kept(tuple(kept), tuple(recomputed), sum(values[v].keep or 0.0 for v in kept))
+
+
+def _ancestors(values: Sequence[Value]) -> list[int]:
+    """Values that the backward needs, directly or through others, in order."""
+    wanted = [v.needed for v in values]
+    for k in range(len(values) - 1, -1, -1):
+        if wanted[k]:
+            for i in values[k].inputs:
+                wanted[i] = True
+    return [k for k, w in enumerate(wanted) if w]
+
+
+def _sink_side(
+    tails: Sequence[int], heads: Sequence[int], capacities: Sequence[int], source: int, sink: int
+) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """Nodes that can still reach the sink after a maximum flow: the sink's side of the cut nearest to the sink."""
+    n = max(source, sink) + 1
+    merged: dict[tuple[int, int], int] = {}
+    for t, h, c in zip(tails, heads, capacities, strict=True):
+        merged[t, h] = min(_LIMIT, merged.get((t, h), 0) + c)
+    rows = np.fromiter((t for t, _ in merged), dtype=np.int32, count=len(merged))
+    columns = np.fromiter((h for _, h in merged), dtype=np.int32, count=len(merged))
+    data = np.fromiter(merged.values(), dtype=np.int32, count=len(merged))
+    graph = scipy.sparse.csr_matrix((data, (rows, columns)), shape=(n, n), dtype=np.int32)
+    flow = scipy.sparse.csgraph.maximum_flow(graph, source, sink, method="dinic").flow
+    residual = graph.astype(np.int64) - flow.astype(np.int64)
+    residual.data[residual.data < 0] = 0
+    residual.eliminate_zeros()
+    reached = np.zeros(n, dtype=np.bool_)
+    order = scipy.sparse.csgraph.breadth_first_order(
+        residual.T.tocsr(), sink, directed=True, return_predecessors=False
+    )
+    reached[order] = True
+    return reached
