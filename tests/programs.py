@@ -46,6 +46,7 @@ from memplan.ir.program import (
     TensorInput,
     Tuple,
     View,
+    evaluate,
 )
 
 F32 = torch.float32
@@ -271,29 +272,27 @@ def plan_of(
 def with_claims(plan: Plan) -> Plan:
     """The plan with a true timeline and certificate, counted buffer by buffer and step by step."""
     program = plan.program
-    live, placed = [], []
-    roots = {n: plan.storage_of(n) for n in program.buffers}
-    for step, name in enumerate(plan.order):
-        op = program.by_name[name]
-        scratch = op.scratch if isinstance(op, Extern) else 0
-        counts = [scratch, scratch]
+    live, held = [], []
+    roots = {n: plan.storage_of(n) for n in plan.placements}
+    for step in range(max(1, len(plan.order))):
+        op = program.by_name[plan.order[step]] if plan.order else None
+        counts = [op.scratch if isinstance(op, Extern) else 0] * 2
         for root in set(roots.values()):
             b = program.buffers[root]
-            lives = [plan.lifetimes[n] for n in program.buffers if roots[n] == root]
+            lives = [plan.lifetimes[n] for n in roots if roots[n] == root]
             if b.kind in EXTERNAL_KINDS and not b.donated:
                 continue
             if min(x.start for x in lives) <= step < max(x.stop for x in lives):
-                counts[0] += program.nbytes(root)
-                counts[1] += 0 if isinstance(plan.placements[root], InPool) else program.nbytes(root)
+                size = math.ceil(program.nbytes(root) / 64) * 64
+                counts[0] += size
+                counts[1] += 0 if isinstance(plan.placements[root], InPool) else size
         for p in plan.pools:
             if p.lifetime.start <= step < p.lifetime.stop:
-                counts[1] += int(
-                    sympy.sympify(p.nbytes).xreplace({s: sympy.Integer(v) for s, v in program.hints.items()})
-                )
-        live.append(int(counts[0]))
-        placed.append(int(counts[1]))
-    peak = max(live, default=0)
-    return replace(plan, timeline=tuple(live), certificate=Certificate(peak, peak, 0, max(placed, default=0), 0))
+                counts[1] += math.ceil(evaluate(p.nbytes, program.hints) / 64) * 64
+        live.append(evaluate(counts[0], program.hints))
+        held.append(evaluate(counts[1], program.hints))
+    certificate = Certificate(max(live), max(live), 0, max(held), 0)
+    return replace(plan, timeline=tuple(held), certificate=certificate, predicted_peak={"cpu": max(held)})
 
 
 def rounded(size: Size, alignment: int) -> Size:

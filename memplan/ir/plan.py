@@ -92,8 +92,9 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Plan:
-    """See the module's docstring. ``timeline[k]`` is the live bytes while step ``k`` runs, above the externals that
-    the caller keeps (donated inputs count until they are freed); scratch included."""
+    """See the module's docstring. ``timeline[k]`` is the bytes held while step ``k`` runs, above the externals that
+    the caller keeps (donated inputs count until they are freed): own allocations and whole pools, each rounded as its
+    device's allocator rounds, and the step's scratch. A program without operations has one idle step."""
 
     program: Program
     order: tuple[str, ...]

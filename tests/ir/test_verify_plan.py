@@ -66,6 +66,7 @@ def test_accepts_a_chain_in_place() -> None:
     plan = plan_of(program, in_place={"t1": "t0", "t2": "t1"})
     verify_plan(plan)
     assert recomputed_timeline(plan) == (64, 64, 64, 128)
+    assert plan.certificate.peak == 128
 
 
 def test_accepts_an_output_over_a_donated_input() -> None:
@@ -431,19 +432,27 @@ def test_filled_changed_or_unrelated() -> None:
 def test_claims() -> None:
     plan = plan_of(chain())
     certificate = plan.certificate
-    rejects(replace(plan, timeline=plan.timeline[:-1]), "timeline has 3 steps, the order 4")
+    rejects(replace(plan, timeline=plan.timeline[:-1]), "timeline has 3 steps, not 4")
     wrong = (plan.timeline[0], plan.timeline[1] + 1, *plan.timeline[2:])
-    rejects(replace(plan, timeline=wrong), "claims 129 live bytes at step 1 ('t1'); there are 128", "model.py:2")
+    rejects(replace(plan, timeline=wrong), "claims 193 bytes held at step 1 ('t1'); there are 192", "model.py:2")
     rejects(replace(plan, certificate=replace(certificate, peak=1)), "peak of live bytes of 1", "give 128")
     rejects(replace(plan, certificate=replace(certificate, placed_peak=1)), "placed peak of 1 bytes", "give 256")
     rejects(replace(plan, certificate=replace(certificate, order_bound=999)), "bound over all orders of 999")
+    rejects(replace(plan, predicted_peak={"cpu": 5}), "a peak on cpu of 5 bytes", "give 256")
+
+
+def test_unused_buffers_need_no_place() -> None:
+    program = chain()
+    unused = replace(program.buffers["t1"], name="unused")
+    plan = plan_of(program)
+    verify_plan(replace(plan, program=replace(program, buffers={**program.buffers, "unused": unused})))
 
 
 def test_scratch_counts() -> None:
     p = ProgramBuilder()
     x = p.input("x", (4, 4))
     y = p.extern("y", "aten.mm.default", (x, x), (4, 4), scratch=1000)
-    assert recomputed_timeline(plan_of(p.program(y))) == (1064,)
+    assert recomputed_timeline(plan_of(p.program(y))) == (1064,)  # 64 and 1000
 
 
 def test_the_program_is_checked_first() -> None:
