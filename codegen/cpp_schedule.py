@@ -1,0 +1,312 @@
+"""How a kernel's loops run on a CPU: which range is vectorised, what is cut into threads, what happens in which pass.
+
+Three forms:
+
+* *pointwise*: one nest, the innermost range vectorised;
+* *row*: the outer loops hold, per outer point, one pass over the row for every reduction that needs an earlier one's
+  result; the innermost row range is vectorised, a reduction accumulating in ``lanes`` independent partial results;
+* *column*: the innermost outer range is contiguous and the row is not (sums of columns, channels-last statistics):
+  tiles of ``lanes`` outer points accumulate side by side while the loops run over the row.
+
+Cutting a long row into chunks gives partial results that are combined in order, whoever computed them: the answer
+depends neither on the number of threads nor on their timing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+from memplan.ir.loops import Call, Kernel, Level, Load, Random, Range, Reduce, Store, StoreMode, operands
+
+from .cpp_loops import (
+    Access,
+    Hints,
+    accesses,
+    by_stride,
+    contiguous_bytes,
+    hinted,
+    merge,
+    prepare,
+    store_operands,
+)
+
+#: points (weighted by what they cost) from which a parallel region pays: waking threads takes 2 to 5 microseconds
+PARALLEL_WORK = 32768
+#: tasks that a parallel loop should have at least, so that the load is even on a usual number of threads
+WANTED_TASKS = 16
+#: a row is cut into at most this many chunks
+MOST_CHUNKS = 64
+_EXPENSIVE = frozenset(
+    [
+        "exp",
+        "exp2",
+        "expm1",
+        "log",
+        "log2",
+        "log10",
+        "log1p",
+        "sin",
+        "cos",
+        "tan",
+        "asin",
+        "acos",
+        "atan",
+        "sinh",
+        "cosh",
+        "tanh",
+        "asinh",
+        "acosh",
+        "atanh",
+        "erf",
+        "erfc",
+        "erfinv",
+        "lgamma",
+        "digamma",
+        "sigmoid",
+        "pow",
+        "atan2",
+        "hypot",
+        "fmod",
+        "floordiv",
+        "mod",
+        "i0",
+        "i0e",
+        "i1",
+        "i1e",
+        "ndtri",
+        "log_ndtr",
+        "bessel_j0",
+        "bessel_j1",
+    ]
+)
+
+
+class Form(Enum):
+    POINTWISE = "pointwise"
+    ROW = "row"
+    COLUMN = "column"
+
+
+class Threads(Enum):
+    """Which loops are spread over threads."""
+
+    NONE = "none"
+    OUTER = "outer"
+    ROW = "row"
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One walk over the row: the reductions (node numbers) and the stores it makes."""
+
+    reductions: tuple[int, ...]
+    stores: tuple[Store, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A kernel whose ranges stand in loop order, and how its loops run.
+
+    ``lanes`` is the vectorised step: independent accumulators of a row, or outer points of a column tile. ``collapse``
+    outer loops (column: with the loop over tiles, pointwise: with the one over blocks) form the parallel loop.
+    ``block`` cuts the vectorised loop of a pointwise kernel (elements; 0: whole). ``chunk`` cuts the first row range
+    (points; 0: whole). ``work`` is the number of points, for the run-time threshold where sizes are dynamic.
+    """
+
+    kernel: Kernel
+    form: Form
+    threads: Threads
+    lanes: int
+    collapse: int
+    block: int
+    chunk: int
+    passes: tuple[Pass, ...]
+    point_cost: int
+    stage: tuple[int, ...]
+
+    @property
+    def vector(self) -> Range:
+        """The vectorised range."""
+        return self.kernel.row[-1] if self.form is Form.ROW else self.kernel.outer[-1]
+
+
+def plan_loops(kernel: Kernel, hints: Hints, *, threads: bool = True) -> Schedule:
+    """Decide how ``kernel`` runs; ``threads=False`` keeps all loops on the calling thread."""
+    kernel = _as_pointwise(prepare(kernel))
+    found = accesses(kernel, hints)
+    if not kernel.row:
+        return _pointwise(kernel, found, hints, threads)
+    sizes = {r.symbol: hinted(r.size, hints) for r in (*kernel.outer, *kernel.row)}
+    scores = {s: contiguous_bytes(found, s, n, hints) for s, n in sizes.items()}
+    best_row = max(kernel.row, key=lambda r: scores[r.symbol])
+    best_outer = max(kernel.outer, key=lambda r: scores[r.symbol], default=None)
+    form = Form.ROW
+    if best_outer is not None and scores[best_outer.symbol] > 1.05 * scores[best_row.symbol]:
+        form = Form.COLUMN
+    row = _last(by_stride(kernel.row, found, hints), best_row if form is Form.ROW else None)
+    outer = _last(by_stride(kernel.outer, found, hints), best_outer if form is Form.COLUMN else None)
+    kernel = Kernel(outer, row, kernel.nodes, kernel.stores)
+    kernel = merge(merge(kernel, lambda k: k.row), lambda k: k.outer)
+    return _row(kernel, form, hints, threads)
+
+
+def _as_pointwise(kernel: Kernel) -> Kernel:
+    """Row ranges become outer ones where no reduction and no store once a row needs them as a row."""
+    if not kernel.row or kernel.reductions or any(kernel.store_level(s) is not Level.POINT for s in kernel.stores):
+        return kernel
+    return Kernel((*kernel.outer, *kernel.row), (), kernel.nodes, kernel.stores)
+
+
+def _last(ranges: tuple[Range, ...], chosen: Range | None) -> tuple[Range, ...]:
+    return ranges if chosen is None else (*(r for r in ranges if r != chosen), chosen)
+
+
+def _pointwise(kernel: Kernel, found: list[Access], hints: Hints, threads: bool) -> Schedule:
+    ordered = by_stride(kernel.outer, found, hints)
+    if ordered:
+        scores = {r: contiguous_bytes(found, r.symbol, hinted(r.size, hints), hints) for r in ordered}
+        ordered = _last(ordered, max(reversed(ordered), key=lambda r: scores[r]))
+    kernel = merge(Kernel(ordered, (), kernel.nodes, kernel.stores), lambda k: k.outer)
+    sizes = [hinted(r.size, hints) for r in kernel.outer]
+    cost = point_cost(kernel)
+    parallel = threads and math.prod(sizes) * cost >= PARALLEL_WORK and bool(sizes)
+    collapse, block = 0, 0
+    if parallel:
+        collapse = _collapse(sizes[:-1])
+        tasks = math.prod(sizes[:collapse])
+        if collapse == len(sizes) - 1 and tasks < WANTED_TASKS and sizes[-1] >= 512:
+            block = max(256, min(8192, sizes[-1] * max(tasks, 1) // WANTED_TASKS // 64 * 64))
+            collapse += 1
+        elif tasks < 2:
+            parallel, collapse = False, 0
+    chosen = Threads.OUTER if parallel else Threads.NONE
+    passes = (Pass((), kernel.stores),)
+    return Schedule(kernel, Form.POINTWISE, chosen, 1, collapse, block, 0, passes, cost, (0,) * len(kernel.nodes))
+
+
+def _collapse(sizes: list[int]) -> int:
+    """How many leading loops make enough tasks."""
+    tasks = 1
+    for k, n in enumerate(sizes):
+        if tasks >= WANTED_TASKS:
+            return k
+        tasks *= max(n, 1)
+    return len(sizes)
+
+
+def _row(kernel: Kernel, form: Form, hints: Hints, threads: bool) -> Schedule:
+    stage = _stages(kernel)
+    passes = _passes(kernel, stage)
+    outer = [hinted(r.size, hints) for r in kernel.outer]
+    row = [hinted(r.size, hints) for r in kernel.row]
+    cost = point_cost(kernel)
+    reductions = max(len(p.reductions) for p in passes) if passes else 0
+    if form is Form.ROW:
+        lanes = _row_lanes(row[-1])
+    else:
+        lanes = min(max(64, 2048 // max(reductions, 1)), 512)
+        lanes = min(lanes, 2 ** max(3, (outer[-1] - 1).bit_length()))
+    tiles = [*outer[:-1], -(-outer[-1] // lanes)] if form is Form.COLUMN else outer
+    work = math.prod(outer) * math.prod(row) * cost
+    chosen = Threads.NONE
+    if threads and work >= PARALLEL_WORK:
+        enough = math.prod(tiles) >= WANTED_TASKS // 2
+        chosen = Threads.ROW if not enough and math.prod(row) >= 4096 else Threads.OUTER
+        if chosen is Threads.OUTER and math.prod(tiles) < 2:
+            chosen = Threads.NONE
+    chunk = 0
+    static_start = isinstance(kernel.row[0].size, int)
+    if chosen is Threads.ROW or (math.prod(row) >= 65536 and static_start):
+        chunk = _chunk(row, lanes if form is Form.ROW and len(row) == 1 else 1)
+    collapse = _collapse(tiles) if chosen is Threads.OUTER else 0
+    return Schedule(kernel, form, chosen, lanes, collapse, 0, chunk, passes, cost, stage)
+
+
+def _row_lanes(length: int) -> int:
+    for lanes in (32, 16, 8, 4):
+        if length >= 2 * lanes or length == lanes:
+            return lanes
+    return 1 if length < 4 else 4
+
+
+def _chunk(row: list[int], multiple: int) -> int:
+    """Points of the first row range in a chunk: about 4096 points of the row, at most `MOST_CHUNKS` chunks."""
+    inner = max(1, math.prod(row[1:]))
+    wanted = max(1, 4096 // inner, -(-row[0] // MOST_CHUNKS))
+    return -(-wanted // multiple) * multiple
+
+
+def _stages(kernel: Kernel) -> tuple[int, ...]:
+    """For every node the number of dependent reductions that must be done before it has its value."""
+    found: list[int] = []
+    for node in kernel.nodes:
+        before = max((found[k] for k in operands(node)), default=0)
+        found.append(before + 1 if isinstance(node, Reduce) else before)
+    return tuple(found)
+
+
+def _passes(kernel: Kernel, stage: tuple[int, ...]) -> tuple[Pass, ...]:
+    """Reductions as early as their operands allow; stores too, unless a later pass still loads from their buffer."""
+    reductions: dict[int, list[int]] = {}
+    for k in kernel.reductions:
+        reductions.setdefault(stage[k] - 1, []).append(k)
+    stores = [s for s in kernel.stores if kernel.store_level(s) is Level.POINT]
+    earliest = [max(stage[k] for k in store_operands(s)) for s in stores]
+    last_load: dict[str, int] = {}
+    roots = [(p, k) for p, ks in reductions.items() for k in ks]
+    roots += [(p, k) for s, p in zip(stores, earliest, strict=True) for k in store_operands(s)]
+    for p, root in roots:
+        for name in _point_loads(kernel, root):
+            last_load[name] = max(last_load.get(name, 0), p)
+    by_pass: dict[int, list[Store]] = {}
+    for s, p in zip(stores, earliest, strict=True):
+        by_pass.setdefault(max(p, last_load.get(s.buffer, 0)), []).append(s)
+    count = max([*reductions, *by_pass], default=-1) + 1
+    return tuple(Pass(tuple(reductions.get(p, ())), tuple(by_pass.get(p, ()))) for p in range(count))
+
+
+def pass_variants(kernel: Kernel) -> tuple[Kernel, ...]:
+    """The normal forms that a kernel may be emitted in, whatever the sizes."""
+    return (_as_pointwise(prepare(kernel)),)
+
+
+def point_buffers_by_pass(kernel: Kernel) -> tuple[tuple[frozenset[str], frozenset[str]], ...]:
+    """For every pass over the row the buffers that it loads from point by point, and those that it stores to."""
+    found = []
+    for step in _passes(kernel, _stages(kernel)):
+        roots = [o for k in step.reductions for o in operands(kernel.nodes[k])]
+        roots += [k for s in step.stores for k in store_operands(s)]
+        read: set[str] = set()
+        for root in roots:
+            read |= _point_loads(kernel, root)
+        found.append((frozenset(read), frozenset(s.buffer for s in step.stores)))
+    return tuple(found)
+
+
+def _point_loads(kernel: Kernel, root: int) -> set[str]:
+    """Buffers that are loaded at the points of the row when ``root`` (a reduction or a stored value) is computed."""
+    found: set[str] = set()
+    stack, seen = [root], {root}
+    while stack:
+        k = stack.pop()
+        node = kernel.nodes[k]
+        if isinstance(node, Load):
+            found.add(node.buffer)
+        for o in operands(node):
+            if o not in seen and not isinstance(kernel.nodes[o], Reduce):
+                seen.add(o)
+                stack.append(o)
+    return found
+
+
+def point_cost(kernel: Kernel) -> int:
+    """What a point costs, in units of a simple operation on memory."""
+    cost = 1
+    for node in kernel.nodes:
+        if isinstance(node, Random) or (isinstance(node, Call) and node.op in _EXPENSIVE):
+            cost += 4
+        elif isinstance(node, Call) and node.dtype.is_floating_point and node.dtype.itemsize == 8:
+            cost += 1
+    return cost + sum(2 for s in kernel.stores if s.mode is not StoreMode.SET)

@@ -1,0 +1,37 @@
+"""Building and running one emitted CPU kernel."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+
+import sympy
+import torch
+from memplan.codegen.cpp_kernel import BUILD_FLAGS, emit_cpp_library
+
+from memplan.ir.canonical import canonicalize
+from memplan.ir.loops import Kernel
+from memplan.runtime.build import build_library, load_library
+
+
+def run_cpp(
+    kernel: Kernel,
+    buffers: Mapping[str, torch.Tensor],
+    hints: Mapping[sympy.Symbol, int] | None = None,
+    *,
+    threads: bool = True,
+    planned: Mapping[sympy.Symbol, int] | None = None,
+    optimise: str = "-O3",
+) -> str:
+    """Emit, build and run ``kernel`` on the buffers (changed in place); the source is returned.
+
+    ``hints`` are the sizes it runs with, ``planned`` those it is emitted for, if they differ.
+    """
+    canonical = canonicalize(kernel)
+    values = hints or {}
+    source = emit_cpp_library([("kernel", canonical)], planned or values, threads=threads)
+    library = load_library(build_library(source, name="kernel", flags=(*BUILD_FLAGS, optimise), openmp=threads))
+    arguments: list[object] = [ctypes.c_void_p(buffers[b].data_ptr()) for b in canonical.buffers]
+    arguments += [ctypes.c_int64(values[s]) for s in canonical.symbols]
+    library.kernel(*arguments)
+    return source
