@@ -1,0 +1,237 @@
+"""Dead operations, dead stores, common subexpressions, and loops in their simplest form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import ClassVar
+
+import sympy
+
+from memplan.ir.config import Config
+from memplan.ir.index import FloorDiv, Mod, Ranges, expand, ranges_of, simplify
+from memplan.ir.loops import Kernel, Range, walk_expressions
+from memplan.ir.program import EXTERNAL_KINDS, Contract, Copy, Extern, KernelOp, Operation, Program
+
+from .fuse_body import Body
+from .fuse_kernels import without_stores
+
+_ZERO = sympy.Integer(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Cleanup:
+    """The pass: drops what nobody reads, and normalises every kernel."""
+
+    name: ClassVar[str] = "cleanup"
+    requires: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def configured(cls, config: Config) -> Cleanup:
+        return cls()
+
+    def run(self, program: Program) -> Program:
+        operations = live_operations(program)
+        operations = tuple(
+            replace(op, kernel=kernel)
+            if isinstance(op, KernelOp) and (kernel := normalise(op.kernel)) is not op.kernel
+            else op
+            for op in operations
+        )
+        same = len(operations) == len(program.operations)
+        if same and all(a is b for a, b in zip(operations, program.operations, strict=True)):
+            return program
+        return program.with_operations(operations)
+
+
+def live_operations(program: Program) -> tuple[Operation, ...]:
+    """Operations whose results somebody reads, kernels without their dead stores; program order is kept.
+
+    What changes a buffer from outside of the program, or has an effect, stays.
+    """
+    wanted = set(program.output_buffers)
+    wanted |= {b.name for b in program.buffers.values() if b.kind in EXTERNAL_KINDS}
+    kept: list[Operation] = []
+    for op in reversed(program.operations):
+        if isinstance(op, KernelOp):
+            dead = frozenset(b for b in op.kernel.written_buffers if b not in wanted)
+            if len(dead) == len(op.kernel.written_buffers):
+                continue
+            if dead:
+                mutates = tuple(b for b in op.mutates if b not in dead)
+                op = replace(op, kernel=without_stores(op.kernel, dead), mutates=mutates)
+        elif not _stays(op, wanted):
+            continue
+        wanted.update(op.reads)
+        kept.append(op)
+    return tuple(reversed(kept))
+
+
+def _stays(op: Extern | Copy, wanted: set[str]) -> bool:
+    """Sizes that a call defines are named freely by buffers and loops, so such a call stays."""
+    if isinstance(op, Copy):
+        return op.target.buffer in wanted
+    if op.effect or op.symbols or op.contract is Contract.ALIAS:
+        return True
+    changed = {*op.writes, *op.mutates}
+    return not changed or bool(changed & wanted)
+
+
+@lru_cache(maxsize=1 << 14)
+def normalise(kernel: Kernel) -> Kernel:
+    """The kernel with equal nodes shared, dead ones gone, index expressions simplified, ranges in simplest form.
+
+    Ranges of size 1 go; a range that is only ever used split (``x // 8`` and ``x % 8``) becomes two; neighbours that
+    every access runs through as one become one. Ranges stay in their order.
+    """
+    body = Body(kernel.outer, kernel.row)
+    moved = body.embed(kernel, {r.symbol: _ZERO for r in (*kernel.outer, *kernel.row) if r.size == 1})
+    body.stores = body.embed_stores(
+        kernel, {r.symbol: _ZERO for r in (*kernel.outer, *kernel.row) if r.size == 1}, moved
+    )
+    clean = body.kernel()
+    outer = tuple(r for r in kernel.outer if r.size != 1)
+    # a reduction over one point is still a reduction: its row keeps one range
+    row = tuple(r for r in kernel.row if r.size != 1) or kernel.row[:1]
+    clean = Kernel(outer, row, clean.nodes, clean.stores)
+    clean = collapsed(split(clean))
+    return kernel if clean == kernel else clean
+
+
+def with_ranges(
+    kernel: Kernel, outer: tuple[Range, ...], row: tuple[Range, ...], mapping: dict[sympy.Symbol, sympy.Expr]
+) -> Kernel:
+    """The kernel over other ranges, its old symbols replaced."""
+    body = Body(outer, row)
+    moved = body.embed(kernel, mapping)
+    body.stores = body.embed_stores(kernel, mapping, moved)
+    return body.kernel()
+
+
+def collapsed(kernel: Kernel) -> Kernel:
+    """Neighbouring ranges merged where all index expressions allow it."""
+    expressions = list(dict.fromkeys(walk_expressions(kernel)))
+    ranges = ranges_of((*kernel.outer, *kernel.row))
+    outer, expressions, first = _collapse(kernel.outer, expressions, ranges)
+    row, expressions, second = _collapse(kernel.row, expressions, ranges)
+    mapping = {**first, **second}
+    return with_ranges(kernel, outer, row, mapping) if mapping else kernel
+
+
+def _collapse(
+    level: tuple[Range, ...], expressions: list[sympy.Expr], ranges: Ranges
+) -> tuple[tuple[Range, ...], list[sympy.Expr], dict[sympy.Symbol, sympy.Expr]]:
+    """Merged ranges of one level and what the old symbols become; the inner symbol stands for the merged range."""
+    kept: list[Range] = list(level)
+    mapping: dict[sympy.Symbol, sympy.Expr] = {}
+    k = len(kept) - 2
+    while k >= 0:
+        a, b = kept[k], kept[k + 1]
+        joined = _joined(a, b, expressions, ranges)
+        if joined is not None:
+            step = {a.symbol: FloorDiv(b.symbol, b.size), b.symbol: Mod(b.symbol, b.size)}
+            mapping = {s: e.xreplace(step) for s, e in mapping.items()}
+            mapping = {**step, **mapping}
+            expressions = joined
+            kept[k : k + 2] = [
+                Range(b.symbol, expand(sympy.sympify(a.size * b.size)) if not _plain(a, b) else a.size * b.size)
+            ]
+        k -= 1
+    return tuple(kept), expressions, mapping
+
+
+def _plain(a: Range, b: Range) -> bool:
+    return isinstance(a.size, int) and isinstance(b.size, int)
+
+
+def _joined(a: Range, b: Range, expressions: list[sympy.Expr], ranges: Ranges) -> list[sympy.Expr] | None:
+    """The expressions over the merged range (under ``b``'s symbol), or None if one of them needs the two apart."""
+    if a.size == 0 or b.size == 0:
+        return None
+    merged = tuple((s, a.size * b.size if s == b.symbol else n) for s, n in ranges if s != a.symbol)
+    out: list[sympy.Expr] = []
+    for e in expressions:
+        joined = _joined_one(e, a.symbol, b.symbol, b.size, merged)
+        if joined is None:
+            return None
+        out.append(joined)
+    return out
+
+
+@lru_cache(maxsize=1 << 16)
+def _joined_one(
+    e: sympy.Expr, a: sympy.Symbol, b: sympy.Symbol, inner: int | sympy.Expr, merged: Ranges
+) -> sympy.Expr | None:
+    free = e.free_symbols
+    if a not in free and b not in free:
+        return e
+    if not e.has(FloorDiv, Mod):
+        ca, cb = e.coeff(a, 1), e.coeff(b, 1)
+        if ca != expand(cb * inner) or cb == 0:
+            return None
+        rest = expand(e - ca * a - cb * b)
+        return None if rest.free_symbols & {a, b} else rest + cb * b
+    joined = simplify(e.xreplace({a: FloorDiv(b, inner), b: Mod(b, inner)}), merged)
+    return joined if _divisions(joined) <= _divisions(e) else None
+
+
+def _divisions(e: sympy.Expr) -> int:
+    return sum(1 for x in sympy.preorder_traversal(e) if isinstance(x, (FloorDiv, Mod)))
+
+
+def split(kernel: Kernel) -> Kernel:
+    """Ranges cut at the divisors that index expressions use, where that removes divisions and adds none."""
+    for _ in range(4):
+        found = _split_point(kernel)
+        if found is None:
+            return kernel
+        symbol, divisor = found
+        smaller = _split_at(kernel, symbol, divisor)
+        before = sum(_divisions(e) for e in dict.fromkeys(walk_expressions(kernel)))
+        if sum(_divisions(e) for e in dict.fromkeys(walk_expressions(smaller))) >= before:
+            return kernel
+        kernel = smaller
+    return kernel
+
+
+def _split_point(kernel: Kernel) -> tuple[sympy.Symbol, sympy.Expr] | None:
+    """A range and a proper divisor of its size by which some expression divides it."""
+    sizes = {r.symbol: r.size for r in (*kernel.outer, *kernel.row)}
+    for e in dict.fromkeys(walk_expressions(kernel)):
+        if not e.has(FloorDiv, Mod):
+            continue
+        for x in sympy.preorder_traversal(e):
+            if isinstance(x, (FloorDiv, Mod)) and x.args[0] in sizes:
+                size, divisor = sympy.sympify(sizes[x.args[0]]), x.args[1]
+                if _divides(divisor, size):
+                    return x.args[0], divisor
+    return None
+
+
+def _divides(divisor: sympy.Expr, size: sympy.Expr) -> bool:
+    if divisor.is_Integer and size.is_Integer:
+        return 1 < int(divisor) < int(size) and int(size) % int(divisor) == 0
+    quotient = sympy.cancel(size / divisor)
+    return bool(quotient.is_integer and quotient != 1 and sympy.fraction(quotient)[1] == 1)
+
+
+def _split_at(kernel: Kernel, symbol: sympy.Symbol, divisor: sympy.Expr) -> Kernel:
+    taken = {r.symbol.name for r in (*kernel.outer, *kernel.row)}
+    name = next(n for k in range(len(taken) + 1) if (n := f"{symbol.name[0]}{k}") not in taken)
+    upper = sympy.Symbol(name, integer=True, nonnegative=True)
+
+    def cut(level: tuple[Range, ...]) -> tuple[Range, ...]:
+        out: list[Range] = []
+        for r in level:
+            if r.symbol == symbol:
+                quotient = sympy.cancel(sympy.sympify(r.size) / divisor)
+                out += [Range(upper, _size(quotient)), Range(symbol, _size(divisor))]
+            else:
+                out.append(r)
+        return tuple(out)
+
+    return with_ranges(kernel, cut(kernel.outer), cut(kernel.row), {symbol: upper * divisor + symbol})
+
+
+def _size(e: sympy.Expr) -> int | sympy.Expr:
+    return int(e) if e.is_Integer else e

@@ -1,0 +1,217 @@
+"""Two kernels made one: `merge` (one iteration space for both) and `inline` (a producer's expression at each load).
+
+Both are functions of data alone and say None where the result would not be provably the same. The values are those
+of the separate kernels, bit for bit: where a value went through a buffer it is still rounded to that buffer's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import sympy
+import torch
+
+from memplan.ir.index import invert, ranges_of
+from memplan.ir.loops import Call, Constant, Kernel, Load, Store, StoreMode, value_references
+
+from .fuse_body import Body, needed, store_operands
+from .fuse_mapping import mappings, same_index
+
+#: integer division traps on a zero that a masked-off load may give
+_TRAPPING = frozenset({"floordiv", "truncdiv", "mod", "fmod"})
+
+
+@dataclass(frozen=True, slots=True)
+class MergeRules:
+    """What the program knows and the kernels do not.
+
+    ``changed`` names buffers that either kernel mutates (they hold an earlier value); ``dropped`` those that nobody
+    reads once the two are one, so that their stores go.
+    """
+
+    changed: frozenset[str] = frozenset()
+    dropped: frozenset[str] = frozenset()
+
+
+def merge(producer: Kernel, consumer: Kernel, rules: MergeRules = MergeRules()) -> Kernel | None:
+    """One kernel that does what ``producer`` and then ``consumer`` do, over the ranges of one of them.
+
+    The consumer's loads of what the producer stores must all be at the very point where it is stored. None where no
+    common iteration space is found, or where a point would need another point's new value.
+    """
+    for producer_is_base in _orientations(producer, consumer):
+        base, other = (producer, consumer) if producer_is_base else (consumer, producer)
+        identity = {r.symbol: r.symbol for r in (*base.outer, *base.row)}
+        for mapping in mappings(base, other):
+            maps = (identity, mapping) if producer_is_base else (mapping, identity)
+            joined = _join(Body(base.outer, base.row), producer, maps[0], consumer, maps[1], rules)
+            if joined is not None:
+                return joined
+    return None
+
+
+def _orientations(producer: Kernel, consumer: Kernel) -> tuple[bool, ...]:
+    """Whose ranges to keep: a reduction's; else the consumer's, which is nearer to how results are laid out."""
+    if bool(producer.row) != bool(consumer.row):
+        return (bool(producer.row),)
+    return (True, False) if producer.row else (False, True)
+
+
+def _join(
+    body: Body,
+    producer: Kernel,
+    producer_map: Mapping[sympy.Symbol, sympy.Expr],
+    consumer: Kernel,
+    consumer_map: Mapping[sympy.Symbol, sympy.Expr],
+    rules: MergeRules,
+) -> Kernel | None:
+    moved = body.embed(producer, producer_map)
+    stored: dict[str, list[Store]] = {}
+    produced = body.embed_stores(producer, producer_map, moved)
+    for s in produced:
+        stored.setdefault(s.buffer, []).append(s)
+    read_before = [n for n in body.nodes if isinstance(n, Load)]
+    failed = False
+
+    def forward(load: Load) -> int | None:
+        nonlocal failed
+        if load.buffer not in stored:
+            return None
+        value = _forwarded(body, load, stored[load.buffer])
+        failed = failed or value is None
+        return value
+
+    moved = body.embed(consumer, consumer_map, forward=forward)
+    if failed:
+        return None
+    consumed = body.embed_stores(consumer, consumer_map, moved)
+    kept = _overwritten(body, produced, consumed, rules)
+    if kept is None or not _reads_stay_before(body, read_before, consumed):
+        return None
+    body.stores = [s for s in (*kept, *consumed) if s.buffer not in rules.dropped]
+    joined = body.kernel()
+    if joined.row and set(joined.read_buffers) & set(joined.written_buffers):
+        return None  # a later pass over the row would read what an earlier one has written
+    return joined
+
+
+def _forwarded(body: Body, load: Load, stores: list[Store]) -> int | None:
+    """The value that a load finds where the same point has just stored it, or None."""
+    for s in stores:
+        exact = s.mode is StoreMode.SET and s.mask is None and s.dtype == load.dtype
+        if exact and same_index(s.index, load.index, body.ranges):
+            value = body.rounded(s.value, s.dtype)
+            if load.mask is None:
+                return value
+            other = body.add(Constant(_literal(load), load.dtype))
+            return body.add(Call("where", (load.mask, value, other), load.dtype))
+    return None
+
+
+def _literal(load: Load) -> bool | int | float:
+    """``Load.other`` as a literal of the load's dtype."""
+    if load.dtype is torch.bool:
+        return bool(load.other)
+    return float(load.other) if load.dtype.is_floating_point else int(load.other)
+
+
+def _overwritten(body: Body, produced: list[Store], consumed: list[Store], rules: MergeRules) -> list[Store] | None:
+    """The producer's stores less those that the consumer overwrites at the same point; None if at another point."""
+    kept: list[Store] = []
+    for p in produced:
+        later = [c for c in consumed if c.buffer == p.buffer]
+        if not later or p.buffer not in rules.changed:
+            kept.append(p)  # parts of one fresh buffer do not overlap
+            continue
+        plain = all(s.mode is StoreMode.SET and s.mask is None for s in (p, *later))
+        if not plain or not all(same_index(p.index, c.index, body.ranges) for c in later):
+            return None
+    return kept
+
+
+def _reads_stay_before(body: Body, loads: list[Load], stores: list[Store]) -> bool:
+    """Whether what the producer reads is only overwritten by the very point that has read it.
+
+    With rows a kernel may pass over its row several times and read again after it has stored: then never.
+    """
+    written: dict[str, list[Store]] = {}
+    for s in stores:
+        written.setdefault(s.buffer, []).append(s)
+    for load in loads:
+        for s in written.get(load.buffer, ()):
+            if body.row or s.mode is not StoreMode.SET or s.dtype != load.dtype:
+                return False
+            if not same_index(s.index, load.index, body.ranges):
+                return False
+    return True
+
+
+def stored_value(producer: Kernel, buffer: str) -> Store | None:
+    """The one plain store of a pointwise kernel to ``buffer`` that `inline` can replay anywhere, or None."""
+    stores = [s for s in producer.stores if s.buffer == buffer]
+    if producer.row or len(stores) != 1:
+        return None
+    store = stores[0]
+    if store.mode is not StoreMode.SET or store.mask is not None or value_references(store.index):
+        return None
+    return store
+
+
+def inline(producer: Kernel, consumer: Kernel, buffer: str) -> Kernel | None:
+    """The consumer with each load of ``buffer`` replaced by the pointwise producer's expression at that element.
+
+    The producer's store must cover all that is ever read of the buffer, and what the producer reads must still hold
+    the same when the consumer runs: both are for the caller to see to.
+    """
+    store = stored_value(producer, buffer)
+    if store is None:
+        return None
+    wanted = needed(producer, store_operands(store))
+    traps = any(isinstance(producer.nodes[k], Call) and producer.nodes[k].op in _TRAPPING for k in wanted)  # type: ignore[union-attr]
+    body = Body(consumer.outer, consumer.row)
+    space = ranges_of(producer.outer)
+    failed = False
+
+    def replay(load: Load) -> int | None:
+        nonlocal failed
+        if load.buffer != buffer or failed:
+            return None
+        point = invert(store.index, space, load.index, body.ranges) if load.dtype == store.dtype else None
+        if point is None or (load.mask is not None and traps):
+            failed = True
+            return None
+        moved = body.embed(producer, point, only=wanted, mask=load.mask)
+        value = body.rounded(moved[store.value], store.dtype)
+        if load.mask is None:
+            return value
+        other = body.add(Constant(_literal(load), load.dtype))
+        return body.add(Call("where", (load.mask, value, other), load.dtype))
+
+    moved = body.embed(consumer, {}, forward=replay)
+    if failed:
+        return None
+    body.stores = body.embed_stores(consumer, {}, moved)
+    return body.kernel()
+
+
+def without_stores(kernel: Kernel, buffers: frozenset[str]) -> Kernel:
+    """The kernel without its stores to these buffers and what only they needed."""
+    body = Body(kernel.outer, kernel.row)
+    moved = body.embed(kernel, {})
+    body.stores = [s for s in body.embed_stores(kernel, {}, moved) if s.buffer not in buffers]
+    return body.kernel()
+
+
+def renamed_buffers(kernel: Kernel, names: Mapping[str, str]) -> Kernel:
+    """The kernel over other buffers; nothing else changes."""
+    nodes = tuple(
+        replace(n, buffer=names[n.buffer]) if isinstance(n, Load) and n.buffer in names else n for n in kernel.nodes
+    )
+    stores = tuple(replace(s, buffer=names[s.buffer]) if s.buffer in names else s for s in kernel.stores)
+    return Kernel(kernel.outer, kernel.row, nodes, stores)
+
+
+def iter_indices(kernel: Kernel, buffer: str) -> Iterator[sympy.Expr]:
+    """Indices at which the kernel loads from ``buffer``."""
+    return (n.index for n in kernel.loads if n.buffer == buffer)

@@ -1,0 +1,109 @@
+"""The passes in their order, and what runs them: requirements checked, results verified, dumps written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar, Protocol, Self
+
+from memplan.ir.config import Config
+from memplan.ir.errors import MemplanError, VerificationError
+from memplan.ir.printing import format_program
+from memplan.ir.program import Program
+
+from .cleanup import Cleanup
+from .fusion import Fusion
+
+
+class Pass(Protocol):
+    """A pure function from programs to programs.
+
+    ``requires`` names passes that must come earlier in the pipeline (a pass that the user has disabled counts as
+    done: every pass is right without the others, they only work better together).
+    """
+
+    name: ClassVar[str]
+    requires: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def configured(cls, config: Config) -> Self:
+        """The pass with the options that the configuration gives it."""
+        ...
+
+    def run(self, program: Program) -> Program: ...
+
+
+PASSES: tuple[type[Pass], ...] = (Cleanup, Fusion)
+
+#: names that ``options={"disable": [...]}`` accepts, in the order in which the passes run
+PASS_NAMES: tuple[str, ...] = tuple(p.name for p in PASSES)
+
+
+def check_requirements(passes: tuple[type[Pass], ...]) -> None:
+    """Raise if a pass stands before one that it needs, or if two have the same name.
+
+    Raises
+    ------
+    ValueError
+        Naming the pass and what it lacks.
+    """
+    done: set[str] = set()
+    for p in passes:
+        if p.name in done:
+            raise ValueError(f"two passes are called {p.name!r}")
+        missing = [r for r in p.requires if r not in done]
+        if missing:
+            raise ValueError(
+                f"pass {p.name!r} needs {', '.join(missing)} before it; the order is "
+                f"{', '.join(q.name for q in passes)}"
+            )
+        done.add(p.name)
+
+
+def run_pipeline(
+    program: Program,
+    config: Config,
+    verify: Callable[[Program], None] | None = None,
+    on_pass: Callable[[str, Program, Program], None] | None = None,
+    passes: tuple[type[Pass], ...] = PASSES,
+) -> Program:
+    """Run the passes that ``config`` leaves enabled.
+
+    Parameters
+    ----------
+    verify:
+        Called with the program before the first pass and after every pass that changed it; raises where it is wrong.
+    on_pass:
+        Called with a pass's name, the program before and the program after it.
+
+    Raises
+    ------
+    VerificationError
+        If ``verify`` refuses what a pass made; the message names the pass.
+    """
+    check_requirements(passes)
+    dump = None if config.dump is None else Path(config.dump) / program.name
+    if verify is not None and config.verify:
+        verify(program)
+    _write(dump, "00-captured", format_program(program) if dump else "")
+    for number, kind in enumerate(passes, 1):
+        before = program
+        if config.enabled(kind.name):
+            program = kind.configured(config).run(program)
+        changed = program is not before
+        if changed and verify is not None and config.verify:
+            try:
+                verify(program)
+            except MemplanError as error:
+                raise VerificationError(f"pass {kind.name!r} made a wrong program: {error}") from error
+        if dump is not None:
+            _write(dump, f"{number:02d}-{kind.name}", format_program(program) if changed else "(unchanged)\n")
+        if on_pass is not None:
+            on_pass(kind.name, before, program)
+    return program
+
+
+def _write(folder: Path | None, name: str, text: str) -> None:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.txt").write_text(text)
