@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import sympy
-
+from . import kernels as kernel_sets
+from .codegen import cpp_kernel, triton_kernel
 from .codegen.python_wrapper import print_python
 from .codegen.wrapper_lines import wrapper_lines
 from .ir.config import Config
 from .ir.plan import Plan
 from .ir.program import KernelOp, Program
+from .ir.verify import verify_program
+from .ir.verify_plan import verify_plan
+from .lowering.lower import lower_program
+from .passes.inplace import decide_in_place
+from .passes.pipeline import run_pipeline
 from .passes.schedule import make_plan
 from .runtime.python_runtime import namespace
 
 log = logging.getLogger(__name__)
-KernelArguments = tuple[str, tuple[str, ...], tuple[sympy.Symbol, ...]]
 
 
 @dataclass(frozen=True)
@@ -34,34 +37,38 @@ class CompiledProgram:
 
 def plan_program(program: Program, config: Config) -> Plan:
     """All passes and the planner; nothing is built."""
+    if config.enabled("lowering"):
+        program = lower_program(program, config)
+    program = run_pipeline(program, config, verify_program)
     order = [op.name for op in program.operations]
-    return make_plan(program, order, in_place={})
+    in_place = decide_in_place(program, order, kernel_safe=_safe_in_place) if config.enabled("inplace") else {}
+    plan = make_plan(program, order, in_place=in_place)
+    if config.verify:
+        verify_plan(plan, check_program=False)
+    return plan
+
+
+def _safe_in_place(op: KernelOp, old: str, new: str) -> bool:
+    """Whether the kernel as emitted for its device may write ``new`` over ``old``."""
+    emitter = cpp_kernel if op.device == "cpu" else triton_kernel
+    return emitter.safe_in_place(op.kernel, old, new)
 
 
 def compile_program(program: Program, config: Config) -> CompiledProgram:
     """Plan, print, build and load."""
     plan = plan_program(program, config)
-    kernels, arguments = build_kernels(plan.program, config)
-    lines = wrapper_lines(plan, arguments)
-    wrapper = print_python(lines, poison=config.poison)
+    found = kernel_sets.collect(plan.program)
+    callables, kernel_source = kernel_sets.build(found, plan.program, config)
+    arguments = {n: (a.source, a.buffers, a.symbols) for n, a in found.arguments.items()}
+    wrapper = print_python(wrapper_lines(plan, arguments), poison=config.poison)
     if config.dump:
         folder = Path(config.dump)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{program.name}.py").write_text(wrapper.source)
-    names = namespace(wrapper.operators, plan.program.callables, plan.program.constants, kernels)
+        (folder / f"{program.name}.kernels.txt").write_text(kernel_source)
+    names = namespace(wrapper.operators, plan.program.callables, plan.program.constants, callables)
     code = compile(wrapper.source, f"<memplan {program.name}>", "exec")
     exec(code, names)
     call = names["call"]
     call._boxed_call = True  # type: ignore[attr-defined]
     return CompiledProgram(plan, call, wrapper.source)  # type: ignore[arg-type]
-
-
-def build_kernels(
-    program: Program, config: Config
-) -> tuple[Mapping[str, Callable[..., object]], Mapping[str, KernelArguments]]:
-    """Callables by source name, and for each kernel operation its source and arguments."""
-    found = [op for op in program.operations if isinstance(op, KernelOp)]
-    if not found:
-        return {}, {}
-    raise NotImplementedError
-_ = os
