@@ -107,7 +107,8 @@ class Value:
 
     def symbol(self) -> sympy.Symbol:
         """The symbol that stands for this integer in index expressions."""
-        assert not self.dtype.is_floating_point and self.dtype is not torch.bool
+        assert not self.dtype.is_floating_point
+        assert self.dtype is not torch.bool
         return value_symbol(self.position)
 
     def __add__(self, other: Value | Scalar) -> Value:
@@ -263,7 +264,8 @@ class KernelBuilder:
             yes = self.constant(yes, no.dtype)
         if not isinstance(no, Value):
             no = self.constant(no, yes.dtype)
-        assert condition.dtype is torch.bool and yes.dtype is no.dtype, (condition.dtype, yes.dtype, no.dtype)
+        assert condition.dtype is torch.bool, condition.dtype
+        assert yes.dtype is no.dtype, (yes.dtype, no.dtype)
         literal = self.literal(condition)
         if literal is not None:
             return yes if literal else no

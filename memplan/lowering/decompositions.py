@@ -17,34 +17,38 @@ from torch._decomp import core_aten_decompositions, get_decompositions
 from ..ir.config import Config
 from . import lower  # noqa: F401  (registers the lowerings)
 from .call_site import LOWERINGS
+from .operators import max_pool2d_with_indices
 
 Table = dict[torch._ops.OperatorBase, Callable[..., object]]
 aten = torch.ops.aten
 
 #: taken apart beyond torch's core set
 EXTRA = (
-    "_adaptive_avg_pool2d_backward _batch_norm_no_update _batch_norm_with_update _batch_norm_with_update_functional"
-    " _log_softmax _native_batch_norm_legit _native_batch_norm_legit_functional _native_batch_norm_legit_no_training"
-    " _softmax addmv adaptive_max_pool2d batch_norm_backward dist elu index_select lcm linalg_vector_norm"
-    " native_batch_norm native_group_norm native_layer_norm permute_copy rrelu_with_noise_backward tril_indices"
-    " triu_indices unbind_copy upsample_bilinear2d hann_window var_mean std_mean _to_copy"
-).split()
+    "_batch_norm_no_update", "_batch_norm_with_update", "_batch_norm_with_update_functional", "_log_softmax",
+    "_native_batch_norm_legit", "_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training",
+    "_softmax", "addmv", "batch_norm_backward", "dist", "elu", "index_select", "lcm", "linalg_vector_norm",
+    "native_batch_norm", "native_group_norm", "native_layer_norm", "permute_copy", "rrelu_with_noise_backward",
+    "tril_indices", "triu_indices", "unbind_copy", "upsample_bilinear2d", "hann_window", "var_mean", "std_mean",
+    "_to_copy",
+)  # fmt: skip
 
 #: taken apart although they have a lowering of their own: their pieces fuse again, and can be recomputed one by one
 SPLIT_ANYWAY = frozenset({"aten._softmax.default", "aten._log_softmax.default"})
 
 #: whole, for a library kernel is better than the pieces, or for another stage of memplan takes them
 WHOLE = (
-    "convolution convolution_backward _convolution mm bmm addmm baddbmm mv dot vdot"
-    " _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention_for_cpu_backward"
-    " _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention"
-    " _scaled_dot_product_cudnn_attention _scaled_dot_product_fused_attention_overrideable"
-    " native_dropout _thnn_fused_lstm_cell grid_sampler_2d max_pool2d_with_indices cumsum cumprod index_put_"
-    " embedding_bag _embedding_bag detach _weight_norm_interface"
-).split()
+    "convolution", "convolution_backward", "_convolution", "mm", "bmm", "addmm", "baddbmm", "mv", "dot", "vdot",
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward",
+    "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_fused_attention_overrideable", "native_dropout",
+    "_thnn_fused_lstm_cell", "grid_sampler_2d", "cumsum", "cumprod", "index_put_", "embedding_bag", "_embedding_bag",
+    "detach", "_weight_norm_interface",
+)  # fmt: skip
 
 #: random operators: eager's own calls where eager's own numbers are asked for
-RANDOM = "bernoulli rrelu rrelu_with_noise dropout alpha_dropout feature_dropout normal uniform".split()
+RANDOM = (
+    "bernoulli", "rrelu", "rrelu_with_noise", "dropout", "alpha_dropout", "feature_dropout", "normal", "uniform",
+)  # fmt: skip
 
 
 @lru_cache(maxsize=2)
@@ -59,6 +63,7 @@ def _table(eager_random: bool) -> Table:
         if packet in whole or (target in LOWERINGS and target not in SPLIT_ANYWAY):
             continue
         kept[operator] = decomposition
+    kept[aten.max_pool2d_with_indices.default] = max_pool2d_with_indices
     return kept
 
 

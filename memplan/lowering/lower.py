@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 
 from ..ir.config import Config
@@ -16,6 +15,7 @@ from . import (  # noqa: F401
     creation,
     indexing,
     loss,
+    pooling,
     random,
     reductions,
     scatter,
@@ -24,8 +24,6 @@ from . import (  # noqa: F401
 )
 from .builder import KernelBuilder
 from .call_site import LOWERINGS, SUPPORTED, CallSite, Context
-
-log = logging.getLogger("memplan.lowering")
 
 
 def lower_program(program: Program, config: Config) -> Program:

@@ -307,7 +307,8 @@ def _correction(site: CallSite) -> float:
 
 
 @lowers(
-    "aten.var.default", "aten.var.dim", "aten.var.correction", "aten.std.default", "aten.std.dim", "aten.std.correction",
+    "aten.var.default", "aten.var.dim", "aten.var.correction",
+    "aten.std.default", "aten.std.dim", "aten.std.correction",
 )  # fmt: skip
 def _var(site: CallSite) -> Operations | None:
     root = ".std." in site.op.target

@@ -355,7 +355,7 @@ def _nested(sizes: Sequence[Size], strides: Sequence[Size]) -> bool:
 def _slice_backward(site: CallSite) -> Operations | None:
     grad, result = site.view("grad_output"), site.result
     dim = site.dim("dim", len(result.sizes))
-    start, length, step = slice_bounds(site, result.sizes[dim])
+    start, _, step = slice_bounds(site, result.sizes[dim])
     if step != 1 or grad.dtype not in SUPPORTED:
         return None
     before = [start if d == dim else 0 for d in range(len(result.sizes))]

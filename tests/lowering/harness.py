@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 import sympy
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from memplan.ir.config import Config
 from memplan.ir.program import (
     Argument,
@@ -31,9 +33,7 @@ from memplan.ir.program import (
 from memplan.ir.verify_kernel import verify_kernel
 from memplan.lowering.decompositions import decomposition_table
 from memplan.lowering.lower import lower_program
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from ..reference_kernel import run_reference
+from tests.reference_kernel import run_reference
 
 TOLERANCE = {
     torch.float64: (1e-9, 1e-9),
@@ -111,7 +111,10 @@ def make_call(
 
 
 def run_kernels(
-    operations: Sequence[Operation], program: Program, contents: dict[str, torch.Tensor], hints: Mapping[sympy.Symbol, int]
+    operations: Sequence[Operation],
+    program: Program,
+    contents: dict[str, torch.Tensor],
+    hints: Mapping[sympy.Symbol, int],
 ) -> None:
     """Verify and run each kernel; temporaries are made, poisoned."""
     for name, buffer in program.buffers.items():
@@ -203,9 +206,9 @@ class LoweringMode(TorchDispatchMode):
         tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs, expected)) if isinstance(t, torch.Tensor)]
         if not any(isinstance(t, torch.Tensor) for t in torch.utils._pytree.tree_leaves(expected)):
             return False
-        return all(t.layout is torch.strided and type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors) and all(
-            t.numel() <= self.largest for t in tensors
-        )
+        return all(
+            t.layout is torch.strided and type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors
+        ) and all(t.numel() <= self.largest for t in tensors)
 
     def check(self, func, args, kwargs, expected) -> None:  # type: ignore[no-untyped-def]
         try:

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .harness import LoweringMode
+from tests.lowering.harness import LoweringMode
 
 #: what may stay an ATen call in these models
 LIBRARY = {
     "aten.addmm.default", "aten.mm.default", "aten.bmm.default", "aten.convolution.default",
     "aten.convolution_backward.default", "aten.randn.default",
+    "aten.randint.low",
 }  # fmt: skip
 
 
