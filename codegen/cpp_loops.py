@@ -46,16 +46,12 @@ def hinted(size: Size, hints: Hints) -> int:
 def prepare(kernel: Kernel) -> Kernel:
     """Index expressions simplified, unit ranges and equal nodes gone, ranges split at divisions."""
     kernel = _rewrite(kernel, {}, kernel.outer, kernel.row)
-    units = {r.symbol: _ZERO for r in (*kernel.outer, *kernel.row) if r.size == 1}
-    if units:
-        # a row of one point stays a row: its reductions need one
-        kernel = _rewrite(
-            kernel,
-            {r.symbol: _ZERO for r in kernel.outer if r.size == 1}
-            | {r.symbol: _ZERO for r in kernel.row if r.size == 1},
-            tuple(r for r in kernel.outer if r.size != 1),
-            tuple(r for r in kernel.row if r.size != 1),
-        )
+    outer = tuple(r for r in kernel.outer if r.size != 1)
+    # a row of one point stays a row: its reductions need one
+    row = tuple(r for r in kernel.row if r.size != 1) or kernel.row[-1:]
+    gone = {r.symbol: _ZERO for r in (*kernel.outer, *kernel.row) if r not in outer and r not in row}
+    if gone:
+        kernel = _rewrite(kernel, gone, outer, row)
     return _split_divisions(share(kernel))
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import sympy
 import torch
 from memplan.codegen.cpp_kernel import BUILD_FLAGS, emit_cpp_library
 
-from memplan.ir.canonical import canonicalize
+from memplan.ir.canonical import CanonicalKernel, canonicalize
 from memplan.ir.loops import Kernel
 from memplan.runtime.build import build_library, load_library
 
@@ -21,7 +21,6 @@ def run_cpp(
     *,
     threads: bool = True,
     planned: Mapping[sympy.Symbol, int] | None = None,
-    optimise: str = "-O3",
 ) -> str:
     """Emit, build and run ``kernel`` on the buffers (changed in place); the source is returned.
 
@@ -29,9 +28,19 @@ def run_cpp(
     """
     canonical = canonicalize(kernel)
     values = hints or {}
-    source = emit_cpp_library([("kernel", canonical)], planned or values, threads=threads)
-    library = load_library(build_library(source, name="kernel", flags=(*BUILD_FLAGS, optimise), openmp=threads))
+    library, source = build_and_load([("kernel", canonical)], planned or values, threads=threads)
     arguments: list[object] = [ctypes.c_void_p(buffers[b].data_ptr()) for b in canonical.buffers]
     arguments += [ctypes.c_int64(values[s]) for s in canonical.symbols]
     library.kernel(*arguments)
     return source
+
+
+def build_and_load(
+    kernels: Sequence[tuple[str, CanonicalKernel]],
+    hints: Mapping[sympy.Symbol, int] | None = None,
+    *,
+    threads: bool = True,
+) -> tuple[ctypes.CDLL, str]:
+    """The loaded library of these kernels, and its source."""
+    source = emit_cpp_library(kernels, hints or {}, threads=threads)
+    return load_library(build_library(source, name="kernels", flags=BUILD_FLAGS, openmp=threads)), source
