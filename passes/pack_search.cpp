@@ -172,6 +172,8 @@ i64 lowest_floor(const Problem& problem, const std::vector<i32>& order, i64* off
 // ---------------------------------------------------------------------------------------------------------------
 // Exact search for one capacity.
 
+constexpr i64 kSharePerBuffer = 160;  // work of the shortest search, per buffer: a few dives
+
 enum class Outcome { kFits, kImpossible, kUnknown };
 
 class Search {
@@ -210,6 +212,7 @@ class Search {
         if (i != j && lower_[j] < upper_[i] && upper_[j] > lower_[i]) neighbours_[i].push_back(j);
       }
     }
+    failures_.assign(count, 0);
     rest_.assign(count, 0);
     low_.assign(count, 0);
     high_.resize(count);
@@ -238,7 +241,16 @@ class Search {
   }
   i64 used() const { return used_; }
 
+  // How often each buffer took part in a contradiction, added to `weights` with the most frequent at one.
+  void weigh(std::vector<double>& weights) const {
+    const double most = std::max<i64>(1, *std::max_element(failures_.begin(), failures_.end()));
+    for (size_t i = 0; i < original_.size(); ++i) {
+      weights[original_[i]] = kMemory * weights[original_[i]] + failures_[i] / most;
+    }
+  }
+
  private:
+  static constexpr double kMemory = 0.8;  // what a restart keeps of the weights of the ones before
   const i64 capacity_;
   const i64 limit_;
   const Deadline& deadline_;
@@ -246,7 +258,7 @@ class Search {
   i64 used_ = 0;
   bool stopped_ = false;
   std::vector<i32> lower_, upper_;
-  std::vector<i64> size_, remaining_;
+  std::vector<i64> size_, remaining_, failures_;
   std::vector<i64> rest_;        // the highest top among placed neighbours: where a buffer would come to rest now
   std::vector<i64> low_, high_;  // bounds on the offset that a buffer can have in any completion of this node
   std::vector<char> placed_, buffer_dirty_, section_dirty_;
@@ -350,12 +362,18 @@ class Search {
         section_dirty_[section] = 0;
         ++used_;
         good = propagate_section(section);
+        if (!good) {
+          for (const i32 buffer : crossing_[section]) {
+            if (!placed_[buffer]) ++failures_[buffer];
+          }
+        }
       } else if (!buffer_queue_.empty()) {
         const i32 buffer = buffer_queue_.back();
         buffer_queue_.pop_back();
         buffer_dirty_[buffer] = 0;
         ++used_;
         good = placed_[buffer] || propagate_pairs(buffer);
+        if (!good) ++failures_[buffer];
       } else {
         return true;
       }
@@ -494,6 +512,48 @@ class Search {
   }
 };
 
+// The restart schedule of Luby, Sinclair and Zuckerman: 1 1 2 1 1 2 4 ...
+i64 luby(i64 index) {
+  i64 size = 1, power = 1;
+  while (size < index + 1) {
+    size = 2 * size + 1;
+    power *= 2;
+  }
+  while (size - 1 != index) {
+    size = (size - 1) / 2;
+    power /= 2;
+    index %= size;
+  }
+  return power;
+}
+
+// Short searches over several orders in turn. What took part in contradictions comes earlier in the next search from
+// the same order (as in dom/wdeg, Boussemart et al., ECAI 2004), which mends early mistakes that one search would
+// only undo after exhausting everything below them.
+Outcome search_with_restarts(const Problem& problem, const std::vector<std::vector<i32>>& orders, i64 capacity,
+                             const Deadline& deadline, i64* work, i64* offsets) {
+  const i64 limit = *work;
+  const i64 share = kSharePerBuffer * std::max(problem.count, 64);
+  std::vector<std::vector<i32>> sequences = orders;
+  std::vector<std::vector<double>> weights(orders.size(), std::vector<double>(problem.count, 0.0));
+  *work = 0;
+  for (i64 round = 0; *work < limit && !deadline.passed(); ++round) {
+    for (size_t which = 0; which < orders.size() && *work < limit; ++which) {
+      Search search(problem, sequences[which], capacity, std::min(limit - *work, share * luby(round)), deadline);
+      const Outcome outcome = search.run();
+      *work += search.used();
+      if (outcome == Outcome::kFits) search.write(offsets);
+      if (outcome != Outcome::kUnknown) return outcome;
+      std::vector<double>& weight = weights[which];
+      search.weigh(weight);
+      sequences[which] = orders[which];
+      std::stable_sort(sequences[which].begin(), sequences[which].end(),
+                       [&](i32 a, i32 b) { return weight[a] > weight[b]; });
+    }
+  }
+  return Outcome::kUnknown;
+}
+
 }  // namespace
 
 extern "C" {
@@ -530,18 +590,18 @@ int64_t memplan_lowest_floor(int32_t count, const int32_t* lower, const int32_t*
   return lowest_floor(problem, std::vector<i32>(order, order + count), offsets);
 }
 
-// Searches for offsets within `capacity`, trying buffers in `order` where floors are equal.
-// Returns 1: found (in `offsets`), 0: proved impossible, -1: stopped at the limit. `nodes` is the limit in, used out.
+// Searches for offsets within `capacity`, starting from each of the `order_count` orders in turn.
+// Returns 1: found (in `offsets`), 0: proved impossible, -1: stopped at a limit. `work` is the limit in, used out.
 int32_t memplan_pack_search(int32_t count, const int32_t* lower, const int32_t* upper, const int64_t* size,
-                            const int32_t* order, int64_t capacity, double seconds, int64_t* nodes,
-                            int64_t* offsets) {
+                            int32_t order_count, const int32_t* orders, int64_t capacity, double seconds,
+                            int64_t* work, int64_t* offsets) {
   const Problem problem{count, lower, upper, size};
   const Deadline deadline(seconds);
-  const std::vector<i32> sequence(order, order + count);
-  Search search(problem, sequence, capacity, *nodes, deadline);
-  const Outcome outcome = search.run();
-  *nodes = search.used();
-  if (outcome == Outcome::kFits) search.write(offsets);
+  std::vector<std::vector<i32>> sequences;
+  for (i32 i = 0; i < order_count; ++i) {
+    sequences.emplace_back(orders + static_cast<size_t>(i) * count, orders + static_cast<size_t>(i + 1) * count);
+  }
+  const Outcome outcome = search_with_restarts(problem, sequences, capacity, deadline, work, offsets);
   return outcome == Outcome::kFits ? 1 : outcome == Outcome::kImpossible ? 0 : -1;
 }
 
