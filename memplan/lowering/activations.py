@@ -97,7 +97,7 @@ def _log_sigmoid(site: CallSite, self: Value) -> Value:
 def _log_sigmoid_forward(site: CallSite) -> Operations | None:
     self, buffer = site.view("self"), site.results[1]
     found = promoted_kernel(site, site.result, [self], Promotion.COMMON, log_sigmoid)
-    if found is None or buffer is None or not buffer.sizes or buffer.sizes == (0,):
+    if found is None or buffer is None or buffer.sizes == (0,):
         return found  # on CUDA the buffer is empty
     more = promoted_kernel(site, buffer, [self], Promotion.COMMON, lambda x: (-x.call("abs")).call("exp"), "buffer")
     return None if more is None else found + more

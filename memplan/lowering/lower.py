@@ -13,6 +13,7 @@ from . import (  # noqa: F401
     activations,
     arithmetic,
     creation,
+    foreach,
     indexing,
     loss,
     pooling,
@@ -21,6 +22,7 @@ from . import (  # noqa: F401
     scatter,
     shapes,
     softmax,
+    special,
 )
 from .builder import KernelBuilder
 from .call_site import LOWERINGS, SUPPORTED, CallSite, Context
