@@ -110,45 +110,43 @@ def with_ranges(
 
 def collapsed(kernel: Kernel) -> Kernel:
     """Neighbouring ranges merged where all index expressions allow it."""
-    expressions = list(dict.fromkeys(walk_expressions(kernel)))
+    old = list(dict.fromkeys(walk_expressions(kernel)))
     ranges = ranges_of((*kernel.outer, *kernel.row))
-    outer, expressions, first = _collapse(kernel.outer, expressions, ranges)
-    row, expressions, second = _collapse(kernel.row, expressions, ranges)
-    mapping = {**first, **second}
-    return with_ranges(kernel, outer, row, mapping) if mapping else kernel
+    outer, new = _collapse(kernel.outer, old, ranges)
+    row, new = _collapse(kernel.row, new, ranges_of((*outer, *kernel.row)))
+    if len(outer) == len(kernel.outer) and len(row) == len(kernel.row):
+        return kernel
+    body = Body(outer, row)
+    body.rewritten = dict(zip(old, new, strict=True))
+    moved = body.embed(kernel, {})
+    body.stores = body.embed_stores(kernel, {}, moved)
+    return body.kernel()
 
 
 def _collapse(
     level: tuple[Range, ...], expressions: list[sympy.Expr], ranges: Ranges
-) -> tuple[tuple[Range, ...], list[sympy.Expr], dict[sympy.Symbol, sympy.Expr]]:
-    """Merged ranges of one level and what the old symbols become; the inner symbol stands for the merged range."""
+) -> tuple[tuple[Range, ...], list[sympy.Expr]]:
+    """Merged ranges of one level (under the inner one's symbol) and the expressions over them."""
     kept: list[Range] = list(level)
-    mapping: dict[sympy.Symbol, sympy.Expr] = {}
-    k = len(kept) - 2
-    while k >= 0:
+    for k in range(len(kept) - 2, -1, -1):
         a, b = kept[k], kept[k + 1]
-        joined = _joined(a, b, expressions, ranges)
+        size = a.size * b.size if _plain(a, b) else expand(sympy.sympify(a.size * b.size))
+        merged = tuple((s, size if s == b.symbol else n) for s, n in ranges if s != a.symbol)
+        joined = _joined(a, b, expressions, merged)
         if joined is not None:
-            step = {a.symbol: FloorDiv(b.symbol, b.size), b.symbol: Mod(b.symbol, b.size)}
-            mapping = {s: e.xreplace(step) for s, e in mapping.items()}
-            mapping = {**step, **mapping}
-            expressions = joined
-            kept[k : k + 2] = [
-                Range(b.symbol, expand(sympy.sympify(a.size * b.size)) if not _plain(a, b) else a.size * b.size)
-            ]
-        k -= 1
-    return tuple(kept), expressions, mapping
+            expressions, ranges = joined, merged
+            kept[k : k + 2] = [Range(b.symbol, size)]
+    return tuple(kept), expressions
 
 
 def _plain(a: Range, b: Range) -> bool:
     return isinstance(a.size, int) and isinstance(b.size, int)
 
 
-def _joined(a: Range, b: Range, expressions: list[sympy.Expr], ranges: Ranges) -> list[sympy.Expr] | None:
+def _joined(a: Range, b: Range, expressions: list[sympy.Expr], merged: Ranges) -> list[sympy.Expr] | None:
     """The expressions over the merged range (under ``b``'s symbol), or None if one of them needs the two apart."""
     if a.size == 0 or b.size == 0:
         return None
-    merged = tuple((s, a.size * b.size if s == b.symbol else n) for s, n in ranges if s != a.symbol)
     out: list[sympy.Expr] = []
     for e in expressions:
         joined = _joined_one(e, a.symbol, b.symbol, b.size, merged)

@@ -52,6 +52,8 @@ class Body:
         self.nodes: list[Node] = []
         self.stores: list[Store] = []
         self._known: dict[object, int] = {}
+        #: index expressions that are known in the new ranges already (used with an empty mapping)
+        self.rewritten: Mapping[sympy.Expr, sympy.Expr] = {}
 
     def add(self, node: Node) -> int:
         """The position of this node, a new one if there is no equal one yet."""
@@ -69,6 +71,7 @@ class Body:
         """An index expression with ranges and values renamed."""
         if expr.is_Integer:
             return expr
+        expr = self.rewritten.get(expr, expr)
         references = value_references(expr)
         if references:
             values = tuple((value_symbol(k), value_symbol(moved[k])) for k in references if moved[k] != k)

@@ -109,6 +109,24 @@ def _traffic(
     return InlineGain(saved - cost, inputs) if 2 * cost <= saved else None
 
 
+def load_bytes(kernel: Kernel, program: Program) -> int:
+    """Bytes that a kernel reads if each distinct access moves each of its elements once."""
+    points = evaluate(count(ranges_of(kernel.outer)) * count(ranges_of(kernel.row)), program.hints)
+    reads = {(n.buffer, n.index): n.dtype.itemsize for n in kernel.loads}
+    return sum(min(program.nbytes(b), points * size) for (b, _), size in reads.items())
+
+
+def pays_together(first: Kernel, second: Kernel, merged: Kernel, program: Program) -> bool:
+    """Whether two kernels with no flow between them read clearly less as one: at the same points, not just the same
+    buffers. A row-wise and a column-wise pass over one matrix share nothing."""
+    if set(first.written_buffers) & set(second.written_buffers):
+        return True  # parts of one buffer
+    if first.row and second.row and row_is_contiguous(first) != row_is_contiguous(second):
+        return False
+    before = load_bytes(first, program), load_bytes(second, program)
+    return 4 * (sum(before) - load_bytes(merged, program)) >= min(before)
+
+
 def keeps_parallel(kernel: Kernel, device: str, limits: Limits, parts: tuple[Kernel, ...]) -> bool:
     """Whether a kernel that uses a reduction's result along the same row still occupies the device.
 
@@ -122,7 +140,7 @@ def keeps_parallel(kernel: Kernel, device: str, limits: Limits, parts: tuple[Ker
     gpu = device.startswith("cuda")
     if length <= 1024:
         return True
-    if not _row_is_contiguous(kernel):
+    if not row_is_contiguous(kernel):
         return length <= (1024 if gpu else 4096)
     if length > 65536:
         return rows >= (1024 if gpu else 64)
@@ -139,7 +157,7 @@ def _uses_result_along_row(kernel: Kernel) -> bool:
     return any(reduced[k] and kernel.store_level(s) is Level.POINT for s in kernel.stores for k in store_operands(s))
 
 
-def _row_is_contiguous(kernel: Kernel) -> bool:
+def row_is_contiguous(kernel: Kernel) -> bool:
     """Whether most accesses along the row step by one element."""
     symbols = [r.symbol for r in kernel.row if r.size != 1]
     if not symbols:

@@ -22,7 +22,7 @@ from memplan.ir.loops import Kernel
 from memplan.ir.program import KernelOp, Origin, Program, evaluate
 
 from .cleanup import normalise
-from .fuse_costs import Limits, inline_gain, keeps_parallel
+from .fuse_costs import Limits, inline_gain, keeps_parallel, pays_together, row_is_contiguous
 from .fuse_graph import FusionGraph, Group, Placement
 from .fuse_kernels import MergeRules, inline, merge, stored_value, without_stores
 
@@ -53,9 +53,12 @@ class Fusion:
         fuser.inline_all(trivial=True)
         for _ in range(self.max_rounds):
             changes = fuser.changes
-            for strict in (True, False):
-                fuser.merge_all(strict=strict)
+            # what ends a buffer comes first: a kernel that has taken in a sibling may fit its consumer no longer
+            fuser.merge_all(strict=True, dropping=True)
+            fuser.merge_all(strict=False, dropping=True)
             fuser.inline_all(trivial=False)
+            fuser.merge_all(strict=True, dropping=False)
+            fuser.merge_all(strict=False, dropping=False)
             if fuser.changes == changes:
                 break
         if not fuser.changes:
@@ -79,20 +82,26 @@ class Fuser:
 
     # --- merging -----------------------------------------------------------------------------------------------
 
-    def merge_all(self, *, strict: bool) -> None:
-        """Merge pairs, the most bytes saved first, until no pair is left that can be merged."""
+    def merge_all(self, *, strict: bool, dropping: bool) -> None:
+        """Merge pairs, the most bytes saved first, until no pair is left that can be merged.
+
+        ``strict``: nothing may rise above what the two steps hold now; ``dropping``: only producers and consumers
+        whose merging ends a buffer.
+        """
         heap: list[tuple[int, int, int, int, int]] = []
         seen: set[tuple[int, int]] = set()
         for number in self.graph.ordered(self.graph.groups):
-            self._propose(number, heap, seen)
+            self._propose(number, heap, seen, dropping)
         while heap:
             _, _, _, producer, consumer = heapq.heappop(heap)
             if producer in self.graph.groups and consumer in self.graph.groups:
                 merged = self._merge(producer, consumer, strict=strict)
                 if merged is not None:
-                    self._propose(merged.number, heap, seen)
+                    self._propose(merged.number, heap, seen, dropping)
 
-    def _propose(self, number: int, heap: list[tuple[int, int, int, int, int]], seen: set[tuple[int, int]]) -> None:
+    def _propose(
+        self, number: int, heap: list[tuple[int, int, int, int, int]], seen: set[tuple[int, int]], dropping: bool
+    ) -> None:
         group = self.graph.groups[number]
         if group.points is None:
             return
@@ -104,6 +113,8 @@ class Fuser:
             seen.add(pair)
             first, second = self.graph.groups[pair[0]], self.graph.groups[pair[1]]
             if not _same_space(first, second) or first.op.device != second.op.device:
+                continue
+            if dropping and not any(self._drops(b, first, second) for b in first.changes & second.reads):
                 continue
             gain = self._merge_gain(first, second)
             if gain > 0:
@@ -197,10 +208,13 @@ class Fuser:
         a, b = _kernel(first), _kernel(second)
         if len(a.nodes) + len(b.nodes) > self.limits.max_nodes:
             return None
+        if not dropped and bool(a.row) != bool(b.row) and any(k.row and not row_is_contiguous(k) for k in (a, b)):
+            return None  # stores along a strided row, in a reduction that wants to be cut along it
         kernel = merge(a, b, MergeRules(first.mutates | second.mutates, dropped))
         if kernel is None or not keeps_parallel(kernel, first.op.device, self.limits, (a, b)):
             return None
-        return kernel
+        flows = first.changes & second.reads
+        return kernel if flows or pays_together(a, b, kernel, self.program) else None
 
     # --- inlining ----------------------------------------------------------------------------------------------
 

@@ -212,6 +212,9 @@ def floor_div(base: sympy.Expr, divisor: sympy.Expr, ranges: Ranges) -> sympy.Ex
             return quotient + reduced
         if isinstance(rest, FloorDiv):
             return quotient + floor_div(rest.args[0], expand(rest.args[1] * divisor), ranges)
+        if isinstance(rest, Mod) and (periods := _divide_term(rest.args[1], divisor)) is not None:
+            # (e % (d*m)) // d = (e // d) % m: one form, which `_recombine` knows
+            return quotient + modulo(floor_div(rest.args[0], divisor, ranges), periods, ranges)
         return quotient + FloorDiv(rest, divisor)
     if quotient != 0 and divisor.is_positive:
         return quotient + FloorDiv(rest, divisor)
