@@ -7,6 +7,7 @@ reductions in column form.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -32,6 +33,7 @@ class Printer:
         self.dependencies = self._dependencies()
         self.defined: set[int] = set()
         self.stored: dict[int, str] = {}
+        self.keeping: set[int] = set()
         self.row_symbols = frozenset(r.symbol for r in self.kernel.row)
         self.simd = not any(s.mode is not StoreMode.SET for s in self.kernel.stores)
 
@@ -90,6 +92,8 @@ class Printer:
         node = self.kernel.nodes[k]
         text = self.stored[k] if k in self.stored else self.texts.value(k)
         self.line(f"const {compute_type(node.dtype)} v{k} = {text};")
+        if k in self.keeping:
+            self.line(f"t{k}[{self.row_position()}] = v{k};")
 
     def needed(self, roots: Iterable[int]) -> list[int]:
         """Nodes to define for ``roots``: all they use that no enclosing scope has, in order."""
@@ -217,15 +221,28 @@ class Printer:
         before = [k for k in self.needed(self.roots()) if self._outer_value(k) and not self.schedule.stage[k]]
         with self.nest(outer, before, order, self.schedule.collapse, self.schedule.collapse):
             self.defined.update(before)
+            for k in self.schedule.kept:
+                length = math.prod(int(r.size) for r in self.kernel.row)
+                self.line(f"alignas(64) {compute_type(self.texts.dtype(k))} t{k}[{length}];")
             for number, step in enumerate(self.schedule.passes):
+                self.keeping = set(self.needed(self.pass_roots(step))) & set(self.schedule.kept) - self.stored.keys()
                 if step.reductions:
                     self.reducing_pass(step)
                 else:
                     self.storing_pass(step)
+                self.stored.update({k: f"t{k}[{self.row_position()}]" for k in self.keeping})
+                self.keeping = set()
                 self.outer_values(number + 1)
             for store in self.kernel.stores:
                 if self.kernel.store_level(store) is Level.OUTER:
                     self.store(store)
+
+    def row_position(self) -> str:
+        """The flat position of a point in its row."""
+        position = sympy.Integer(0)
+        for r in self.kernel.row:
+            position = position * r.size + r.symbol
+        return cexpr(sympy.expand(position))
 
     def _outer_value(self, k: int) -> bool:
         return not self.dependencies[k] & self.row_symbols

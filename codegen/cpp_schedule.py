@@ -18,6 +18,8 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
+import sympy
+
 from memplan.ir.loops import Call, Kernel, Level, Load, Random, Range, Reduce, Store, StoreMode, operands
 
 from .cpp_loops import (
@@ -26,6 +28,7 @@ from .cpp_loops import (
     accesses,
     by_stride,
     contiguous_bytes,
+    dependencies,
     hinted,
     merge,
     prepare,
@@ -36,6 +39,8 @@ from .cpp_loops import (
 PARALLEL_WORK = 32768
 #: tasks that a parallel loop should have at least, so that the load is even on a usual number of threads
 WANTED_TASKS = 16
+#: elements of a row in the arrays that keep values from one pass to the next: 128 KiB of stack, half a usual L2 cache
+MOST_KEPT = 32768
 #: a row is cut into at most this many chunks
 MOST_CHUNKS = 64
 _EXPENSIVE = frozenset(
@@ -113,6 +118,7 @@ class Schedule:
     outer loops (column: with the loop over tiles, pointwise: with the one over blocks) form the parallel loop.
     ``block`` cuts the vectorised loop of a pointwise kernel (elements; 0: whole). ``chunk`` cuts the first row range
     (points; 0: whole). ``work`` is the number of points, for the run-time threshold where sizes are dynamic.
+    ``kept`` are point values that a row form computes in one pass and reads in later ones from an array of the row.
     """
 
     kernel: Kernel
@@ -125,6 +131,7 @@ class Schedule:
     passes: tuple[Pass, ...]
     point_cost: int
     stage: tuple[int, ...]
+    kept: tuple[int, ...] = ()
 
     @property
     def vector(self) -> Range:
@@ -221,7 +228,53 @@ def _row(kernel: Kernel, form: Form, hints: Hints, threads: bool) -> Schedule:
     if chosen is Threads.ROW or (math.prod(row) >= 65536 and static_start):
         chunk = _chunk(row, lanes if form is Form.ROW and len(row) == 1 else 1)
     collapse = _collapse(tiles) if chosen is Threads.OUTER else 0
-    return Schedule(kernel, form, chosen, lanes, collapse, 0, chunk, passes, cost, stage)
+    kept = _kept(kernel, passes) if form is Form.ROW else ()
+    return Schedule(kernel, form, chosen, lanes, collapse, 0, chunk, passes, cost, stage, kept)
+
+
+def _kept(kernel: Kernel, passes: tuple[Pass, ...]) -> tuple[int, ...]:
+    """Values worth an array: expensive, computed in one pass and used again in a later one, while a row is short."""
+    length = math.prod(r.size if isinstance(r.size, int) else MOST_KEPT for r in kernel.row)
+    row = {r.symbol for r in kernel.row}
+    depends = dependencies(kernel)
+    computed: list[set[int]] = []
+    for step in passes:
+        seen: set[int] = set()
+        stack = [o for k in step.reductions for o in operands(kernel.nodes[k])]
+        stack += [k for s in step.stores for k in store_operands(s)]
+        while stack:
+            k = stack.pop()
+            if k not in seen and depends[k] & row:
+                seen.add(k)
+                stack.extend(operands(kernel.nodes[k]))
+        computed.append(seen)
+    found: list[int] = []
+    for number, nodes in enumerate(computed):
+        later = set().union(*computed[number + 1 :])
+        wanted = {k for k in nodes & later if _expensive(kernel, k, depends, row)}
+        # of a chain of wanted values only the last is read again, unless something else uses an earlier one
+        inner = {o for k in wanted for o in operands(kernel.nodes[k]) if not _used_beside(kernel, o, wanted, later)}
+        found.extend(k for k in sorted(wanted - inner) if k not in found)
+    return tuple(found) if length * len(found) < MOST_KEPT else ()
+
+
+def _used_beside(kernel: Kernel, k: int, wanted: set[int], later: set[int]) -> bool:
+    if any(k in store_operands(s) for s in kernel.stores):
+        return True
+    return any(k in operands(kernel.nodes[u]) for u in later - wanted)
+
+
+def _expensive(kernel: Kernel, k: int, depends: tuple[frozenset[sympy.Symbol], ...], row: set[sympy.Symbol]) -> bool:
+    stack, seen = [k], {k}
+    while stack:
+        node = kernel.nodes[stack.pop()]
+        if isinstance(node, Random) or (isinstance(node, Call) and node.op in _EXPENSIVE):
+            return True
+        for o in operands(node):
+            if o not in seen and depends[o] & row:
+                seen.add(o)
+                stack.append(o)
+    return False
 
 
 def _row_lanes(length: int) -> int:

@@ -42,7 +42,9 @@ _INTEGERS = {
     torch.uint32: "uint32_t",
     torch.uint64: "uint64_t",
 }
-_HALVES = {torch.float16: "mp::float16", torch.bfloat16: "mp::bfloat16"}
+# Stored as raw bits: g++ does not vectorise loops that assign structures.
+_HALVES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_FLOAT_VALUES = (torch.float16, torch.bfloat16, torch.float32)
 _COMPUTE = {
     **_INTEGERS,
     torch.float16: "float",
@@ -73,7 +75,7 @@ def compute_type(dtype: torch.dtype) -> str:
 def storage_type(dtype: torch.dtype) -> str:
     """The C++ type of a buffer's elements."""
     compute = compute_type(dtype)
-    return "uint8_t" if dtype is torch.bool else _HALVES.get(dtype, compute)
+    return "uint8_t" if dtype is torch.bool else "uint16_t" if dtype in _HALVES else compute
 
 
 def constant_text(value: Scalar, dtype: torch.dtype) -> str:
@@ -152,7 +154,7 @@ class Texts:
         if node.dtype is torch.bool:
             text = f"({text} != 0)"
         elif node.dtype in _HALVES:
-            text = f"float({text})"
+            text = f"mp::{_HALVES[node.dtype]}_to_float({text})"
         if node.mask is None:
             return text
         return f"(v{node.mask} ? {text} : {constant_text(node.other, node.dtype)})"
@@ -174,7 +176,7 @@ class Texts:
         if target in _HALVES:
             if source is target:
                 return text
-            return f"float({_HALVES[target]}(float({text})))"
+            return f"mp::{_HALVES[target]}_to_float(mp::float_to_{_HALVES[target]}(float({text})))"
         if compute_type(source) == compute_type(target):
             return text
         return f"mp::cast<{compute_type(target)}>({text})"
@@ -186,19 +188,25 @@ class Texts:
         match store.mode:
             case StoreMode.SET:
                 text = f"{target} = {value};"
-            case StoreMode.ADD:
-                done = f"mp::plus({target}, {value})"
-                text = f"mp::atomic_add(&{target}, {value});" if atomic else f"{target} = {done};"
-            case StoreMode.MAX | StoreMode.MIN:
-                name = store.mode.value
-                if atomic:
-                    text = f"mp::atomic_{name}(&{target}, {value});"
-                else:
-                    held = compute_type(store.dtype)
-                    text = f"{target} = mp::{name}imum({held}({target}), {held}({value}));"
+            case StoreMode.ADD | StoreMode.MAX | StoreMode.MIN:
+                text = self._update(store, target, value, atomic)
             case _:
                 assert_never(store.mode)
         return text if store.mask is None else f"if (v{store.mask}) {text}"
+
+    def _update(self, store: Store, target: str, value: str, atomic: bool) -> str:
+        name = store.mode.value
+        held = compute_type(store.dtype)
+        if store.dtype in _HALVES:
+            half = f"mp::{_HALVES[store.dtype]}"
+            target, value = f"reinterpret_cast<{half}*>(&{target})", f"{half}(float(v{store.value}))"
+        else:
+            target = f"&{target}"
+        if atomic:
+            return f"mp::atomic_{name}({target}, {value});"
+        if store.mode is StoreMode.ADD:
+            return f"*({target}) = mp::plus(*({target}), {value});"
+        return f"*({target}) = mp::{name}imum({held}(*({target})), {held}({value}));"
 
     def _stored(self, store: Store) -> str:
         k = store.value
@@ -207,7 +215,10 @@ class Texts:
         if store.dtype is torch.bool:
             return f"uint8_t(mp::cast<bool>(v{k}))"
         if store.dtype in _HALVES:
-            return f"{target}(float(v{k}))"
+            # storing rounds: a value that was rounded just before need not be rounded for it
+            if isinstance(node, Cast) and node.dtype is store.dtype and self.dtype(node.arg) in _FLOAT_VALUES:
+                k = node.arg
+            return f"mp::float_to_{_HALVES[store.dtype]}(float(v{k}))"
         if compute_type(node.dtype) == target:
             return f"v{k}"
         return f"mp::cast<{target}>(v{k})"
