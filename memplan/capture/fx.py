@@ -16,6 +16,7 @@ import torch.fx
 from torch.utils import _pytree as pytree
 
 from ..ir.errors import UnsupportedError
+from ..ir.loops import Size
 from ..ir.program import (
     Argument,
     Buffer,
@@ -44,6 +45,8 @@ from .sizes import convert, extent, size_of, sizes_of
 Value = Argument | None
 # View operations whose result carries a lazy bit that strides cannot express: run as the operation that copies.
 _LAZY_BITS = {"aten._conj.default": "aten._conj_physical.default", "aten._neg_view.default": "aten.neg.default"}
+# Views whose schemas do not say so.
+_UNMARKED_VIEWS = frozenset({"aten._unsafe_view.default", "aten._reshape_alias.default", "aten.lift_fresh.default"})
 _PURE_HIGHER_ORDER = {"triton_kernel_wrapper_functional", "flex_attention", "flex_attention_backward", "cond", "while_loop"}
 
 
@@ -52,13 +55,15 @@ class HigherOrderCall:
     """A higher-order operator with its subgraphs: everything but tensors and sizes is held in ``template``.
 
     ``template`` is the flat argument list, ``spec`` its pytree; positions in ``slots`` are filled from the call's
-    arguments. Calling it returns the flat list of results.
+    arguments. Calling it returns the flat list of results. ``offsets`` are, per slot, the storage offset in elements
+    that a tensor had when the graph was traced (0 for the rest): some operators' arguments count from there.
     """
 
     operator: Callable[..., object]
     template: tuple[object, ...]
     spec: pytree.TreeSpec
     slots: tuple[int, ...]
+    offsets: tuple[Size, ...] = ()
 
     def __call__(self, *values: object) -> list[object]:
         leaves = list(self.template)
@@ -258,6 +263,7 @@ class _Capture:
         leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
         template: list[object] = []
         slots: list[int] = []
+        offsets: list[Size] = []
         args: list[Argument] = []
         for leaf in leaves:
             held = self.values[leaf] if isinstance(leaf, torch.fx.Node) else leaf
@@ -267,10 +273,13 @@ class _Capture:
                 slots.append(len(template))
                 template.append(None)
                 args.append(self.argument(leaf))
+                value = leaf.meta.get("val")
+                offsets.append(size_of(value.storage_offset()) if isinstance(value, torch.Tensor) else 0)
             else:
                 template.append(leaf)
         key = node.name
-        self.callables[key] = HigherOrderCall(node.target, tuple(template), spec, tuple(slots))  # type: ignore[arg-type]
+        call = HigherOrderCall(node.target, tuple(template), spec, tuple(slots), tuple(offsets))  # type: ignore[arg-type]
+        self.callables[key] = call
         name = operator_name(node.target)
         effect = name not in _PURE_HIGHER_ORDER
         mutates: dict[str, None] = {}
@@ -471,6 +480,8 @@ def _has_tensor(node: torch.fx.Node) -> bool:
 
 def _view_of(target: torch._ops.OpOverload) -> int | None:
     """Position of the argument that the operator returns a view of, or None if it is no view operator."""
+    if str(target) in _UNMARKED_VIEWS:
+        return 0
     schema = target._schema
     if not schema.returns or any(r.alias_info is None for r in schema.returns):
         return None

@@ -14,6 +14,7 @@ from .errors import VerificationError
 from .loops import Size, StoreMode
 from .program import (
     EXTERNAL_KINDS,
+    Buffer,
     BufferKind,
     Contract,
     Copy,
@@ -61,6 +62,11 @@ def location(op: Operation) -> str:
         if origin.location:
             return f"{origin.location} {origin.code}".rstrip()
     return next((o.node for o in op.origins if o.node), "")
+
+
+def may_be_unwritten(b: Buffer) -> bool:
+    """Zero-filled, or what the user made by ``torch.empty`` and its like, which no operation writes."""
+    return b.zero_fill or "empty" in b.origin.op or "empty" in b.origin.node
 
 
 def operation_views(op: Operation) -> Iterator[View]:
@@ -213,7 +219,7 @@ class _ProgramCheck:
 
     def check_read(self, name: str, op: Operation) -> None:
         b = self.program.buffers[name]
-        if b.kind in EXTERNAL_KINDS or name in self.written or b.zero_fill:
+        if b.kind in EXTERNAL_KINDS or name in self.written or may_be_unwritten(b):
             return
         raise self.fail(f"it reads {name!r} ({b.nbytes} bytes), which nothing before it writes", op)
 
@@ -318,5 +324,5 @@ class _ProgramCheck:
             b = self.program.buffers[out.buffer]
             if b.kind not in EXTERNAL_KINDS and b.kind not in (BufferKind.OUTPUT, BufferKind.SAVED):
                 raise self.fail(f"output {k} is {b.name!r}, which is {b.kind.value}: it would not outlive the program")
-            if b.kind not in EXTERNAL_KINDS and b.name not in self.written and not b.zero_fill:
+            if b.kind not in EXTERNAL_KINDS and b.name not in self.written and not may_be_unwritten(b):
                 raise self.fail(f"output {k} is {b.name!r}, which nothing writes")

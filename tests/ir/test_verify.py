@@ -27,7 +27,7 @@ from memplan.ir.loops import (
     row_symbol,
     value_symbol,
 )
-from memplan.ir.program import Buffer, BufferKind, Contract, Extern, Program, TensorInput, View
+from memplan.ir.program import Buffer, BufferKind, Contract, Extern, Origin, Program, TensorInput, View
 from memplan.ir.verify import verify_kernel, verify_program
 from tests.programs import F32, ProgramBuilder, contiguous, fill_kernel, pointwise_kernel, softmax_kernel
 
@@ -290,6 +290,13 @@ def test_zero_filled_workspace_may_be_read() -> None:
     p, _ = small()
     t = p.buffer("t", (4, 4), BufferKind.WORKSPACE, zero_fill=True)
     verify_program(replace(p.program(p.pointwise("y", "neg", t))))
+
+
+def test_what_the_user_left_empty_may_be_read() -> None:
+    p, x = small()
+    t = p.buffer("t", (4, 4), origin=Origin(node="empty_like"))
+    p.extern("put", "aten.add_.Tensor", (t, x), contract=Contract.MUTATE, mutates=("t",))
+    verify_program(p.program(t))
 
 
 def test_size_used_before_the_call_that_makes_it_known() -> None:
