@@ -14,7 +14,7 @@ import sympy
 from memplan.ir.program import evaluate
 
 from .triton_loops import Loops
-from .triton_schedule import Schedule
+from .triton_schedule import Schedule, kept_values
 
 _MULTIPROCESSORS = 132
 #: elements that a block may keep over several sections
@@ -64,7 +64,7 @@ def choose(shape: Shape, plan: Schedule, loops: Loops) -> tuple[tuple[LaunchConf
             return _tiles(shape.sizes["y"], shape.sizes["x"]), False
         return _pointwise(shape.sizes["x"], loops), False
     x, r = shape.sizes["x"], shape.sizes["r"]
-    kept = max(plan.kept, 1)
+    kept = max(kept_values(loops.kernel, plan), 1)
     if loops.row_contiguous:
         if shape.row_known and next_power(r) * min(kept, 4) <= _PERSISTENT_ELEMENTS:
             return _persistent_rows(x, next_power(r), kept), True
@@ -116,7 +116,9 @@ def _persistent_rows(x: int, r: int, kept: int) -> tuple[LaunchConfig, ...]:
         return LaunchConfig((("XBLOCK", rows), ("RBLOCK", r)), _power_below(warps))
 
     rows = max(1, 2048 // r)
-    return _unique([config(rows, 8), config(rows, 16), config(max(1, rows // 4), 8), config(rows * 2, 8), config(rows, 4)])
+    return _unique(
+        [config(rows, 8), config(rows, 16), config(max(1, rows // 4), 8), config(rows * 2, 8), config(rows, 4)]
+    )
 
 
 def _looped_rows(x: int, r: int) -> tuple[LaunchConfig, ...]:
@@ -128,7 +130,9 @@ def _looped_rows(x: int, r: int) -> tuple[LaunchConfig, ...]:
 
     if r <= 1024:
         return _unique([config(max(1, 2048 // next_power(r)), 1024, 4), config(1, 1024, 4)])
-    return _unique([config(1, 4096, 16), config(1, 2048, 8), config(1, 2048, 16), config(1, 8192, 16), config(2, 1024, 8)])
+    return _unique(
+        [config(1, 4096, 16), config(1, 2048, 8), config(1, 2048, 16), config(1, 8192, 16), config(2, 1024, 8)]
+    )
 
 
 def _persistent_columns(x: int, r: int) -> tuple[LaunchConfig, ...]:

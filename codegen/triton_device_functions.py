@@ -1,6 +1,6 @@
 """Source of the small device functions that emitted kernels may call; a kernel's module holds those it uses.
 
-Each takes tensors that broadcast against each other. ``NEEDS`` names functions that a function calls.
+Each takes tensors that broadcast against each other, and calls no other.
 """
 
 from __future__ import annotations
@@ -86,6 +86,14 @@ def larger(a, b):
 def smaller(a, b):
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 """,
+    "larger_number": """
+def larger_number(a, b):
+    return tl.where((b != b) | (a > b), a, b)
+""",
+    "smaller_number": """
+def smaller_number(a, b):
+    return tl.where((b != b) | (a < b), a, b)
+""",
     "larger_integer": """
 def larger_integer(a, b):
     return tl.maximum(a, b)
@@ -133,16 +141,8 @@ def welford_union(mean_a, m2_a, weight_a, mean_b, m2_b, weight_b):
 """,
 }
 
-NEEDS: Mapping[str, tuple[str, ...]] = {}
-
 
 def device_source(names: Iterable[str]) -> str:
-    """Definitions of the named functions and of what they call, in the table's order."""
-    wanted: set[str] = set()
-    pending = list(names)
-    while pending:
-        name = pending.pop()
-        if name not in wanted:
-            wanted.add(name)
-            pending.extend(NEEDS.get(name, ()))
-    return "".join(f"\n\n@triton.jit{DEVICE_FUNCTIONS[n]}" for n in DEVICE_FUNCTIONS if n in wanted)
+    """Definitions of the named functions, in the table's order."""
+    wanted = set(names)
+    return "".join(f"\n\n@triton.jit{text}" for name, text in DEVICE_FUNCTIONS.items() if name in wanted)

@@ -122,7 +122,12 @@ def emit_triton(
     blocks = tuple(n for n, _ in configs[0].blocks)
     parameters = [n for n, _ in arguments] + [f"{b}: tl.constexpr" for b in blocks]
     source = "".join(
-        (_HEADER, device_source(emitted.functions), f"\n\n@triton.jit\ndef {name}({', '.join(parameters)}):\n", emitted.text)
+        (
+            _HEADER,
+            device_source(emitted.functions),
+            f"\n\n@triton.jit\ndef {name}({', '.join(parameters)}):\n",
+            emitted.text,
+        )
     )
     grid_axes = tuple((a.numel, f"{a.name.upper()}BLOCK") for a in loops.axes if a.name != "r")
     guard = () if is_wide or limits is None else tuple(e for e in limits if not isinstance(e, int) and not e.is_Integer)

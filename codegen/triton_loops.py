@@ -269,4 +269,6 @@ def extents(loops: Loops) -> tuple[Size, ...] | None:
 def duplicates(store: Store, kernel: Kernel, level_is_point: bool) -> bool:
     """Whether several points may write the same element: a range that the store runs over is not in its index."""
     ranges = (*kernel.outer, *kernel.row) if level_is_point else kernel.outer
-    return store.mode is not StoreMode.SET or any(r.symbol not in store.index.free_symbols for r in ranges if r.size != 1)
+    return store.mode is not StoreMode.SET or any(
+        r.symbol not in store.index.free_symbols for r in ranges if r.size != 1
+    )

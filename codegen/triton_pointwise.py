@@ -17,12 +17,14 @@ from .triton_printer import compute_type, literal, type_name
 
 #: Functions whose operands may be plain Python literals, if another operand is a tensor of the same type.
 LITERAL_OPERANDS = frozenset(
-    "add sub mul eq ne lt le gt ge maximum minimum fmax fmin where bitwise_and bitwise_or bitwise_xor shl shr".split()
+    ("add sub mul eq ne lt le gt ge maximum minimum where bitwise_and bitwise_or bitwise_xor shl shr ").split()
 )
 
 _LIBDEVICE = frozenset(
-    "expm1 log2 log10 log1p sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh erf erfc erfinv lgamma"
-    " atan2 hypot copysign nextafter".split()
+    (
+        "expm1 log2 log10 log1p sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh erf erfc erfinv "
+        "lgamma atan2 hypot copysign nextafter "
+    ).split()
 )
 _LIBDEVICE_NAMES = {
     "i0": "cyl_bessel_i0",
@@ -68,7 +70,9 @@ class Operation:
         return f"{name}({', '.join((*self.args, *extra))})"
 
 
-def pointwise(op: str, args: tuple[str, ...], operand: torch.dtype, result: torch.dtype, use: Callable[[str], None]) -> str:
+def pointwise(
+    op: str, args: tuple[str, ...], operand: torch.dtype, result: torch.dtype, use: Callable[[str], None]
+) -> str:
     """Text of one call.
 
     Parameters
@@ -161,7 +165,9 @@ def _extremum(name: str, boolean: str, *, nan: bool) -> Callable[[Operation], st
         a, b = o.args
         if o.operand == torch.bool:
             return f"{a} {boolean} {b}"
-        return f"{name}({a}, {b}, {_NAN})" if nan and o.floating else f"{name}({a}, {b})"
+        if nan:
+            return f"{name}({a}, {b}, {_NAN})" if o.floating else f"{name}({a}, {b})"
+        return o.device(name)
 
     return text
 
@@ -218,11 +224,10 @@ def _power(o: Operation) -> str:
     return o.device("integer_power", str(bits))
 
 
-def _exponentially_scaled(name: str) -> Callable[[Operation], str]:
-    def text(o: Operation) -> str:
-        return o.device(name)
-
-    return text
+def _invert(o: Operation) -> str:
+    if o.operand == torch.bool:
+        return f"{o.args[0]} == 0"
+    return f"~{o.args[0]}" if o.operand.is_signed else f"{o.args[0]} ^ {2 ** (8 * o.operand.itemsize) - 1}"
 
 
 _TABLE: Mapping[str, Callable[[Operation], str]] = {
@@ -248,7 +253,7 @@ _TABLE: Mapping[str, Callable[[Operation], str]] = {
     "sign": _sign,
     "signbit": _sign_bit,
     "logical_not": lambda o: f"{o.args[0]} == 0",
-    "bitwise_not": lambda o: f"{o.args[0]} == 0" if o.operand == torch.bool else f"~{o.args[0]}",
+    "bitwise_not": _invert,
     "isnan": lambda o: f"{o.args[0]} != {o.args[0]}",
     "isinf": lambda o: f"tl.abs({o.args[0]}) == {literal(float('inf'), torch.float32)}",
     "floordiv": _floor_division,
@@ -258,8 +263,8 @@ _TABLE: Mapping[str, Callable[[Operation], str]] = {
     "pow": _power,
     "maximum": _extremum("tl.maximum", "|", nan=True),
     "minimum": _extremum("tl.minimum", "&", nan=True),
-    "fmax": _extremum("tl.maximum", "|", nan=False),
-    "fmin": _extremum("tl.minimum", "&", nan=False),
+    "fmax": _extremum("larger_number", "|", nan=False),
+    "fmin": _extremum("smaller_number", "&", nan=False),
     "logical_and": _logical("&"),
     "logical_or": _logical("|"),
     "logical_xor": _logical("^"),
@@ -267,6 +272,4 @@ _TABLE: Mapping[str, Callable[[Operation], str]] = {
     "fma": lambda o: f"tl.fma({', '.join(o.args)})" if o.floating else f"{o.args[0]} * {o.args[1]} + {o.args[2]}",
     "digamma": lambda o: o.device("digamma"),
     "log_ndtr": lambda o: o.device("log_ndtr"),
-    "i0e": _exponentially_scaled("i0e"),
-    "i1e": _exponentially_scaled("i1e"),
 }

@@ -132,9 +132,7 @@ def _pair(r: Reduction, texts: list[str], mask: str) -> tuple[str, str]:
     )
 
 
-def whole(
-    r: Reduction, texts: list[str], mask: str, count: str, use: Use
-) -> tuple[list[str], tuple[str, ...]]:
+def whole(r: Reduction, texts: list[str], mask: str, count: str, use: Use) -> tuple[list[str], tuple[str, ...]]:
     """Lines that reduce one block holding the whole row, and the names of the results."""
     name = f"tmp{r.position}"
     match r.op:
@@ -161,7 +159,9 @@ def _parts(r: Reduction) -> tuple[str, ...]:
 def _two_pass(r: Reduction, text: str, mask: str, count: str) -> list[str]:
     """Mean, then squared deviations from it: the row is at hand."""
     mean, m2, weight = _parts(r)
-    total = f"tl.full([1, 1], {count}, {type_name(r.dtype)})" if count.isdigit() else f"({count}).to({type_name(r.dtype)})"
+    total = (
+        f"tl.full([1, 1], {count}, {type_name(r.dtype)})" if count.isdigit() else f"({count}).to({type_name(r.dtype)})"
+    )
     return [
         f"{weight} = {total}",
         f"{mean} = tl.sum({_masked(text, mask, 0, r.dtype)}, 1)[:, None] / {weight}",
@@ -228,7 +228,11 @@ def _welford_step(name: str, text: str, mask: str) -> list[str]:
     All lanes have seen equally many values but in the last block, so that the count is one scalar.
     """
     delta, mean = f"{name}_delta", f"{name}_next"
-    lines = [f"{name}_count += 1.0", f"{delta} = {text} - {name}_mean", f"{mean} = {name}_mean + {delta} * (1.0 / {name}_count)"]
+    lines = [
+        f"{name}_count += 1.0",
+        f"{delta} = {text} - {name}_mean",
+        f"{mean} = {name}_mean + {delta} * (1.0 / {name}_count)",
+    ]
     new_m2 = f"{name}_m2 + {delta} * ({text} - {mean})"
     if not mask:
         return [*lines, f"{name}_m2 = {new_m2}", f"{name}_mean = {mean}"]

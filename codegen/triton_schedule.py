@@ -31,15 +31,18 @@ class Schedule:
     def sections_of_node(self, node: int) -> tuple[int, ...]:
         return tuple(k for k, s in enumerate(self.sections) if node in s.points)
 
-    @property
-    def kept(self) -> int:
-        """Largest number of loads that a block keeps from one section for a later one."""
-        most = 0
-        for k in range(1, len(self.sections)):
-            before = frozenset().union(*(s.points for s in self.sections[:k]))
-            after = frozenset().union(*(s.points for s in self.sections[k:]))
-            most = max(most, len(before & after))
-        return most
+
+def kept_values(kernel: Kernel, plan: Schedule) -> int:
+    """Largest number of point values that a block holding the whole row keeps from one section for later ones."""
+    most = 0
+    for k in range(1, len(plan.sections)):
+        before = frozenset().union(*(s.points for s in plan.sections[:k]))
+        later = plan.sections[k:]
+        used = {a for s in later for n in s.points - before for a in operands(kernel.nodes[n])}
+        used |= {a for s in later for n in s.reductions for a in operands(kernel.nodes[n])}
+        used |= {a for s in later for n in s.stores for a in store_operands(kernel.stores[n])}
+        most = max(most, len(used & before))
+    return most
 
 
 def store_operands(store: Store) -> tuple[int, ...]:
@@ -96,9 +99,7 @@ def schedule(kernel: Kernel) -> Schedule:
         points[section] |= needed
         placed[section].append(k)
         section_of[k] = section
-    sections = tuple(
-        Section(tuple(r), tuple(sorted(s)), p) for r, s, p in zip(reductions, placed, points, strict=True)
-    )
+    sections = tuple(Section(tuple(r), tuple(sorted(s)), p) for r, s, p in zip(reductions, placed, points, strict=True))
     last = tuple(k for k in range(len(kernel.stores)) if k not in section_of)
     return Schedule(sections, last, section_of)
 
@@ -109,6 +110,3 @@ def _earliest(kernel: Kernel, depth: tuple[int, ...], store: Store) -> int:
 
 def _reads(kernel: Kernel, points: frozenset[int], buffer: str) -> bool:
     return any(isinstance(n := kernel.nodes[k], Load) and n.buffer == buffer for k in points)
-
-
-

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 import sympy
 import torch
+
 from memplan.ir.index import FloorDiv, Mod
 from memplan.ir.loops import (
     Call,
@@ -36,7 +37,9 @@ def compute_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
-def run_reference(kernel: Kernel, buffers: Mapping[str, Tensor], hints: Mapping[sympy.Symbol, int] | None = None) -> None:
+def run_reference(
+    kernel: Kernel, buffers: Mapping[str, Tensor], hints: Mapping[sympy.Symbol, int] | None = None
+) -> None:
     """Run ``kernel`` over flat 1-D storages, writing its stores in place.
 
     ``buffers`` maps each name to a contiguous 1-D tensor, the whole storage; an access of another dtype sees the
@@ -98,7 +101,8 @@ class _Evaluation:
 
     def storage(self, buffer: str, dtype: torch.dtype) -> Tensor:
         flat = self.buffers[buffer]
-        assert flat.dim() == 1 and flat.is_contiguous(), f"{buffer} is not a flat storage"
+        assert flat.dim() == 1, f"{buffer} is not flat"
+        assert flat.is_contiguous(), f"{buffer} is not contiguous"
         return flat if flat.dtype == dtype else flat.view(dtype)
 
     def node(self, position: int, node: Node) -> Tensor:
@@ -108,9 +112,11 @@ class _Evaluation:
             case Index():
                 return self.index(node.expr).to(node.dtype)
             case Constant():
-                return torch.tensor([[node.value]]).to(compute_type(node.dtype)) if isinstance(
-                    node.value, bool
-                ) else torch.tensor([[node.value]], dtype=compute_type(node.dtype))
+                return (
+                    torch.tensor([[node.value]]).to(compute_type(node.dtype))
+                    if isinstance(node.value, bool)
+                    else torch.tensor([[node.value]], dtype=compute_type(node.dtype))
+                )
             case Call():
                 return call(node.op, [self.values[a] for a in node.args], compute_type(node.dtype))
             case Cast():
@@ -222,19 +228,22 @@ _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     **{
         name: getattr(torch, name)
         for name in (
-            "neg abs sqrt rsqrt exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan sinh cosh tanh asinh acosh"
-            " atanh erf erfc erfinv lgamma digamma sigmoid relu floor ceil trunc round sign signbit reciprocal square"
-            " logical_not bitwise_not isnan isinf i0"
+            "neg abs sqrt rsqrt exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan sinh cosh tanh "
+            "asinh acosh atanh erf erfc erfinv lgamma digamma sigmoid relu floor ceil trunc round sign signbit "
+            "reciprocal square logical_not bitwise_not isnan isinf i0 "
         ).split()
     },
-    **{name: getattr(torch.special, name) for name in "i0e i1 i1e ndtri log_ndtr bessel_j0 bessel_j1".split()},
+    **{
+        name: getattr(torch.special, name)
+        for name in ["i0e", "i1", "i1e", "ndtri", "log_ndtr", "bessel_j0", "bessel_j1"]
+    },
 }
 _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     **{
         name: getattr(torch, name)
         for name in (
-            "add sub mul div fmod pow maximum minimum fmax fmin atan2 hypot copysign nextafter eq ne lt le gt ge"
-            " logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor"
+            "add sub mul div fmod pow maximum minimum fmax fmin atan2 hypot copysign nextafter eq ne lt le gt ge "
+            "logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor "
         ).split()
     },
     "floordiv": lambda a, b: torch.div(a, b, rounding_mode="floor"),

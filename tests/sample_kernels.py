@@ -1,9 +1,10 @@
-"""Kernels as data as fusion makes them, for the tests and measurements of every emitter, with the sizes as parameters."""
+"""Kernels as fusion makes them, for the tests and measurements of every emitter, with the sizes as parameters."""
 
 from __future__ import annotations
 
 import sympy
 import torch
+
 from memplan.ir.loops import (
     Call,
     Cast,
@@ -45,7 +46,9 @@ class Builder:
         self.nodes.append(node)
         return len(self.nodes) - 1
 
-    def load(self, buffer: str, index: sympy.Expr | int, dtype: torch.dtype = F32, mask: int | None = None, other: Scalar = 0) -> int:
+    def load(
+        self, buffer: str, index: sympy.Expr | int, dtype: torch.dtype = F32, mask: int | None = None, other: Scalar = 0
+    ) -> int:
         return self.add(Load(buffer, sympy.sympify(index), dtype, mask, other))
 
     def call(self, op: str, *args: int, dtype: torch.dtype | None = None) -> int:

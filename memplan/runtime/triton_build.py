@@ -5,21 +5,29 @@ Triton's own cache on disk is the only one: worker processes compile into it and
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
-import hashlib
-import linecache
+import json
+import logging
 import os
+import re
+import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from types import ModuleType
+from pathlib import Path
 from typing import Protocol
 
 from memplan.ir.errors import CompilerError
 
+from . import triton_worker
+
+_log = logging.getLogger("memplan.triton")
+
 _SERIAL_KERNELS = 4
-"""So few kernels compile faster here (0.2 to 0.6 s each) than after starting processes."""
+"""So few kernels compile faster here (0.2 to 0.6 s each) than in processes that are yet to start."""
 
 
 class Configuration(Protocol):
@@ -79,10 +87,22 @@ class Build:
     num_warps: int
     num_stages: int
 
+    @property
+    def request(
+        self,
+    ) -> tuple[str, str, tuple[tuple[str, str], ...], tuple[bool, ...], tuple[tuple[str, int], ...], int, int]:
+        return (self.name, self.source, self.arguments, self.aligned, self.blocks, self.num_warps, self.num_stages)
+
     @staticmethod
     def of(kernel: KernelSource, config: Configuration) -> Build:
         return Build(
-            kernel.name, kernel.source, kernel.arguments, kernel.aligned, config.blocks, config.num_warps, config.num_stages
+            kernel.name,
+            kernel.source,
+            kernel.arguments,
+            kernel.aligned,
+            config.blocks,
+            config.num_warps,
+            config.num_stages,
         )
 
 
@@ -103,36 +123,10 @@ class Compiled:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What ``cuobjdump -res-usage`` says of a cubin, per thread."""
+    """What ``cuobjdump -res-usage`` says of a cubin: registers and bytes of local memory, for each thread."""
 
     registers: int
     spilled_bytes: int
-
-
-@lru_cache(maxsize=4096)
-def load_module(source: str, name: str) -> ModuleType:
-    """The module of a kernel's source text. Its lines show in tracebacks and profilers under a name of their own."""
-    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
-    filename = f"<memplan {name} {digest}>"
-    module = ModuleType(f"memplan_kernel_{digest}")
-    module.__file__ = filename
-    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    sys.modules[module.__name__] = module
-    exec(compile(source, filename, "exec"), module.__dict__)
-    return module
-
-
-def _compile(build: Build, target: Target) -> object:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    function = getattr(load_module(build.source, build.name), build.name)
-    signature = dict(build.arguments) | {block: "constexpr" for block, _ in build.blocks}
-    attrs = {(k,): [["tt.divisibility", 16]] for k, aligned in enumerate(build.aligned) if aligned}
-    source = ASTSource(function, signature, constexprs=dict(build.blocks), attrs=attrs)
-    options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
-    return triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options)
 
 
 def compile_one(build: Build, target: Target) -> Compiled:
@@ -144,7 +138,7 @@ def compile_one(build: Build, target: Target) -> Compiled:
         If Triton refuses it, with the kernel's name and Triton's message.
     """
     try:
-        handle = _compile(build, target)
+        handle = triton_worker.build(*build.request, target=(target.backend, target.arch, target.warp_size))
     except Exception as error:
         raise CompilerError(f"Triton could not build {build.name}: {type(error).__name__}: {error}") from error
     metadata = handle.metadata  # type: ignore[attr-defined]
@@ -157,7 +151,9 @@ def compile_one(build: Build, target: Target) -> Compiled:
     )
 
 
-def compile_builds(builds: Sequence[Build], target: Target, *, workers: int | None = None) -> list[Compiled | CompilerError]:
+def compile_builds(
+    builds: Sequence[Build], target: Target, *, workers: int | None = None
+) -> list[Compiled | CompilerError]:
     """Compile many kernels, equal ones once; a failed one gives its error in its place.
 
     ``workers``: processes to use; None takes what the machine has, 1 compiles here.
@@ -165,7 +161,7 @@ def compile_builds(builds: Sequence[Build], target: Target, *, workers: int | No
     distinct = list(dict.fromkeys(builds))
     count = min(workers or _processors(), len(distinct))
     if count > 1 and len(distinct) > _SERIAL_KERNELS:
-        _warm_cache(distinct, target, count)
+        _POOL.compile(distinct, target, count)
     results: dict[Build, Compiled | CompilerError] = {}
     for build in distinct:
         try:
@@ -191,13 +187,111 @@ def compile_kernels(kernels: Sequence[KernelSource], target: Target, *, workers:
     return out
 
 
-def _warm_cache(builds: Sequence[Build], target: Target, workers: int) -> None:
-    """Compile into Triton's cache with several threads (the compiler's own work runs outside of the interpreter's lock).
+def resources(cubin: bytes) -> Resources:
+    """Registers and spilled bytes of a cubin with one kernel, as ``cuobjdump -res-usage`` of Triton's package tells.
 
-    A failure is not looked at: the caller meets it again when it compiles that kernel.
+    Raises
+    ------
+    CompilerError
+        If the tool is missing or refuses the cubin.
     """
-    with concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="memplan-triton") as pool:
-        concurrent.futures.wait([pool.submit(_compile, build, target) for build in builds])
+    import triton.backends.nvidia
+
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        try:
+            done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise CompilerError(f"cannot read the resources of a cubin: {error}") from error
+    registers = re.search(r"REG:(\d+)", done.stdout)
+    # what does not fit into registers lies on the thread's stack: arrays indexed at run time, and spills
+    stack = re.search(r"STACK:(\d+)", done.stdout)
+    local = re.search(r"LOCAL:(\d+)", done.stdout)
+    if registers is None or stack is None or local is None:
+        raise CompilerError(f"cuobjdump says nothing of registers: {done.stdout!r}")
+    return Resources(int(registers[1]), int(stack[1]) + int(local[1]))
+
+
+class _Worker:
+    """One process that compiles into Triton's cache; it ends when this process does."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, triton_worker.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def compile(self, build: Build, target: Target) -> None:
+        """Compile one kernel there. That it failed is not looked at: the caller meets the error when it loads it."""
+        from triton import knobs
+
+        request = [knobs.cache.dir, *build.request, [target.backend, target.arch, target.warp_size]]
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        if not self.process.stdout.readline():
+            raise ConnectionError("a compiling process ended")
+
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class _Pool:
+    """Processes that are kept between builds."""
+
+    def __init__(self) -> None:
+        self.workers: list[_Worker] = []
+        self.lock = threading.Lock()
+        self.owner = os.getpid()
+
+    def grow(self, count: int) -> list[_Worker]:
+        if self.owner != os.getpid():  # after a fork the processes are the parent's
+            self.workers, self.owner = [], os.getpid()
+        self.workers = [w for w in self.workers if w.alive()]
+        self.workers.extend(_Worker() for _ in range(count - len(self.workers)))
+        return self.workers[:count]
+
+    def compile(self, builds: Sequence[Build], target: Target, count: int) -> None:
+        with self.lock:
+            pending = iter(builds)
+            take = threading.Lock()
+
+            def serve(worker: _Worker) -> None:
+                while True:
+                    with take:
+                        build = next(pending, None)
+                    if build is None:
+                        return
+                    worker.compile(build, target)
+
+            with concurrent.futures.ThreadPoolExecutor(count, thread_name_prefix="memplan-triton") as threads:
+                for future in [threads.submit(serve, worker) for worker in self.grow(count)]:
+                    try:
+                        future.result()
+                    except (OSError, ValueError) as error:
+                        _log.warning("a Triton compiling process failed (%s); the rest is compiled here", error)
+
+    def close(self) -> None:
+        if self.owner == os.getpid():
+            for worker in self.workers:
+                worker.close()
+        self.workers = []
+
+
+_POOL = _Pool()
+atexit.register(_POOL.close)
+
+
+def start_workers(count: int | None = None) -> None:
+    """Start the compiling processes beforehand, while something else is still being done."""
+    with _POOL.lock:
+        _POOL.grow(count or _processors())
 
 
 def _processors() -> int:

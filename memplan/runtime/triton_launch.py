@@ -6,14 +6,32 @@ integers, the grid is a number that was worked out before.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import sympy
 
 from memplan.ir.errors import MemplanError
+from memplan.ir.index import FloorDiv
+from memplan.ir.loops import Size
 
 from .triton_build import Compiled
 
-Grid = Callable[..., int]
-"""Number of program instances from the kernel's integer arguments."""
+_INT32_LIMIT = 2**31 - 1
+
+
+class GridKernel(Protocol):
+    """What launching needs to know of an emitted kernel."""
+
+    @property
+    def arguments(self) -> tuple[tuple[str, str], ...]: ...
+    @property
+    def symbols(self) -> tuple[sympy.Symbol, ...]: ...
+    @property
+    def axes(self) -> tuple[tuple[Size, str], ...]: ...
+    @property
+    def index_limit(self) -> tuple[sympy.Expr, ...]: ...
 
 
 class Launcher:
@@ -22,18 +40,26 @@ class Launcher:
     Parameters
     ----------
     compiled:
-        The build; it is loaded onto the current device at the first call.
+        The build; it is loaded onto the current device at the first call, or by `load`.
     grid:
-        The number of program instances, or a function of the integer arguments after the pointers.
+        The number of program instances, or a function of the integer arguments after the pointers; where that gives
+        zero nothing is launched.
     pointers:
         How many of the arguments are pointers.
+
+    Raises
+    ------
+    MemplanError
+        If the kernel needs global scratch, which nobody would give it.
     """
 
     __slots__ = ("_extra", "_function", "_grid", "_grid_of", "_metadata", "_pointers", "_run", "compiled")
 
-    def __init__(self, compiled: Compiled, grid: int | Grid, pointers: int) -> None:
+    def __init__(self, compiled: Compiled, grid: int | Callable[..., int], pointers: int) -> None:
         if compiled.scratch_bytes:
-            raise MemplanError(f"{compiled.build.name} needs {compiled.scratch_bytes} bytes of global scratch an instance")
+            raise MemplanError(
+                f"{compiled.build.name} needs {compiled.scratch_bytes} bytes of global scratch an instance"
+            )
         self.compiled = compiled
         self._pointers = pointers
         self._extra = tuple(size for _, size in compiled.build.blocks)
@@ -57,8 +83,73 @@ class Launcher:
         grid = self._grid
         if self._grid_of is not None:
             grid = self._grid_of(*arguments[self._pointers :])
-            if grid == 0:
-                return
-        self._run(  # type: ignore[misc]
-            grid, 1, 1, stream, self._function, self._metadata, None, None, None, *arguments, *self._extra
-        )
+        if grid:
+            self._run(  # type: ignore[misc]
+                grid, 1, 1, stream, self._function, self._metadata, None, None, None, *arguments, *self._extra
+            )
+
+
+def make_launcher(kernel: GridKernel, compiled: Compiled) -> Launcher:
+    """The launcher of an emitted kernel in the configuration that it was built in."""
+    blocks = dict(compiled.build.blocks)
+    grid: sympy.Expr = sympy.Integer(1)
+    for numel, block in kernel.axes:
+        grid = grid * _ceiling(numel, blocks[block])
+    pointers = len(kernel.arguments) - len(kernel.symbols)
+    if grid.is_Integer:
+        return Launcher(compiled, int(grid), pointers)
+    return Launcher(compiled, _function(grid, kernel.symbols, kernel.index_limit, compiled.build.name), pointers)
+
+
+def _ceiling(numel: Size, block: int) -> sympy.Expr:
+    if isinstance(numel, int) or numel.is_Integer:
+        return sympy.Integer(-(-int(numel) // block))
+    return FloorDiv(numel + (block - 1), block)
+
+
+def _function(
+    grid: sympy.Expr, symbols: tuple[sympy.Symbol, ...], limits: tuple[sympy.Expr, ...], name: str
+) -> Callable[..., int]:
+    """The grid as a Python function of the size symbols; it refuses sizes that the kernel cannot count."""
+
+    def too_large(*values: int) -> int:
+        raise MemplanError(f"{name} counts in 32 bits, which is too little for the sizes {values}; build it wide")
+
+    known = {"FloorDiv": operator.floordiv, "Mod": operator.mod, "too_large": too_large}
+    names = ", ".join(s.name for s in symbols)
+    text = str(grid)
+    if limits:
+        fits = " and ".join(f"{e} <= {_INT32_LIMIT}" for e in limits)
+        text = f"({text}) if {fits} else too_large({names})"
+    function: Callable[..., int] = eval(f"lambda {names}: {text}", {**known, "Max": max, "Min": min})
+    return function
+
+
+def tune(
+    candidates: Sequence[Launcher], make_arguments: Callable[[], Sequence[int]], stream: int, *, repeats: int = 5
+) -> int:
+    """Position of the fastest candidate, by device time; the first one wins by being within 2 %.
+
+    Parameters
+    ----------
+    make_arguments:
+        Gives the arguments of a launch: pointers into scratch memory of the caller's (what the kernel writes is lost;
+        index buffers must hold valid indices), and sizes. It is called once.
+    stream:
+        The current stream, on which everything runs.
+    """
+    import torch
+
+    arguments = tuple(make_arguments())
+    times: list[float] = []
+    for launcher in candidates:
+        launcher(stream, *arguments)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(repeats):
+            launcher(stream, *arguments)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    best = min(range(len(times)), key=lambda k: times[k])
+    return best if times[best] < 0.98 * times[0] else 0
