@@ -1,0 +1,86 @@
+"""Reductions rewritten as simpler ones over a row that stays in cache: vector code for what is slow lane by lane.
+
+* Welford's update divides at every point; two passes (the mean, then the squared deviations from it) do not, and
+  are at least as accurate.
+* An argmax carries a value and a 64-bit position; the maximum and then the least position that holds it do not.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from memplan.ir.loops import Call, Cast, Constant, Index, Item, Kernel, Node, Reduce
+
+from .cpp_loops import renumber, renumber_store
+
+_INT32_MAX = 2**31 - 1
+
+
+def in_two_passes(kernel: Kernel, *, welford: bool) -> Kernel:
+    """``argmax`` and ``argmin`` in two passes, and (``welford``, rows of static length only) Welford reductions too."""
+    if not any(isinstance(n, Reduce) and n.op in ("argmax", "argmin", "welford") for n in kernel.nodes):
+        return kernel
+    return _Rewriting(kernel, welford).run()
+
+
+class _Rewriting:
+    def __init__(self, kernel: Kernel, welford: bool) -> None:
+        self.kernel = kernel
+        self.nodes: list[Node] = []
+        self.moved: dict[int, int] = {}
+        self.items: dict[tuple[int, int], int] = {}
+        sizes = [r.size for r in kernel.row]
+        self.length = math.prod(int(n) for n in sizes) if all(isinstance(n, int) for n in sizes) else None
+        self.welford = welford and bool(self.length)
+
+    def run(self) -> Kernel:
+        for k, node in enumerate(self.kernel.nodes):
+            if isinstance(node, Item) and (node.arg, node.item) in self.items:
+                self.moved[k] = self.items[node.arg, node.item]
+                continue
+            node = renumber(node, self.moved)
+            if isinstance(node, Reduce) and node.op in ("argmax", "argmin"):
+                self.moved[k] = self.argument(node)
+            elif isinstance(node, Reduce) and node.op == "welford" and self.welford:
+                self.moved[k] = self.moments(k, node)
+            else:
+                self.moved[k] = self.add(node)
+        stores = tuple(renumber_store(s, self.moved) for s in self.kernel.stores)
+        return Kernel(self.kernel.outer, self.kernel.row, tuple(self.nodes), stores)
+
+    def add(self, node: Node) -> int:
+        self.nodes.append(node)
+        return len(self.nodes) - 1
+
+    def moments(self, k: int, node: Reduce) -> int:
+        (x,), dtype = node.args, node.dtype
+        assert self.length is not None
+        if self.nodes[x].dtype is not dtype:
+            x = self.add(Cast(x, dtype))
+        weight = self.add(Constant(self.length, dtype))
+        total = self.add(Reduce("sum", (x,), dtype))
+        mean = self.add(Call("div", (total, weight), dtype))
+        deviation = self.add(Call("sub", (x, mean), dtype))
+        m2 = self.add(Reduce("sum", (self.add(Call("mul", (deviation, deviation), dtype)),), dtype))
+        self.items |= {(k, 0): mean, (k, 1): m2, (k, 2): weight}
+        return mean
+
+    def argument(self, node: Reduce) -> int:
+        value, at = node.args
+        held = self.nodes[value].dtype
+        best = self.add(Reduce("max" if node.op == "argmax" else "min", (value,), held))
+        found = self.add(Call("eq", (value, best), torch.bool))
+        if held.is_floating_point:
+            # where there is a NaN, it is the maximum, which equals nothing
+            found = self.add(Call("logical_or", (found, self.add(Call("isnan", (value,), torch.bool))), torch.bool))
+        position = self.nodes[at]
+        narrow = isinstance(position, Index) and self.length is not None and self.length <= _INT32_MAX
+        narrow = narrow and position.expr.free_symbols <= {r.symbol for r in self.kernel.row}
+        dtype = torch.int32 if narrow else torch.int64
+        at = self.add(Cast(at, dtype)) if narrow else at
+        none = self.add(Constant(torch.iinfo(dtype).max, dtype))
+        candidate = self.add(Call("where", (found, at, none), dtype))
+        least = self.add(Reduce("min", (candidate,), dtype))
+        return least if node.dtype is dtype else self.add(Cast(least, node.dtype))
