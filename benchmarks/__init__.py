@@ -1,0 +1,1 @@
+"""What measures memplan against eager PyTorch and Inductor: ``python -m benchmarks.run --help``."""
