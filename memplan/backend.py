@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import logging
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch._functorch.config as functorch_config
@@ -16,6 +17,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext
 
 from . import recording
+from .capture.attention import simplify_masks
 from .capture.fx import capture
 from .capture.partition import Chooser, Partitioned, partitioner
 from .compilation import compile_program
@@ -59,10 +61,23 @@ class Region:
     group: int
     partitioned: Partitioned = field(default_factory=Partitioned)
     forward: Program | None = None
+    #: a forward of this region ran under saved-tensor hooks: what is saved may be somebody else's tensor then
+    hooked: bool = False
 
     def compile_forward(self, module: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
-        program = self.capture_forward(module)
-        return self.finish(program, inputs)
+        return self.watch_hooks(self.finish(self.capture_forward(module), inputs))
+
+    def watch_hooks(self, call: Callable[..., object]) -> Callable[..., object]:
+        """The forward, which notes whether saved-tensor hooks (offload, for example) were active."""
+        top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+        def forward(args: list[object]) -> object:
+            if not self.hooked and top_hooks(True) is not None:
+                self.hooked = True
+            return call(args)
+
+        forward._boxed_call = True  # type: ignore[attr-defined]
+        return forward
 
     def capture_forward(self, module: torch.fx.GraphModule) -> Program:
         count = len(module.graph.output_node().args[0])  # type: ignore[arg-type]
@@ -78,7 +93,11 @@ class Region:
         return program
 
     def compile_backward(self, module: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
-        return self.finish(self.capture_backward(module), inputs)
+        program = self.capture_backward(module)
+        donating = self.finish(program, inputs)
+        if not any(b.donated for b in program.buffers.values()):
+            return donating
+        return backward_call(donating, lambda: compile_program(without_donation(program), self.config).call, self)
 
     def capture_backward(self, module: torch.fx.GraphModule) -> Program:
         """Inputs that the forward made for this backward alone are donated: they die with their last use."""
@@ -133,6 +152,36 @@ class Region:
             if isinstance(held, View) and isinstance(node, torch.fx.Node) and node.name in plan.program.buffers:
                 out.append((held.buffer, node.name))
         return tuple(dict.fromkeys(out))
+
+
+def backward_call(
+    donating: Callable[..., object], make_plain: Callable[[], Callable[..., object]], region: Region
+) -> Callable[..., object]:
+    """The backward that frees and overwrites what the forward saved, unless somebody may still want it.
+
+    Under ``retain_graph=True``, or where saved-tensor hooks gave us tensors that may be the user's, a variant of the
+    same program runs that leaves them alone; it is made when it is first needed, from kernels that are built already.
+    """
+    keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+    plain: list[Callable[..., object]] = []
+    lock = threading.Lock()
+
+    def backward(args: list[object]) -> object:
+        if not keeps_graph() and not region.hooked:
+            return donating(args)
+        with lock:
+            if not plain:
+                plain.append(make_plain())
+        return plain[0](args)
+
+    backward._boxed_call = True  # type: ignore[attr-defined]
+    return backward
+
+
+def without_donation(program: Program) -> Program:
+    """The same program with every input left to its owner."""
+    buffers = {n: replace(b, donated=False) for n, b in program.buffers.items()}
+    return replace(program, buffers=buffers)
 
 
 #: Operators that are never computed again though nothing random or mutating marks them: they cost time.
@@ -201,6 +250,8 @@ def compile_with(
     module: torch.fx.GraphModule, example_inputs: Sequence[object], config: Config
 ) -> Callable[..., object]:
     """As `compile`, for a ready `Config`."""
+    if config.enabled("attention"):
+        simplify_masks(module)
     region = Region(config, next(_groups))
     backend = aot_autograd(
         fw_compiler=region.compile_forward,

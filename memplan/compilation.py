@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import kernels as kernel_sets
@@ -12,10 +12,12 @@ from .codegen import cpp_kernel, triton_kernel
 from .codegen.python_wrapper import print_python
 from .codegen.wrapper_lines import wrapper_lines
 from .ir.config import Config
+from .ir.loops import Size
 from .ir.plan import Plan
-from .ir.program import KernelOp, Program
+from .ir.program import Contract, Extern, KernelOp, Operation, Program
 from .ir.verify import verify_program
 from .ir.verify_plan import verify_plan
+from .lowering.contracts import contract
 from .lowering.lower import lower_program
 from .passes.inplace import decide_in_place
 from .passes.pipeline import run_pipeline
@@ -39,6 +41,7 @@ def plan_program(program: Program, config: Config) -> Plan:
     """All passes and the planner; nothing is built."""
     if config.enabled("lowering"):
         program = lower_program(program, config)
+    program = with_contracts(program)
     program = run_pipeline(program, config, verify_program)
     order = [op.name for op in program.operations]
     in_place = decide_in_place(program, order, kernel_safe=_safe_in_place) if config.enabled("inplace") else {}
@@ -46,6 +49,31 @@ def plan_program(program: Program, config: Config) -> Plan:
     if config.verify:
         verify_plan(plan, check_program=False)
     return plan
+
+
+def with_contracts(program: Program) -> Program:
+    """What each remaining extern call does with memory: those that can write into planned buffers do."""
+    operations: list[Operation] = []
+    for op in program.operations:
+        if isinstance(op, Extern) and op.contract is Contract.FRESH and not op.target.startswith("callable:"):
+            found = contract(op.target, op.device.partition(":")[0])
+            if found.contract is Contract.OUT and found.out_target and _dense(op):
+                op = replace(op, target=found.out_target, contract=Contract.OUT)
+        operations.append(op)
+    return program.with_operations(tuple(operations))
+
+
+def _dense(op: Extern) -> bool:
+    """Whether every result starts its buffer and is contiguous."""
+    for view in op.results:
+        if view is None or view.offset != 0:
+            return False
+        stride: Size = 1
+        for size, given in zip(reversed(view.sizes), reversed(view.strides), strict=True):
+            if size != 1 and given != stride:
+                return False
+            stride = stride * size
+    return True
 
 
 def _safe_in_place(op: KernelOp, old: str, new: str) -> bool:

@@ -1,0 +1,169 @@
+"""Attention masks on the Dynamo graph, before AOTAutograd decides how attention runs.
+
+Models build masks while they are traced that say nothing: all true, or plain causal. With a mask the fast attention
+kernels are out of reach, and some masks make torch take attention apart into products and a softmax over the whole
+score matrix (see pytorch's `sdp_utils`: which kernels take which masks). A mask whose value depends on no input is
+computed here, once, on the CPU: all true is dropped, lower triangular becomes ``is_causal=True``.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+import torch.fx
+from torch.nn import functional
+
+log = logging.getLogger(__name__)
+_SDPA = (functional.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention)
+_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+#: Larger masks are not computed: it would take longer than it saves.
+_MAX_ELEMENTS = 2**27
+#: Calls with these names change state that outlives the graph.
+_FORBIDDEN = ("rand", "randn", "randint", "bernoulli", "dropout", "manual_seed", "item", "print")
+
+
+@dataclass(frozen=True)
+class Simplified:
+    """How many attention calls lost their mask."""
+
+    dropped: int
+    causal: int
+
+
+def simplify_masks(module: torch.fx.GraphModule) -> Simplified:
+    """Drop masks that are provably all true, and turn provably causal ones into ``is_causal``; in place."""
+    calls = [n for n in module.graph.nodes if n.op == "call_function" and n.target in _SDPA]
+    masked = [(n, mask) for n in calls if (mask := _argument(n, "attn_mask", None)) is not None]
+    masked = [(n, m) for n, m in masked if isinstance(m, torch.fx.Node)]
+    if not masked:
+        return Simplified(0, 0)
+    values = {m: constant_value(module, m) for m in dict.fromkeys(m for _, m in masked)}
+    dropped = causal = 0
+    for node, mask in masked:
+        value = values[mask]
+        if value is None or value.dtype is not torch.bool or _argument(node, "is_causal", False):
+            continue
+        if bool(value.all()):
+            _without_mask(node, is_causal=False)
+            dropped += 1
+        elif _is_causal(value, node):
+            _without_mask(node, is_causal=True)
+            causal += 1
+    if dropped or causal:
+        module.graph.eliminate_dead_code()
+        module.recompile()
+        log.info("attention: %d masks were all true, %d causal", dropped, causal)
+    return Simplified(dropped, causal)
+
+
+def _argument(node: torch.fx.Node, name: str, default: object) -> object:
+    position = _NAMES.index(name)
+    return node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
+
+
+def _without_mask(node: torch.fx.Node, *, is_causal: bool) -> None:
+    given = dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs)
+    given |= {"attn_mask": None, "is_causal": is_causal}
+    node.args = tuple(given.pop(n) for n in ("query", "key", "value"))
+    node.kwargs = given
+
+
+def _is_causal(mask: torch.Tensor, node: torch.fx.Node) -> bool:
+    """Whether the mask is lower triangular and square, as ``is_causal`` means it."""
+    rows, columns = mask.shape[-2:]
+    query, key = (_value(n).shape[-2] for n in node.args[:2])  # type: ignore[union-attr]
+    if rows != columns or query != rows or key != columns:
+        return False
+    expected = torch.ones(rows, columns, dtype=torch.bool).tril()
+    return bool((mask == expected).all())
+
+
+def _value(node: object) -> torch.Tensor:
+    assert isinstance(node, torch.fx.Node)
+    return node.meta["example_value"]  # type: ignore[no-any-return]
+
+
+def constant_value(module: torch.fx.GraphModule, node: torch.fx.Node) -> torch.Tensor | None:
+    """The value of a node that depends on no input, computed on the CPU; None if it depends on one."""
+    example = node.meta.get("example_value")
+    if not isinstance(example, torch.Tensor) or any(isinstance(s, torch.SymInt) for s in example.shape):
+        return None
+    if example.numel() > _MAX_ELEMENTS:
+        return None
+    needed = _ancestors(module, node)
+    if needed is None:
+        return None
+    values: dict[torch.fx.Node, object] = {}
+    cpu = torch.device("cpu")
+
+    def held(argument: object) -> object:
+        return torch.fx.node.map_aggregate(argument, lambda a: _on_cpu(values[a] if isinstance(a, torch.fx.Node) else a))
+
+    try:
+        with torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
+            for n in needed:
+                args, kwargs = held(n.args), held(n.kwargs)
+                if "device" in n.kwargs:
+                    kwargs = {**kwargs, "device": cpu}  # type: ignore[dict-item]
+                if n.op == "call_method":
+                    values[n] = getattr(args[0], str(n.target))(*args[1:], **kwargs)  # type: ignore[index]
+                else:
+                    assert callable(n.target)
+                    values[n] = n.target(*args, **kwargs)  # type: ignore[misc]
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
+        # the mask stays as the model gave it: right, only slower
+        log.info("the attention mask %s could not be computed beforehand: %s", node.name, error)
+        return None
+    value = values[node]
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _on_cpu(value: object) -> object:
+    return torch.device("cpu") if isinstance(value, torch.device) else value
+
+
+def _ancestors(module: torch.fx.GraphModule, node: torch.fx.Node) -> list[torch.fx.Node] | None:
+    """All that the node is computed from in order, with vmap's bookkeeping; None if an input is among it."""
+    wanted = {node}
+    stack = [node]
+    while stack:
+        for n in stack.pop().all_input_nodes:
+            if n in wanted:
+                continue
+            example = n.meta.get("example_value")
+            if n.op not in ("call_function", "call_method") or _is_forbidden(n) or isinstance(example, torch.SymInt):
+                return None
+            wanted.add(n)
+            stack.append(n)
+    if _is_forbidden(node) or any(_is_in_place(user) for n in wanted for user in n.users):
+        return None
+    levels = [n for n in module.graph.nodes if n.op == "call_function" and _is_vmap(n.target)]
+    nested = any(_is_batching(n.target) for n in wanted)
+    if nested:
+        wanted.update(levels)
+    return [n for n in module.graph.nodes if n in wanted]
+
+
+def _is_in_place(node: torch.fx.Node) -> bool:
+    """Whether a node changes one of its inputs (then the order of execution matters, which is not looked at)."""
+    name = _name(node.target)
+    return name == "setitem" or (name.endswith("_") and not name.endswith("__")) or "out" in node.kwargs
+
+
+def _is_forbidden(node: torch.fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return any(name == f or name.startswith(f + "_") for f in _FORBIDDEN)
+
+
+def _is_vmap(target: object) -> bool:
+    return "vmap" in _name(target) and ("increment" in _name(target) or "decrement" in _name(target) or "lazy" in _name(target))
+
+
+def _is_batching(target: object) -> bool:
+    return "batch_dim" in _name(target) or "batchdim" in _name(target)
+
+
+def _name(target: object) -> str:
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
