@@ -93,6 +93,7 @@ class Region:
         return program
 
     def compile_backward(self, module: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
+        leave_donation_to_us()
         program = self.capture_backward(module)
         donating = self.finish(program, inputs)
         if not any(b.donated for b in program.buffers.values()):
@@ -202,6 +203,16 @@ def cheap_again(target: str) -> bool:
     return not any(name == e or (e.startswith("_") and name.startswith(e)) for e in EXPENSIVE)
 
 
+def leave_donation_to_us() -> None:
+    """Tell AOTAutograd that nothing is donated, so that it does not refuse ``retain_graph=True``: see `backward_call`.
+
+    (Switching its option off instead leaves the list unset, which its check at run time takes for a donation.)
+    """
+    metadata = getattr(TracingContext.try_get(), "fw_metadata", None)
+    if metadata is not None:
+        metadata.bw_donated_idxs = []
+
+
 def static_inputs() -> frozenset[int]:
     """Positions of parameters and module buffers among the forward's inputs."""
     context = TracingContext.try_get()
@@ -261,7 +272,6 @@ def compile_with(
         decompositions=decomposition_table(config),
         keep_inference_input_mutations=True,
     )
-    # the backward is built with its forward, not inside the first .backward(), when all activations are alive;
-    # donation is decided when the backward runs, so that retain_graph=True works
-    with functorch_config.patch(force_non_lazy_backward_lowering=True, donated_buffer=False):
+    # the backward is built with its forward, not inside the first .backward(), when all activations are alive
+    with functorch_config.patch(force_non_lazy_backward_lowering=True):
         return backend(module, example_inputs)  # type: ignore[no-any-return]
