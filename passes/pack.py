@@ -1,0 +1,358 @@
+"""Offsets for buffers with fixed lifetimes inside one arena.
+
+Best fit in several orders (the largest load over the lifetime, then size; size; load, width, area), the squeaky wheel
+on each, a lowest-floor dive, and an exact search where a gap to the bound is left. The largest sum of sizes alive at
+one time is a lower bound on every arena, so an arena equal to it is proved optimal.
+
+References: Pisarchyk and Lee, "Efficient Memory Management for Deep Neural Net Inference" (2020), for greedy by size;
+Moffitt, "MiniMalloc" (ASPLOS 2023), for the exact search; Joslin and Clements, "Squeaky Wheel Optimization" (1999).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..ir.errors import PlanningError
+from .pack_search import Int32, Int64, PackSearch, SearchOutcome
+
+#: Work inside a compilation: at most some tenths of a second where the heuristics leave a gap.
+COMPILE_WORK = 300_000
+#: Sums of sizes stay below this, so that 64-bit arithmetic never overflows.
+LARGEST_TOTAL = 2**61
+#: The exact search keeps all pairs that overlap; above this many buffers only heuristics run.
+LARGEST_SEARCH = 4_000
+NO_COMPILER = "no C++ compiler: heuristics in numpy only, no exact search"
+
+
+@dataclass(frozen=True, slots=True)
+class PackProblem:
+    """Buffers to be given offsets in one arena.
+
+    Parameters
+    ----------
+    lower, upper
+        Half-open lifetimes ``[lower, upper)`` in any unit of time, one entry a buffer.
+    size
+        Bytes, one entry a buffer.
+    alignment
+        Bytes; every offset is a multiple of it.
+
+    Raises
+    ------
+    PlanningError
+        Lengths differ, a lifetime is empty, a size is negative, or the sizes overflow 64 bits.
+    """
+
+    lower: tuple[int, ...]
+    upper: tuple[int, ...]
+    size: tuple[int, ...]
+    alignment: int = 1
+
+    def __post_init__(self) -> None:
+        if not len(self.lower) == len(self.upper) == len(self.size):
+            raise PlanningError("lower, upper and size must have one entry for each buffer")
+        if self.alignment < 1:
+            raise PlanningError(f"alignment must be at least 1 byte, found {self.alignment}")
+        total = 0
+        for index, (lower, upper, size) in enumerate(zip(self.lower, self.upper, self.size, strict=True)):
+            if lower >= upper:
+                raise PlanningError(f"buffer {index}: the lifetime [{lower}, {upper}) is empty")
+            if size < 0:
+                raise PlanningError(f"buffer {index}: negative size {size}")
+            total += size + self.alignment
+        if total >= LARGEST_TOTAL:
+            raise PlanningError(f"the sizes add up to {total} bytes, more than 64-bit offsets can hold safely")
+
+    def __len__(self) -> int:
+        return len(self.size)
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Offsets, and what is proved about them. All in bytes.
+
+    ``arena`` is the highest end of a buffer, ``max_live`` the largest sum of sizes alive at one time, ``lower_bound``
+    what no packing can go below (``max_live``, more where alignment or the exact search prove more). ``note`` says
+    what could not be tried.
+    """
+
+    offsets: tuple[int, ...]
+    arena: int
+    max_live: int
+    lower_bound: int
+    work: int = 0
+    note: str = ""
+
+    @property
+    def optimal(self) -> bool:
+        """Whether no packing needs less."""
+        return self.arena <= self.lower_bound
+
+    @property
+    def gap(self) -> float:
+        """``arena / max_live - 1``."""
+        return self.arena / self.max_live - 1 if self.max_live else 0.0
+
+    @property
+    def alignment_gap(self) -> float:
+        """The part of the gap that is proved unavoidable (alignment, or exhausted search)."""
+        return self.lower_bound / self.max_live - 1 if self.max_live else 0.0
+
+
+@dataclass(slots=True)
+class _Limits:
+    work: int
+    seconds: float
+    started: float = field(default_factory=time.monotonic)
+
+    def left(self) -> float:
+        """Seconds left; 0 means that there is no time limit."""
+        return max(1e-3, self.seconds - (time.monotonic() - self.started)) if self.seconds > 0 else 0.0
+
+    def spent(self) -> bool:
+        return self.work <= 0 or (self.seconds > 0 and time.monotonic() - self.started >= self.seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class _Units:
+    """The problem in sections of time and units of alignment; buffers of no bytes left out."""
+
+    kept: Int64
+    lower: Int32
+    upper: Int32
+    size: Int64
+    load: Int64  # units alive in each section
+    peak: Int64  # the largest load over each buffer's lifetime
+    width: Int64  # lifetime in the caller's unit of time
+
+    @property
+    def bound(self) -> int:
+        return int(self.load.max(initial=0))
+
+
+def _loads(lower: Int32, upper: Int32, size: Int64, sections: int) -> Int64:
+    change = np.zeros(sections + 1, dtype=np.int64)
+    np.add.at(change, lower, size)
+    np.add.at(change, upper, -size)
+    return np.cumsum(change)[:-1]
+
+
+def _range_maximum(values: Int64, lower: Int32, upper: Int32) -> Int64:
+    """Largest of ``values[lower:upper]`` for each pair, by a sparse table."""
+    levels = [values]
+    while 2 ** len(levels) <= len(values):
+        half = 2 ** (len(levels) - 1)
+        levels.append(np.maximum(levels[-1][:-half], levels[-1][half:]))
+    result = np.zeros(len(lower), dtype=np.int64)
+    exponent = np.frexp((upper - lower).astype(np.float64))[1] - 1
+    for level in np.unique(exponent):
+        mask = exponent == level
+        table = levels[int(level)]
+        result[mask] = np.maximum(table[lower[mask]], table[upper[mask] - 2 ** int(level)])
+    return result
+
+
+def _times(values: tuple[int, ...]) -> Int64:
+    """Times as ranks: only their order matters, so that ends beyond 64 bits do too."""
+    rank = {value: index for index, value in enumerate(sorted(set(values)))}
+    return np.array([rank[value] for value in values], dtype=np.int64)
+
+
+def _units(problem: PackProblem) -> _Units:
+    ranks = _times(problem.lower + problem.upper)
+    size = np.array(problem.size, dtype=np.int64)
+    kept = np.flatnonzero(size > 0)
+    lower, upper = ranks[: len(problem)][kept], ranks[len(problem) :][kept]
+    used, flat = np.unique(np.concatenate([lower, upper]), return_inverse=True)
+    low, high = flat[: len(kept)].astype(np.int32), flat[len(kept) :].astype(np.int32)
+    units = -(-size[kept] // problem.alignment)
+    load = _loads(low, high, units, max(0, len(used) - 1))
+    width = np.array([min(problem.upper[i] - problem.lower[i], 2**40) for i in kept], dtype=np.int64)
+    return _Units(kept, low, high, units, load, _range_maximum(load, low, high), width)
+
+
+def _orders(units: _Units) -> dict[str, Int32]:
+    """Orders of placement: T is the largest load over the lifetime, Z the size, W the width, A the area."""
+    index = np.arange(len(units.size))
+    area = units.width.astype(np.float64) * units.size
+    keys = {
+        "TZ": (-units.peak, -units.size),
+        "TWA": (-units.peak, -units.width, -area),
+        "size": (-units.size, -units.width),
+        "WAT": (-units.width, -area, -units.peak),
+    }
+    return {name: np.lexsort((index, *reversed(key))).astype(np.int32) for name, key in keys.items()}
+
+
+def _best_fit(units: _Units, order: Int32) -> tuple[int, Int64]:
+    """Best fit in numpy: one pass over what is placed, in the order of offsets, for each buffer."""
+    count = len(order)
+    offsets = np.zeros(count, dtype=np.int64)
+    low, high = np.empty(count, np.int32), np.empty(count, np.int32)
+    bottom, top = np.empty(count, np.int64), np.empty(count, np.int64)
+    arena = 0
+    for placed, buffer in enumerate(order):
+        alive = (low[:placed] < units.upper[buffer]) & (high[:placed] > units.lower[buffer])
+        below = bottom[:placed][alive]
+        above = np.maximum.accumulate(top[:placed][alive])
+        floor = np.concatenate([[0], above])
+        gaps = below - floor[:-1]
+        size = units.size[buffer]
+        fits = np.flatnonzero(gaps >= size)
+        offset = int(floor[fits[np.argmin(gaps[fits])]]) if len(fits) else int(floor[-1])
+        offsets[buffer] = offset
+        arena = max(arena, offset + int(size))
+        at = int(np.searchsorted(bottom[:placed], offset, side="right"))
+        for array, value in ((low, units.lower[buffer]), (high, units.upper[buffer]), (bottom, offset)):
+            array[at + 1 : placed + 1] = array[at:placed]
+            array[at] = value
+        top[at + 1 : placed + 1] = top[at:placed]
+        top[at] = offset + size
+    return arena, offsets
+
+
+def _squeaky(units: _Units, order: Int32, target: int, passes: int, limits: _Limits) -> tuple[int, Int64]:
+    best, offsets = _best_fit(units, order)
+    trial = offsets
+    for _ in range(passes):
+        if best <= target or limits.spent():
+            break
+        high = trial[order] + units.size[order] > target
+        if high.all():
+            break
+        order = np.concatenate([order[high], order[~high]])
+        arena, trial = _best_fit(units, order)
+        if arena < best:
+            best, offsets = arena, trial
+    return best, offsets
+
+
+@dataclass(slots=True)
+class _Best:
+    arena: int
+    offsets: Int64
+    bound: int
+
+    def offer(self, arena: int, offsets: Int64) -> None:
+        if arena < self.arena:
+            self.arena, self.offsets = arena, offsets
+
+
+def _heuristics(
+    units: _Units, orders: dict[str, Int32], best: _Best, goal: int, limits: _Limits, native: PackSearch | None
+) -> None:
+    count = len(units.size)
+    passes = max(1, min(50, limits.work // (20 * count)))
+    for name in ("TZ", "TWA", "size"):
+        if best.arena <= goal or limits.spent():
+            return
+        if native is not None:
+            arena, offsets = native.squeaky(
+                units.lower, units.upper, units.size, orders[name], target=goal, passes=passes, seconds=limits.left()
+            )
+        else:
+            arena, offsets = _squeaky(units, orders[name], goal, min(passes, 3), limits)
+        best.offer(arena, offsets)
+        limits.work -= count
+        if count > 20_000 and native is None:
+            return  # a pass in numpy is quadratic
+    if native is not None and count <= LARGEST_SEARCH and best.arena > goal:
+        for name in ("TWA", "TZ"):
+            best.offer(*native.lowest_floor(units.lower, units.upper, units.size, orders[name]))
+
+
+def _search(
+    units: _Units, orders: dict[str, Int32], best: _Best, goal: int | None, limits: _Limits, native: PackSearch
+) -> None:
+    """Exact search: at the bound first, where cuts are sharpest, then at the goal or by halving the gap."""
+    sequences = [orders["TWA"], orders["WAT"], orders["TZ"]]
+
+    def attempt(capacity: int, work: int, seconds: float) -> SearchOutcome:
+        found = native.search(
+            units.lower, units.upper, units.size, sequences, capacity=capacity, work=work, seconds=seconds
+        )
+        limits.work -= max(1, found.work)
+        if found.outcome is SearchOutcome.FITS:
+            best.offer(int((found.offsets + units.size).max()), found.offsets)
+        elif found.outcome is SearchOutcome.IMPOSSIBLE:
+            best.bound = max(best.bound, capacity + 1)
+        return found.outcome
+
+    if goal is not None:
+        share = 40_000 * max(1, len(units.size) // 64)
+        while best.arena > goal and best.bound <= goal and not limits.spent():
+            if goal > best.bound:
+                attempt(best.bound, min(share // 4, limits.work), limits.left())
+            if best.arena > goal and not limits.spent():
+                attempt(goal, min(share, limits.work) if goal > best.bound else limits.work, limits.left())
+            share *= 2
+        return
+    attempt(best.bound, max(1, limits.work // 2), 0.7 * limits.left())
+    floor = best.bound  # the exact bound, or what the search gave up on
+    share = max(1, limits.work // 6)
+    while best.arena - floor > 1 and best.arena > best.bound and not limits.spent():
+        middle = (floor + best.arena) // 2
+        if attempt(middle, min(share, limits.work), limits.left() / 4) is not SearchOutcome.FITS:
+            floor = middle
+
+
+def _max_live(problem: PackProblem) -> int:
+    """Bytes: the largest sum of unrounded sizes alive at one time."""
+    if not len(problem):
+        return 0
+    ranks = _times(problem.lower + problem.upper).astype(np.int32)
+    count = len(problem)
+    load = _loads(ranks[:count], ranks[count:], np.array(problem.size, dtype=np.int64), int(ranks.max()))
+    return int(load.max(initial=0))
+
+
+def pack_buffers(
+    problem: PackProblem,
+    *,
+    work_limit: int = COMPILE_WORK,
+    capacity: int | None = None,
+    seconds: float = 0.0,
+    native: PackSearch | None = None,
+) -> Packing:
+    """Give every buffer an offset; deterministic unless ``seconds`` sets a time limit.
+
+    Parameters
+    ----------
+    work_limit
+        Steps of search (several hundred thousand a second).
+    capacity
+        Bytes. With it, the search stops as soon as the arena is within it; without, it goes on to the bound.
+    seconds
+        Time limit; 0 for none.
+    native
+        The compiled search; without it numpy heuristics run and the result's note says so.
+    """
+    max_live = _max_live(problem)
+    units = _units(problem)
+    note = "" if native is not None else NO_COMPILER
+    if not len(units.size):
+        return Packing((0,) * len(problem), 0, max_live, 0, note=note)
+    limits = _Limits(work_limit, seconds)
+    alignment = problem.alignment
+    orders = _orders(units)
+    total = int(units.size.sum())
+    stacked = np.cumsum(units.size) - units.size
+    best = _Best(total, stacked, units.bound)
+    goal = None if capacity is None or capacity // alignment < units.bound else capacity // alignment
+    _heuristics(units, orders, best, units.bound if goal is None else goal, limits, native)
+    # A capacity below the bound cannot be met by searching.
+    hopeless = capacity is not None and goal is None
+    open_gap = best.arena > (best.bound if goal is None else goal) and not hopeless
+    if native is not None and open_gap and len(units.size) <= LARGEST_SEARCH and not limits.spent():
+        _search(units, orders, best, goal, limits, native)
+    offsets = np.zeros(len(problem), dtype=np.int64)
+    offsets[units.kept] = best.offsets * alignment
+    size = np.array(problem.size, dtype=np.int64)
+    arena = int((offsets + size).max())
+    # The topmost buffer needs no rounding, so the bound in units overstates by less than one unit.
+    slack = int((units.size * alignment - size[units.kept]).max())
+    bound = max(max_live, best.bound * alignment - slack)
+    return Packing(tuple(int(offset) for offset in offsets), arena, max_live, bound, work_limit - limits.work, note)
