@@ -347,7 +347,7 @@ def _triton(op: Extern, call: HigherOrderCall, callables: dict[str, object]) -> 
         return None
     if any(not isinstance(given.get(n), View) for n in names):
         return None
-    flat = pytree.tree_leaves({n: n for n in names})
+    flat = [n for n in given if n in names]  # the order in which the call returns them
     if len(flat) != len(op.results):
         return None
     given = dict(given)

@@ -13,6 +13,7 @@ from memplan.ir.program import Program
 
 from .cleanup import Cleanup
 from .fusion import Fusion
+from .reinplace import Reinplace
 
 
 class Pass(Protocol):
@@ -33,7 +34,7 @@ class Pass(Protocol):
     def run(self, program: Program) -> Program: ...
 
 
-PASSES: tuple[type[Pass], ...] = (Cleanup, Fusion)
+PASSES: tuple[type[Pass], ...] = (Reinplace, Cleanup, Fusion)
 
 #: names that ``options={"disable": [...]}`` accepts, in the order in which the passes run
 PASS_NAMES: tuple[str, ...] = tuple(p.name for p in PASSES)
