@@ -1,0 +1,292 @@
+"""Plan -> report: every buffer with its place, its life and whom it is for; several graphs on one timeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..ir import plan as ir_plan
+from ..ir import program as ir
+from .allocation import live_bytes
+from .model import (
+    Buffer,
+    Certificate,
+    Graph,
+    Measurement,
+    Origin,
+    Placement,
+    Pool,
+    Report,
+    Step,
+    StepRecord,
+    WaterfallStep,
+)
+from .whole import Join, whole_step
+
+
+def build_report(
+    plans: Sequence[ir_plan.Plan],
+    *,
+    joins: Sequence[tuple[str, str]] = (),
+    measured: Measurement | None = None,
+    waterfall: Sequence[tuple[str, int]] = (),
+    environment: Mapping[str, str] | None = None,
+    target: str = "",
+) -> Report:
+    """The report of one compiled model: an inference graph, or a forward graph and its backward.
+
+    Parameters
+    ----------
+    plans:
+        In the order they run.
+    joins:
+        (buffer of the forward, input of the backward that receives it); see `StepRecord`.
+    waterfall:
+        (stage, simulated peak in bytes after it). Where the last is not the plan's peak, a last stage
+        ``"unattributed"`` closes the gap, so that the stages always sum to it.
+    """
+    record = StepRecord(tuple(plans), tuple(waterfall), measured, dict(environment or {}), tuple(joins))
+    return report_of([record], target=target)
+
+
+def report_of(records: Sequence[StepRecord], *, target: str = "") -> Report:
+    """One report of several compiled graphs (graph breaks): forwards in order, then backwards in reverse order."""
+    entries = _in_order(records)
+    names = _unique([e.plan.program.name or e.plan.program.phase.value for e in entries])
+    graphs = [graph_of(e.plan, name, e.stages) for e, name in zip(entries, names, strict=True)]
+    whole = whole_step(graphs, _joins(records, entries, graphs)) if len(graphs) > 1 else None
+    peak = (whole or graphs[0]).peak if graphs else 0
+    environment: dict[str, str] = {}
+    for record in records:
+        environment.update({str(k): str(v) for k, v in record.environment.items()})
+    return Report(
+        target=target,
+        graphs=tuple(graphs),
+        whole=whole,
+        waterfall=_closed(_waterfall(records), peak),
+        measured=tuple(r.measured for r in records if r.measured is not None),
+        environment=environment,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    record: int
+    plan: ir_plan.Plan
+    stages: tuple[tuple[str, int], ...]
+
+
+def _in_order(records: Sequence[StepRecord]) -> list[_Entry]:
+    """Forwards in order of compilation, then the backwards, the last forward's first."""
+    entries = [
+        _Entry(k, plan, record.stages[n] if n < len(record.stages) else ())
+        for k, record in enumerate(records)
+        for n, plan in enumerate(record.plans)
+    ]
+    ahead = [e for e in entries if e.plan.program.phase is not ir.Phase.BACKWARD]
+    behind = [e for e in entries if e.plan.program.phase is ir.Phase.BACKWARD]
+    return ahead + behind[::-1]
+
+
+def _joins(records: Sequence[StepRecord], entries: list[_Entry], graphs: list[Graph]) -> list[Join]:
+    found: list[Join] = []
+    for k, record in enumerate(records):
+        mine = [(e.plan.program.phase, g) for e, g in zip(entries, graphs, strict=True) if e.record == k]
+        before = [g.name for phase, g in mine if phase is not ir.Phase.BACKWARD]
+        after = [g.name for phase, g in mine if phase is ir.Phase.BACKWARD]
+        if before and after:
+            found += [Join(before[0], saved, after[0], received) for saved, received in record.joins]
+    return found
+
+
+def _waterfall(records: Sequence[StepRecord]) -> list[tuple[str, int]]:
+    """Of one record as it is; of several, only what a single timeline can be compared with: nothing."""
+    return list(records[0].waterfall) if len(records) == 1 else []
+
+
+def _closed(stages: list[tuple[str, int]], peak: int) -> tuple[WaterfallStep, ...]:
+    if stages and stages[-1][1] != peak:
+        stages = [*stages, ("unattributed", peak)]
+    return tuple(WaterfallStep(name=name, peak=value) for name, value in stages)
+
+
+def _unique(names: Iterable[str]) -> list[str]:
+    seen: dict[str, int] = {}
+    out = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        out.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return out
+
+
+def graph_of(plan: ir_plan.Plan, name: str | None = None, stages: Sequence[tuple[str, int]] = ()) -> Graph:
+    """The report of one plan, at the hinted sizes; ``stages`` is its own waterfall: (stage, peak after it)."""
+    program = plan.program
+    name = name or program.name
+    pools = tuple(
+        Pool(
+            name=p.name,
+            nbytes=ir.evaluate(p.nbytes, program.hints),
+            device=p.device,
+            birth=p.lifetime.start,
+            death=p.lifetime.stop,
+        )
+        for p in plan.pools
+    )
+    notes = _notes(plan)
+    shapes = _shapes(program)
+    buffers = tuple(_buffer(plan, b, shapes, notes) for b in _planned(plan))
+    steps = tuple(_step(program, program.by_name[op], name, notes) for op in plan.order)
+    certificate = plan.certificate
+    return Graph(
+        name=name,
+        phase=program.phase.value,
+        steps=steps,
+        buffers=buffers,
+        pools=pools,
+        live=live_bytes(buffers, steps),
+        allocated=plan.timeline[: len(steps)],
+        predicted_peak=dict(plan.predicted_peak),
+        waterfall=_closed(list(stages), max(plan.timeline[: len(steps)], default=0)),
+        certificate=Certificate(
+            program_peak=certificate.program_peak,
+            peak=certificate.peak,
+            order_bound=certificate.order_bound,
+            placed_peak=certificate.placed_peak,
+            alignment=certificate.alignment,
+            note=certificate.note,
+        ),
+        notes=plan.notes,
+    )
+
+
+def _planned(plan: ir_plan.Plan) -> list[ir.Buffer]:
+    return [b for b in plan.program.buffers.values() if b.name in plan.lifetimes and b.name in plan.placements]
+
+
+def _notes(plan: ir_plan.Plan) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for name, text in plan.notes:
+        found[name] = (*found.get(name, ()), text)
+    return found
+
+
+def _origin(origin: ir.Origin) -> Origin:
+    return Origin(
+        node=origin.node,
+        op=origin.op,
+        module=origin.module,
+        file=origin.file,
+        line=max(0, origin.line),
+        code=origin.code,
+    )
+
+
+def _buffer(
+    plan: ir_plan.Plan, b: ir.Buffer, shapes: Mapping[str, tuple[int, ...]], notes: Mapping[str, tuple[str, ...]]
+) -> Buffer:
+    root = plan.storage_of(b.name)
+    placement, pool, offset, in_place_of = _place(plan, b.name)
+    lifetime = plan.lifetimes[b.name]
+    at_root = plan.placements[root]
+    return Buffer(
+        name=b.name,
+        nbytes=plan.program.nbytes(b.name),
+        dtype=str(b.dtype).removeprefix("torch."),
+        shape=shapes.get(b.name),
+        device=b.device,
+        kind=b.kind.value,
+        origin=_origin(b.origin),
+        birth=lifetime.start,
+        death=min(lifetime.stop, len(plan.order) + 1),
+        placement=placement,
+        pool=pool,
+        offset=offset,
+        in_place_of=in_place_of,
+        storage=root,
+        counted=not isinstance(at_root, ir_plan.External) or plan.program.buffers[root].donated,
+        donated=b.donated,
+        decided_by=_decided_by(b, placement),
+        notes=notes.get(b.name, ()),
+    )
+
+
+def _place(plan: ir_plan.Plan, name: str) -> tuple[Placement, str | None, int | None, str | None]:
+    """Placement; pool and offset, also of what is in place of something in a pool; what it is in place of."""
+    own, at_root = plan.placements[name], plan.placements[plan.storage_of(name)]
+    pool, offset = None, None
+    if isinstance(at_root, ir_plan.InPool):
+        pool, offset = at_root.pool, ir.evaluate(at_root.offset, plan.program.hints)
+    match own:
+        case ir_plan.External():
+            return "external", None, None, None
+        case ir_plan.Own():
+            return "own", None, None, None
+        case ir_plan.InPool():
+            return "pool", pool, offset, None
+        case ir_plan.InPlaceOf():
+            return "in_place", pool, offset, own.buffer
+
+
+def _decided_by(b: ir.Buffer, placement: Placement) -> str:
+    if placement == "in_place":
+        return "inplace"
+    if b.kind is ir.BufferKind.SAVED:
+        return "partition"
+    return {"pool": "pack", "own": "allocator", "external": "caller"}[placement]
+
+
+def _step(program: ir.Program, op: ir.Operation, graph: str, notes: Mapping[str, tuple[str, ...]]) -> Step:
+    match op:
+        case ir.KernelOp():
+            kind, scratch = "kernel", 0
+            target = "reduction" if op.kernel.reductions else "pointwise"
+        case ir.Extern():
+            kind, target, scratch = "extern", op.target, ir.evaluate(op.scratch, program.hints)
+        case ir.Copy():
+            kind, target, scratch = "copy", "copy", 0
+    return Step(
+        name=op.name,
+        graph=graph,
+        kind=kind,
+        target=target,
+        origins=tuple(_origin(o) for o in op.origins),
+        reads=op.reads,
+        writes=tuple(dict.fromkeys((*op.writes, *op.mutates))),
+        scratch=scratch,
+        notes=notes.get(op.name, ()),
+    )
+
+
+def _shapes(program: ir.Program) -> dict[str, tuple[int, ...]]:
+    """The shape of a buffer as its writer or, failing that, a reader sees it whole."""
+    found: dict[str, tuple[int, ...]] = {}
+
+    def see(view: ir.View) -> None:
+        if view.buffer in program.buffers and view.buffer not in found:
+            buffer = program.buffers[view.buffer]
+            sizes = tuple(ir.evaluate(s, program.hints) for s in view.sizes)
+            elements = 1
+            for s in sizes:
+                elements *= s
+            if elements * view.dtype.itemsize == program.nbytes(buffer.name):
+                found[view.buffer] = sizes
+
+    for op in program.operations:
+        if isinstance(op, ir.Extern):
+            for result in op.results:
+                if result is not None:
+                    see(result)
+        elif isinstance(op, ir.Copy):
+            see(op.target)
+    for given in program.inputs:
+        if isinstance(given, ir.TensorInput):
+            see(given.view)
+    for output in program.outputs:
+        if isinstance(output, ir.View):
+            see(output)
+    for op in program.operations:
+        if isinstance(op, ir.Extern):
+            for view in ir.argument_views((*op.args, *(a for _, a in op.kwargs))):
+                see(view)
+    return found

@@ -1,0 +1,166 @@
+"""Run one step of a compiled model and measure its peak, to hold against the plan."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from ..ir.errors import MemplanError
+from .model import Measurement, Report
+from .target import Made, Request, TargetError, report_from, wants_backward
+
+#: What a step can be measured with, beside memplan itself.
+BACKENDS = ("eager", "inductor")
+
+
+def measured(made: Made, request: Request, target: str, *, warm_up: int = 2) -> Report:
+    """Compile with this backend, run ``warm_up`` steps and a measured one, and report plan and measurement.
+
+    Raises
+    ------
+    TargetError
+        If the step fails, or nothing of it was compiled.
+    """
+    import memplan
+
+    step = _step(made, _compiled(made, request, "memplan"), _backward(made, request))
+    with failures(target), memplan.record() as recording:
+        for _ in range(max(1, warm_up)):
+            step()
+    with failures(target):
+        measurement = measure(step, _device(made))
+    return report_from(recording.graphs, target=target, measured=measurement)
+
+
+def measured_with(made: Made, request: Request, backend: str, target: str, *, warm_up: int = 2) -> Measurement:
+    """The measured peak of a step with another backend of `BACKENDS`."""
+    step = _step(made, _compiled(made, request, backend), _backward(made, request))
+    with failures(target):
+        for _ in range(max(1, warm_up)):
+            step()
+        return measure(step, _device(made))
+
+
+def answers_agree(made: Made, request: Request, target: str) -> float:
+    """Run once with poisoned memory and once in eager; the largest difference relative to the answer's size."""
+    options = {**request.options, "poison": True}
+    with failures(target), torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        expected = scalar(made.model(*made.args, **made.kwargs))
+        torch.manual_seed(0)
+        got = scalar(_compiled(made, replace(request, options=options), "memplan")(*made.args, **made.kwargs))
+    difference = float((got.double() - expected.double()).abs())
+    return difference / max(float(expected.double().abs()), 1e-6)
+
+
+@contextmanager
+def failures(target: str) -> Iterator[None]:
+    """What fails inside is the target's failure, and says so."""
+    try:
+        yield
+    except TargetError:
+        raise
+    except MemplanError as error:
+        raise TargetError(str(error)) from error
+    except Exception as error:
+        raise TargetError(f"{target!r} failed while it ran: {type(error).__name__}: {error}") from error
+
+
+def _backward(made: Made, request: Request) -> bool:
+    return wants_backward(made.model) if request.backward is None else request.backward
+
+
+def _compiled(made: Made, request: Request, backend: str) -> Callable[..., object]:
+    if backend == "eager":
+        return made.model
+    options = (dict(request.options) or None) if backend == "memplan" else None
+    torch.compiler.reset()
+    return torch.compile(made.model, backend=backend, dynamic=request.dynamic or None, options=options)  # type: ignore[call-overload, no-any-return]
+
+
+def _step(made: Made, compiled: Callable[..., object], backward: bool) -> Callable[[], None]:
+    """One step; what it makes (results, gradients) is gone when it returns."""
+    parameters = list(made.model.parameters()) if isinstance(made.model, torch.nn.Module) else []
+
+    def step() -> None:
+        if not backward:
+            with torch.no_grad():
+                compiled(*made.args, **made.kwargs)
+            return
+        loss = scalar(compiled(*made.args, **made.kwargs))
+        loss.backward()  # type: ignore[no-untyped-call]
+        del loss
+        for p in parameters:
+            p.grad = None
+
+    return step
+
+
+def scalar(result: object) -> torch.Tensor:
+    """A loss: the result itself if it is one number, else the sum of its first floating tensor.
+
+    Raises
+    ------
+    TargetError
+        If no floating tensor is in the result.
+    """
+    if isinstance(result, torch.Tensor) and result.is_floating_point():
+        return result if result.ndim == 0 else result.float().sum()
+    loss = getattr(result, "loss", None)
+    if isinstance(loss, torch.Tensor):
+        return loss
+    values = result.values() if isinstance(result, dict) else result if isinstance(result, (tuple, list)) else ()
+    for item in values:
+        if isinstance(item, torch.Tensor) and item.is_floating_point():
+            return scalar(item)
+    raise TargetError(f"the model returns {type(result).__name__}, in which there is no tensor to differentiate")
+
+
+def _device(made: Made) -> torch.device:
+    if isinstance(made.model, torch.nn.Module):
+        for p in made.model.parameters():
+            return p.device
+    for a in (*made.args, *made.kwargs.values()):
+        if isinstance(a, torch.Tensor):
+            return a.device
+    return torch.device("cpu")
+
+
+def measure(step: Callable[[], None], device: torch.device) -> Measurement:
+    """Peak bytes above those before the step: of CUDA's allocator, or of the CPU's as the profiler sees it."""
+    gc.collect()
+    if device.type == "cuda":
+        return _measure_cuda(step, device)
+    return _measure_cpu(step)
+
+
+def _measure_cuda(step: Callable[[], None], device: torch.device) -> Measurement:
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    baseline, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    step()
+    torch.cuda.synchronize(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return Measurement(
+        device=f"cuda:{index}",
+        peak_allocated=max(0, torch.cuda.max_memory_allocated(device) - baseline),
+        peak_reserved=max(0, torch.cuda.max_memory_reserved(device) - reserved),
+        baseline=baseline,
+    )
+
+
+def _measure_cpu(step: Callable[[], None]) -> Measurement:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return Measurement(device="cpu", peak_allocated=peak)

@@ -1,0 +1,394 @@
+"""The report: what a plan says, as plain data that is saved, read back and compared.
+
+A `Report` holds one `Graph` per compiled graph and, where there is more than one, the whole step as a graph of its
+own on one timeline. All sizes are bytes, all lifetimes half-open in steps; a buffer whose ``death`` is ``len(steps) +
+1`` outlives its graph. The JSON form carries ``format`` and ``version``; `read_report` refuses what it does not know.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..ir.errors import ReportError
+from ..ir.plan import Plan
+
+FORMAT = "memplan-report"
+VERSION = 1
+
+Bytes = Annotated[int, Field(ge=0, lt=2**62)]
+SignedBytes = Annotated[int, Field(gt=-(2**62), lt=2**62)]
+StepIndex = Annotated[int, Field(ge=0, lt=2**31)]
+Phase = Literal["inference", "forward", "backward", "step"]
+Placement = Literal["external", "own", "pool", "in_place"]
+
+
+class Model(BaseModel):
+    """Base of the report's models: frozen, strict (no text where a number belongs), no unknown fields."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class Origin(Model):
+    """Where something comes from: FX node, its operator, module path, the user's file, line and source text."""
+
+    node: str = ""
+    op: str = ""
+    module: str = ""
+    file: str = ""
+    line: StepIndex = 0
+    code: str = ""
+
+
+class Buffer(Model):
+    """One buffer of a plan.
+
+    ``birth`` and ``death`` are steps, half-open. ``storage`` names the buffer whose bytes it uses (itself, unless it
+    is written in place of another). ``counted``: its bytes belong to the step, not to the caller. ``decided_by`` names
+    the stage that gave it its place or its end.
+    """
+
+    name: str
+    nbytes: Bytes
+    dtype: str
+    shape: tuple[Bytes, ...] | None = None
+    device: str
+    kind: str
+    origin: Origin = Origin()
+    birth: StepIndex
+    death: StepIndex
+    placement: Placement
+    pool: str | None = None
+    offset: Bytes | None = None
+    in_place_of: str | None = None
+    storage: str
+    counted: bool = True
+    donated: bool = False
+    decided_by: str = ""
+    notes: tuple[str, ...] = ()
+
+
+class Step(Model):
+    """One operation of the plan's order. ``scratch`` is what it takes while it runs and gives back, in bytes."""
+
+    name: str
+    graph: str
+    kind: str
+    target: str
+    origins: tuple[Origin, ...] = ()
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    scratch: Bytes = 0
+    notes: tuple[str, ...] = ()
+
+
+class Pool(Model):
+    """One allocation that holds many buffers, over steps ``[birth, death)``."""
+
+    name: str
+    nbytes: Bytes
+    device: str
+    birth: StepIndex
+    death: StepIndex
+
+
+class Certificate(Model):
+    """How near to the optimum a plan is, in bytes. See `memplan.ir.plan.Certificate`."""
+
+    program_peak: Bytes
+    peak: Bytes
+    order_bound: Bytes
+    placed_peak: Bytes
+    alignment: Bytes
+    note: str = ""
+
+
+class WaterfallStep(Model):
+    """The peak in bytes, simulated after the stage of this name; the first is where one starts from (eager)."""
+
+    name: str
+    peak: Bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """Bytes that one or more buffers use one after another (in place); alive over ``[birth, death)``.
+
+    ``nbytes`` is the largest member's. ``counted``: the bytes belong to the step, not to the caller.
+    """
+
+    name: str
+    members: tuple[str, ...]
+    nbytes: Bytes
+    device: str
+    birth: StepIndex
+    death: StepIndex
+    pool: str | None
+    offset: Bytes | None
+    counted: bool
+
+
+class Graph(Model):
+    """One compiled graph, or the whole step.
+
+    ``live[k]`` is the bytes in use while step ``k`` runs, above what the caller keeps: exactly the sum of the counted
+    storages alive then and the step's scratch. ``allocated[k]`` is what is held of the device allocator: pools whole,
+    own allocations rounded; its maximum is the predicted peak.
+    """
+
+    name: str
+    phase: Phase
+    rank: StepIndex = 0
+    steps: tuple[Step, ...]
+    buffers: tuple[Buffer, ...]
+    pools: tuple[Pool, ...] = ()
+    live: tuple[Bytes, ...]
+    allocated: tuple[Bytes, ...]
+    predicted_peak: dict[str, Bytes] = Field(default_factory=dict)
+    certificate: Certificate | None = None
+    waterfall: tuple[WaterfallStep, ...] = ()
+    notes: tuple[tuple[str, str], ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Graph:
+        count = len(self.steps)
+        for title, series in (("live", self.live), ("allocated", self.allocated)):
+            if len(series) != count:
+                raise ValueError(f"graph {self.name!r}: {title} has {len(series)} entries for {count} steps")
+        pools = {p.name: p for p in self.pools}
+        names = {b.name for b in self.buffers}
+        if len(names) != len(self.buffers) or len(pools) != len(self.pools):
+            raise ValueError(f"graph {self.name!r}: two buffers or pools of one name")
+        for item in (*self.buffers, *self.pools):
+            if not item.birth < item.death <= count + 1:
+                raise ValueError(f"{item.name!r}: lifetime [{item.birth}, {item.death}) is not within {count} steps")
+        for b in self.buffers:
+            if b.storage not in names or (b.in_place_of is not None and b.in_place_of not in names):
+                raise ValueError(f"buffer {b.name!r}: storage {b.storage!r} is not a buffer of the graph")
+            if b.pool is not None:
+                if b.pool not in pools or b.offset is None:
+                    raise ValueError(f"buffer {b.name!r}: pool {b.pool!r} is not there, or no offset")
+                if b.offset + b.nbytes > pools[b.pool].nbytes:
+                    raise ValueError(f"buffer {b.name!r}: ends beyond pool {b.pool!r}")
+        known = attribution(storages_of(self.buffers), count)
+        for k, step in enumerate(self.steps):
+            if self.live[k] != known[k] + step.scratch:
+                raise ValueError(
+                    f"graph {self.name!r}: {self.live[k]} bytes live at step {k}, its buffers sum to "
+                    f"{known[k] + step.scratch}"
+                )
+        return self
+
+    @cached_property
+    def by_name(self) -> dict[str, Buffer]:
+        return {b.name: b for b in self.buffers}
+
+    @cached_property
+    def storages(self) -> tuple[Storage, ...]:
+        """The storages in order of birth, largest first within a step."""
+        return tuple(sorted(storages_of(self.buffers), key=lambda s: (s.birth, -s.nbytes, s.name)))
+
+    @cached_property
+    def peak_step(self) -> int:
+        """The step of the peak: most bytes allocated, among those most live, the first (0 if there are no steps)."""
+        return max(range(len(self.live)), key=lambda k: (self.allocated[k], self.live[k], -k), default=0)
+
+    @property
+    def live_peak(self) -> int:
+        """The largest number of live bytes."""
+        return max(self.live, default=0)
+
+    @property
+    def peak(self) -> int:
+        """The largest number of bytes as the device allocator counts them: what ought to be measured."""
+        return max(self.allocated, default=0)
+
+    def alive_at(self, step: int) -> tuple[Storage, ...]:
+        """Counted storages alive while ``step`` runs, largest first."""
+        found = (s for s in self.storages if s.counted and s.birth <= step < s.death)
+        return tuple(sorted(found, key=lambda s: (-s.nbytes, s.name)))
+
+    def shown_at(self, storage: Storage, step: int) -> Buffer:
+        """The buffer that stands for a storage at a step: the one written last of those that have been born."""
+        members = [self.by_name[m] for m in storage.members]
+        born = [b for b in members if b.birth <= step] or members[:1]
+        return max(born, key=lambda b: (b.birth, b.name))
+
+    @cached_property
+    def held_by_caller(self) -> dict[str, int]:
+        """Bytes that the caller keeps, by kind of buffer."""
+        found: dict[str, int] = {}
+        for s in self.storages:
+            if not s.counted:
+                kind = self.by_name[s.name].kind
+                found[kind] = found.get(kind, 0) + s.nbytes
+        return dict(sorted(found.items()))
+
+
+class Measurement(Model):
+    """What a run measured on one device, in bytes above what was there before the step."""
+
+    device: str
+    peak_allocated: Bytes
+    peak_reserved: Bytes | None = None
+    baseline: Bytes = 0
+    workspace: Bytes = 0
+
+
+class Report(Model):
+    """All that is known about a step. ``whole`` is the step on one timeline where there are several graphs."""
+
+    format: Literal["memplan-report"] = "memplan-report"
+    version: Literal[1] = 1
+    target: str = ""
+    graphs: tuple[Graph, ...]
+    whole: Graph | None = None
+    waterfall: tuple[WaterfallStep, ...] = ()
+    measured: tuple[Measurement, ...] = ()
+    environment: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _has_graphs(self) -> Report:
+        if not self.graphs:
+            raise ValueError("the report has no graphs")
+        return self
+
+    @property
+    def step(self) -> Graph:
+        """The whole step, or the only graph."""
+        return self.whole if self.whole is not None else self.graphs[0]
+
+    @cached_property
+    def predicted(self) -> dict[str, int]:
+        """Predicted peak of allocated bytes by device, as `torch.cuda.max_memory_allocated` counts."""
+        return dict(self.step.predicted_peak) or {"all devices": self.step.peak}
+
+    def graph(self, name: str) -> Graph:
+        """The graph of this name (``step`` for the whole one).
+
+        Raises
+        ------
+        ReportError
+            If there is none.
+        """
+        if name in ("step", self.step.name):
+            return self.step
+        for g in self.graphs:
+            if g.name == name:
+                return g
+        raise ReportError(f"no graph {name!r} in the report; graphs are {', '.join(g.name for g in self.graphs)}")
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What was compiled for one call of a model, and what its run measured.
+
+    ``joins`` pairs a buffer that the forward keeps with the backward's input that receives it, as (name in the
+    forward plan, name in the backward plan). ``waterfall`` is (stage, peak in bytes after it), eager first.
+    """
+
+    plans: tuple[Plan, ...]
+    waterfall: tuple[tuple[str, int], ...] = ()
+    measured: Measurement | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    joins: tuple[tuple[str, str], ...] = ()
+    #: the waterfall of each plan by itself, in the order of ``plans``; may be shorter
+    stages: tuple[tuple[tuple[str, int], ...], ...] = ()
+
+
+def attribution(storages: Sequence[Storage], steps: int) -> list[int]:
+    """Bytes of counted storages alive at each of ``steps`` steps."""
+    change = [0] * (steps + 1)
+    for s in storages:
+        if s.counted:
+            change[min(s.birth, steps)] += s.nbytes
+            change[min(s.death, steps)] -= s.nbytes
+    total, out = 0, []
+    for k in range(steps):
+        total += change[k]
+        out.append(total)
+    return out
+
+
+def storages_of(buffers: Sequence[Buffer]) -> list[Storage]:
+    """The storages that buffers use, in the buffers' order."""
+    members: dict[str, list[Buffer]] = {}
+    for b in buffers:
+        members.setdefault(b.storage, []).append(b)
+    roots = {b.name: b for b in buffers}
+    return [_storage(roots[root], group) for root, group in members.items()]
+
+
+def _storage(root: Buffer, members: list[Buffer]) -> Storage:
+    ordered = sorted(members, key=lambda b: (b.birth, b.name))
+    return Storage(
+        name=root.name,
+        members=tuple(b.name for b in ordered),
+        nbytes=max(b.nbytes for b in members),
+        device=root.device,
+        birth=ordered[0].birth,
+        death=max(b.death for b in members),
+        pool=root.pool,
+        offset=root.offset,
+        counted=root.counted,
+    )
+
+
+def schema() -> dict[str, object]:
+    """The JSON schema of a saved report."""
+    return {"$id": f"memplan-report-v{VERSION}", **Report.model_json_schema()}
+
+
+def write_report(report: Report, path: Path | str) -> None:
+    """Save a report as JSON."""
+    Path(path).write_text(dump_report(report), encoding="utf-8")
+
+
+def dump_report(report: Report) -> str:
+    """The JSON text of a report, one line, ending in a line feed."""
+    return report.model_dump_json() + "\n"
+
+
+def read_report(path: Path | str) -> Report:
+    """Read and validate a saved report.
+
+    Raises
+    ------
+    ReportError
+        If the file is not there, damaged, of another version, or contradicts itself.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ReportError(f"cannot read the report {str(path)!r}: {error}") from error
+    return parse_report(text, str(path))
+
+
+def parse_report(text: str, where: str = "") -> Report:
+    """`read_report` of text already in memory."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ReportError(f"the report is damaged (no complete JSON): {error}", where=where) from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ReportError(f'not a memplan report (no "format": "{FORMAT}")', where=where)
+    if data.get("version") != VERSION:
+        found = repr(data.get("version"))[:40]
+        raise ReportError(
+            f"the report is of version {found}, this memplan reads version {VERSION}; make it again with "
+            "`memplan report TARGET -o FILE`",
+            where=where,
+        )
+    try:
+        return Report.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(p) for p in first["loc"])
+        message = f"the report contradicts itself or its schema ({error.error_count()} faults)"
+        raise ReportError(f"{message}: {place + ': ' if place else ''}{first['msg'][:300]}", where=where) from error

@@ -1,0 +1,297 @@
+"""A report in a terminal: summary, peak, buffers, waterfall."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .model import Buffer, Graph, Report, WaterfallStep
+from .query import GroupBy, grouped, room
+from .text import clean, code, line, percent, shape, short, signed, size, step_title, whereabouts
+
+_BAR = 24
+_SPARK = "▁▂▃▄▅▆▇█"
+PHASES = {"inference": "inference", "forward": "forward", "backward": "backward", "step": "forward and backward"}
+
+
+class PlainConsole(Console):
+    """A console that prints names as they are (no markup, emoji, highlighting) and outlives a closed pipe.
+
+    When the reader of a pipe goes away, the rest of the output goes nowhere and the command still ends with its own
+    exit code: a gate must not seem to pass or fail because somebody piped it into ``head``.
+    """
+
+    def on_broken_pipe(self) -> None:
+        silence()
+
+
+def silence() -> None:
+    """Let everything written to standard output from now on go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def console(width: int | None = None) -> Console:
+    """The console that all commands print to; rich itself honours ``NO_COLOR`` and plain files."""
+    return PlainConsole(markup=False, emoji=False, highlight=False, width=width)
+
+
+def write(text: str) -> None:
+    """Text as it is to standard output (JSON, CSV, Markdown); a closed pipe ends it quietly."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        silence()
+
+
+def summary(report: Report, *, by: GroupBy = "line", top: int = 8) -> RenderableType:
+    """The report on one screen: the peak, who is to blame, how near the optimum, predicted against measured."""
+    parts: list[RenderableType] = [headline(report), Text()]
+    parts.append(peak_groups(report.step, by=by, top=top))
+    parts += [Text(), curve(report.step)]
+    for title, stages in waterfalls(report):
+        parts += [Text(), waterfall(stages, title)]
+    parts += [Text(), graph_table(report)]
+    facts = certificates(report)
+    if facts:
+        parts += [Text(), *facts]
+    return Group(*parts)
+
+
+def headline(report: Report) -> Text:
+    """Predicted peak, measured peak, and the line that holds most of it."""
+    graph = report.step
+    text = Text()
+    text.append("Peak memory ", style="bold")
+    text.append(size(graph.peak), style="bold green")
+    text.append(" above what was there before the step")
+    if report.target:
+        text.append(f"  ({clean(report.target)})", style="dim")
+    if graph.steps:
+        step = graph.steps[graph.peak_step]
+        text.append(f"\nreached at step {graph.peak_step} of {len(graph.steps)}, {clean(step.graph)}: ")
+        text.append(step_title(step))
+        place = next((line(o) for o in step.origins if o.file), "")
+        if place:
+            text.append(f", {place}")
+    for m in report.measured:
+        predicted = report.predicted.get(m.device, graph.peak)
+        text.append(f"\nmeasured on {clean(m.device)}: {size(m.peak_allocated)}, ")
+        text.append(f"predicted {size(predicted)} ({_off(predicted, m.peak_allocated)})")
+        if m.workspace:
+            text.append(f", libraries' workspaces {size(m.workspace)} apart")
+        if m.peak_reserved is not None:
+            text.append(f", reserved {size(m.peak_reserved)}")
+    held = graph.held_by_caller
+    if held:
+        text.append("\nheld by the caller, not in the peak: ", style="dim")
+        text.append(", ".join(f"{clean(k)}s {size(v)}" for k, v in held.items()), style="dim")
+    return text
+
+
+def _off(predicted: int, measured: int) -> str:
+    return f"{100 * (predicted - measured) / measured:+.2f}%" if measured else "nothing measured"
+
+
+def peak_groups(graph: Graph, *, step: int | None = None, by: GroupBy = "line", top: int = 8) -> RenderableType:
+    """What is alive at a step (the peak), grouped; its bytes sum to what is allocated there."""
+    at = graph.peak_step if step is None else step
+    rows = grouped(graph, graph.alive_at(at), at, by)
+    total = graph.allocated[at] if at < len(graph.steps) else 0
+    table = _table("bytes", "share", by if by != "line" else "your line", "what", justify={0: "right", 1: "right"})
+    table.title = Text("Alive at the peak" if at == graph.peak_step else f"Alive at step {at}", style="bold")
+    for row in rows[:top]:
+        table.add_row(
+            size(row.nbytes),
+            percent(row.nbytes, total),
+            Text(clean(row.key), overflow="fold"),
+            _what(row.largest, row.count),
+        )
+    rest = rows[top:]
+    if rest:
+        nbytes = sum(r.nbytes for r in rest)
+        table.add_row(size(nbytes), percent(nbytes, total), f"{len(rest)} more", "", style="dim")
+    _remainder(table, graph, at, total, columns=4)
+    return table
+
+
+def _remainder(table: Table, graph: Graph, at: int, total: int, columns: int) -> None:
+    """Scratch of the running operation, and room in pools, so that the rows sum to what is allocated."""
+    pad = [""] * (columns - 3)
+    if at < len(graph.steps) and graph.steps[at].scratch:
+        scratch = graph.steps[at].scratch
+        table.add_row(size(scratch), percent(scratch, total), f"scratch of {step_title(graph.steps[at])}", *pad)
+    spare = room(graph, at)
+    if spare:
+        table.add_row(size(spare), percent(spare, total), "rounding, and room in pools", *pad, style="dim")
+
+
+def _what(largest: Buffer, count: int) -> Text:
+    text = Text(overflow="fold")
+    if code(largest.origin):
+        text.append(code(largest.origin), style="cyan")
+        text.append("  ")
+    text.append(f"{clean(largest.kind)} {shape(largest)}", style="dim")
+    if count > 1:
+        text.append(f" and {count - 1} more", style="dim")
+    return text
+
+
+def peak(graph: Graph, *, step: int | None = None, top: int = 20) -> RenderableType:
+    """Every buffer alive at the peak, or at a step, the user's line first."""
+    at = graph.peak_step if step is None else step
+    title = Text(f"Step {at} of {len(graph.steps)}", style="bold")
+    if at < len(graph.steps):
+        title.append(f": {step_title(graph.steps[at])}")
+        title.append(f"\n{size(graph.allocated[at])} allocated, {size(graph.live[at])} live", style="")
+    alive = graph.alive_at(at)
+    total = graph.allocated[at] if at < len(graph.steps) else 0
+    table = _table("your line", "bytes", "share", "buffer", "shape", "kind", "steps", justify={1: "right", 2: "right"})
+    for s in alive[:top]:
+        b = graph.shown_at(s, at)
+        table.add_row(
+            _place(b), size(s.nbytes), percent(s.nbytes, total), _fold(b.name), shape(b), clean(b.kind), _life(graph, b)
+        )
+    rest = alive[top:]
+    if rest:
+        nbytes = sum(s.nbytes for s in rest)
+        table.add_row(f"{len(rest)} more", size(nbytes), percent(nbytes, total), style="dim")
+    if at < len(graph.steps) and graph.steps[at].scratch:
+        scratch = graph.steps[at].scratch
+        table.add_row("scratch of this step", size(scratch), percent(scratch, total))
+    if room(graph, at):
+        table.add_row(
+            "rounding, and room in pools", size(room(graph, at)), percent(room(graph, at), total), style="dim"
+        )
+    return Group(title, table)
+
+
+def _place(b: Buffer) -> Text:
+    text = Text(whereabouts(b.origin), overflow="fold")
+    if code(b.origin):
+        text.append(f"\n  {code(b.origin)}", style="cyan")
+    return text
+
+
+def _fold(name: str) -> Text:
+    return Text(clean(name), overflow="fold")
+
+
+def _life(graph: Graph, b: Buffer) -> str:
+    return f"{b.birth}-{'end' if b.death > len(graph.steps) else b.death}"
+
+
+def buffers(graph: Graph, rows: Sequence[Buffer], *, top: int = 40) -> RenderableType:
+    """A table of buffers: where they lie, how long, made by what."""
+    table = _table("buffer", "bytes", "shape", "kind", "steps", "place", "made by", "your line", justify={1: "right"})
+    for b in rows[:top]:
+        table.add_row(
+            _fold(b.name), size(b.nbytes), shape(b), clean(b.kind), _life(graph, b), _fold(placed(b)),
+            short(b.origin.op), Text(line(b.origin) or clean(b.origin.module), overflow="fold"),
+        )  # fmt: skip
+    count = Text(f"{len(rows)} buffers, {size(sum(b.nbytes for b in rows))}", style="dim")
+    if len(rows) > top:
+        count.append(f"; the first {top} are shown (--top)")
+    return Group(table, count)
+
+
+def placed(b: Buffer) -> str:
+    """Where a buffer's bytes are, in words."""
+    match b.placement:
+        case "external":
+            return "donated by the caller" if b.donated else "the caller's"
+        case "own":
+            return "own allocation"
+        case "pool":
+            return f"{b.pool} + {b.offset}"
+        case "in_place":
+            return f"in place of {b.in_place_of}"
+
+
+def waterfalls(report: Report) -> list[tuple[str, tuple[WaterfallStep, ...]]]:
+    """The step's waterfall, or else that of each graph which has one, with titles."""
+    if report.waterfall:
+        return [("the step", report.waterfall)]
+    return [(g.name, g.waterfall) for g in report.graphs if g.waterfall]
+
+
+def waterfall(stages: Sequence[WaterfallStep], title: str) -> RenderableType:
+    """The peak after each stage: the changes sum to the difference of first and last."""
+    table = _table("stage", "change", "peak", "", justify={1: "right", 2: "right"})
+    table.title = Text(f"What each stage does to the peak of {clean(title)}", style="bold")
+    largest = max((s.peak for s in stages), default=0)
+    before: int | None = None
+    for s in stages:
+        change = "" if before is None else signed(s.peak - before) if s.peak != before else "-"
+        style = "" if before is None or s.peak == before else "green" if s.peak < before else "red"
+        table.add_row(clean(s.name), Text(change, style=style), size(s.peak), Text(bar(s.peak, largest), style="blue"))
+        before = s.peak
+    return table
+
+
+def bar(value: int, largest: int, width: int = _BAR) -> str:
+    """A bar of eighths of a character, ``width`` characters for ``largest``."""
+    eighths = round(8 * width * value / largest) if largest else 0
+    return "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]
+
+
+def curve(graph: Graph, width: int = 72) -> Text:
+    """Allocated bytes over the steps as one line of characters; a caret stands under the peak."""
+    count = len(graph.steps)
+    if not count:
+        return Text("no steps: nothing runs", style="dim")
+    width = min(width, count)
+    edges = [k * count // width for k in range(width + 1)]
+    heights = [max(graph.allocated[a:b]) for a, b in itertools.pairwise(edges)]
+    top = max(heights) or 1
+    text = Text("Allocated, step by step\n", style="bold")
+    text.append("".join(_SPARK[min(7, h * 8 // (top + 1))] for h in heights), style="blue")
+    column = next(c for c in range(width) if edges[c] <= graph.peak_step < edges[c + 1])
+    text.append(f"\n{' ' * column}^ step {graph.peak_step}: {size(graph.peak)}", style="")
+    return text
+
+
+def graph_table(report: Report) -> RenderableType:
+    """One row per compiled graph."""
+    table = _table(
+        "graph", "phase", "steps", "buffers", "in place", "pools", "peak", justify=dict.fromkeys(range(2, 7), "right")
+    )
+    for g in (*report.graphs, *([report.whole] if report.whole is not None else [])):
+        in_place = sum(b.placement == "in_place" for b in g.buffers)
+        counts = [str(n) for n in (len(g.steps), len(g.buffers), in_place, len(g.pools))]
+        table.add_row(_fold(g.name), PHASES[g.phase], *counts, size(g.peak))
+    return table
+
+
+def certificates(report: Report) -> list[Text]:
+    """How near each plan is to the proven bounds, one line a graph."""
+    lines = []
+    for g in report.graphs:
+        c = g.certificate
+        if c is None:
+            continue
+        text = Text(f"{clean(g.name)}: ", style="bold")
+        text.append(f"live peak {size(c.peak)}; no order of this program needs less than {size(c.order_bound)}")
+        gap = c.peak - c.order_bound
+        text.append(" (optimal)" if gap <= 0 else f" (gap {percent(gap, c.peak)})", style="dim")
+        text.append(f"; in program order {size(c.program_peak)}")
+        if c.note:
+            text.append(f"; {clean(c.note)}")
+        lines.append(text)
+    return lines
+
+
+def _table(*columns: str, justify: dict[int, str] | None = None) -> Table:
+    table = Table(box=None, pad_edge=False, title_justify="left", header_style="dim", collapse_padding=True)
+    for k, title in enumerate(columns):
+        right = (justify or {}).get(k) == "right"
+        table.add_column(title, justify="right" if right else "left", no_wrap=right)
+    return table

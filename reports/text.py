@@ -1,0 +1,99 @@
+"""Text that is safe to show: sizes for people, names without control characters, places in the user's code.
+
+A name in a report may come from anybody. Nothing of it reaches a terminal, a page or a table but through `clean`.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from pathlib import PurePath
+
+from .model import Buffer, Origin, Step
+
+#: Characters that move text about without being seen: bidirectional controls, zero-width, line separators.
+_HIDDEN = frozenset(
+    "\u200b\u200c\u200d\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2068\u2069\ufeff"
+)
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def clean(text: str, limit: int = 200) -> str:
+    """The text on one line, control and hidden characters written as escapes, cut to ``limit`` characters."""
+    shown = "".join(c if c.isprintable() and c not in _HIDDEN else _escape(c) for c in text[: limit + 1])
+    return shown if len(text) <= limit else shown[: limit - 1] + "…"
+
+
+def _escape(character: str) -> str:
+    if character == " ":
+        return " "
+    code = ord(character)
+    if unicodedata.category(character) == "Zs":
+        return " "
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def size(nbytes: int) -> str:
+    """Bytes with a binary unit and at least three digits: ``1.50 GiB``."""
+    value, unit = float(abs(nbytes)), 0
+    while value >= 1023.995 and unit < len(_UNITS) - 1:
+        value /= 1024
+        unit += 1
+    sign = "-" if nbytes < 0 else ""
+    if unit == 0:
+        return f"{nbytes} B"
+    digits = 2 if value < 10 else 1 if value < 100 else 0
+    return f"{sign}{value:.{digits}f} {_UNITS[unit]}"
+
+
+def signed(nbytes: int) -> str:
+    """As `size`, with a plus sign where it grows."""
+    return f"+{size(nbytes)}" if nbytes > 0 else size(nbytes)
+
+
+def percent(part: int, whole: int) -> str:
+    """``part`` of ``whole`` as a percentage, one digit behind the point; a dash where there is no whole."""
+    return f"{100 * part / whole:.1f}%" if whole else "-"
+
+
+def shape(buffer: Buffer) -> str:
+    """``float32[8, 128]``; without a known shape ``float32``."""
+    if buffer.shape is None:
+        return clean(buffer.dtype)
+    return f"{clean(buffer.dtype)}[{', '.join(str(s) for s in buffer.shape)}]"
+
+
+def path(file: str) -> str:
+    """A file's path for people: relative to the working folder if below it, else its last three parts."""
+    if not file:
+        return ""
+    here = os.getcwd().rstrip("/") + "/"
+    if file.startswith(here):
+        return clean(file[len(here) :])
+    parts = PurePath(file).parts
+    return clean(file if len(parts) <= 4 else "…/" + "/".join(parts[-3:]))
+
+
+def line(origin: Origin) -> str:
+    """``file:line`` of the user's code, or an empty string."""
+    return f"{path(origin.file)}:{origin.line}" if origin.file else ""
+
+
+def whereabouts(origin: Origin) -> str:
+    """The best known place: the user's line, else the module, else the FX node, else a dash."""
+    return line(origin) or clean(origin.module) or clean(origin.node) or "-"
+
+
+def code(origin: Origin) -> str:
+    """The user's source text, stripped."""
+    return clean(origin.code.strip(), 100)
+
+
+def step_title(step: Step) -> str:
+    """What runs at a step: operation name and target."""
+    return f"{clean(step.name)} ({clean(step.target)})"
+
+
+def short(name: str) -> str:
+    """An FX operator's name without its namespace and ``default`` overload."""
+    return clean(name.removeprefix("aten.").removesuffix(".default"))
