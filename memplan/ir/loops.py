@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import sympy
@@ -262,11 +262,17 @@ def index_symbols(node: Node) -> frozenset[sympy.Symbol]:
     """Free symbols of the node's own index expression (ranges, sizes and ``v<k>``)."""
     match node:
         case Load():
-            return frozenset(node.index.free_symbols)
+            return free_symbols(node.index)
         case Index():
-            return frozenset(node.expr.free_symbols)
+            return free_symbols(node.expr)
         case _:
             return frozenset()
+
+
+@lru_cache(maxsize=1 << 16)
+def free_symbols(expr: sympy.Expr) -> frozenset[sympy.Symbol]:
+    """``expr.free_symbols``, remembered: sympy walks the expression every time."""
+    return frozenset(expr.free_symbols)
 
 
 def value_symbol(position: int) -> sympy.Symbol:
@@ -274,6 +280,7 @@ def value_symbol(position: int) -> sympy.Symbol:
     return sympy.Symbol(f"v{position}", integer=True)
 
 
+@lru_cache(maxsize=1 << 16)
 def value_references(expr: sympy.Expr) -> tuple[int, ...]:
     """Positions of the nodes that ``expr`` refers to by `value_symbol`."""
     if isinstance(expr, (int, sympy.Integer)):
