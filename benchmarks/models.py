@@ -106,7 +106,10 @@ def gpt2(dtype: torch.dtype, **config: int) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        return LanguageModel(GPT2LMHeadModel(GPT2Config(**config)).to(dtype))
+        # without a loss type that it knows, transformers warns while it is traced, which breaks the graph at the loss
+        model = GPT2LMHeadModel(GPT2Config(**config)).to(dtype)
+        model.loss_type = "ForCausalLM"
+        return LanguageModel(model)
 
     return build
 
