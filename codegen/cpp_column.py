@@ -66,31 +66,39 @@ class _Columns:
             for k, state in states.items():
                 self.name_results(k, state, "a")
             return
+        spread = p.schedule.threads is Threads.ROW
         for k, state in states.items():
             for part in state.parts:
-                p.line(f"{part.type} p{k}{part.suffix}[{MOST_CHUNKS}][{self.width}];")
+                if spread:
+                    p.line(f"{part.type} p{k}{part.suffix}[{MOST_CHUNKS}][{self.width}];")
                 p.line(f"{part.type} c{k}{part.suffix}[{self.width}];")
                 p.line(f"for (int64_t l = 0; l < {self.width}; ++l) c{k}{part.suffix}[l] = {part.neutral};")
-        if p.schedule.threads is Threads.ROW:
+        if spread:
             p.parallel(1)
         with p.chunks():
             self.accumulate(step, states, ("low", "high"))
-            for k, state in states.items():
-                for part in state.parts:
-                    name = f"{k}{part.suffix}"
-                    p.line(f"for (int64_t l = 0; l < {self.width}; ++l) p{name}[chunk][l] = a{name}[l];")
-        if not states:
-            return
-        size, length = cexpr(p.kernel.row[0].size), p.chunk_length()
-        with p.loop("chunk", "0", f"({size} + {length} - 1) / {length}"):
+            if spread:
+                for k, state in states.items():
+                    for part in state.parts:
+                        name = f"{k}{part.suffix}"
+                        p.line(f"for (int64_t l = 0; l < {self.width}; ++l) p{name}[chunk][l] = a{name}[l];")
+            else:
+                self.combine(states, "a", "")
+        if states and spread:
+            size, length = cexpr(p.kernel.row[0].size), p.chunk_length()
+            with p.loop("chunk", "0", f"({size} + {length} - 1) / {length}"):
+                self.combine(states, "p", "[chunk]")
+        for k, state in states.items():
+            self.name_results(k, state, "c")
+
+    def combine(self, states: dict[int, State], prefix: str, at: str) -> None:
+        """Add a chunk's partial states to the whole rows', in the order of the chunks."""
+        p = self.p
+        if states:
             p.line("#pragma omp simd")
             with p.loop("l", "0", str(self.width)):
                 for k, state in states.items():
-                    own = tuple(f"c{k}{part.suffix}[l]" for part in state.parts)
-                    other = tuple(f"p{k}{part.suffix}[chunk][l]" for part in state.parts)
-                    p.statements(state.combine(own, other))
-        for k, state in states.items():
-            self.name_results(k, state, "c")
+                    p.combine(k, state, [f"{prefix}{k}{part.suffix}{at}[l]" for part in state.parts], "[l]")
 
     def accumulate(self, step: Pass, states: dict[int, State], bounds: tuple[str, str] | None) -> None:
         p = self.p

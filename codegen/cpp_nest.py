@@ -17,6 +17,7 @@ from memplan.ir.loops import Level, Range, Reduce, Size, Store, StoreMode, opera
 
 from .cpp_loops import dependencies, store_operands
 from .cpp_schedule import MOST_CHUNKS, PARALLEL_WORK, Form, Pass, Schedule, Threads
+from .cpp_tiles import print_tiled
 from .cpp_values import State, Texts, compute_type, reduction_state
 from .printers import cexpr
 
@@ -152,6 +153,9 @@ class Printer:
         outer = self.kernel.outer
         order = [r.symbol for r in outer]
         needed = self.needed(self.roots())
+        if self.schedule.tiles is not None:
+            print_tiled(self)
+            return
         if not outer:
             self.body(needed, self.kernel.stores)
             return
@@ -316,29 +320,34 @@ class Printer:
             for k, state in states.items():
                 self.results(k, state, [f"a{k}{p.suffix}[0]" for p in state.parts])
             return
+        spread = self.schedule.threads is Threads.ROW
         for k, state in states.items():
             for p in state.parts:
-                self.line(f"{p.type} p{k}{p.suffix}[{MOST_CHUNKS}];")
-        if self.schedule.threads is Threads.ROW:
+                self.line(f"{p.type} c{k}{p.suffix} = {p.neutral};")
+                if spread:
+                    self.line(f"{p.type} p{k}{p.suffix}[{MOST_CHUNKS}];")
+        if spread:
             self.parallel(1)
         with self.chunks():
             self.lanes(step, states, ("low", "high"))
             for k, state in states.items():
-                for p in state.parts:
-                    self.line(f"p{k}{p.suffix}[chunk] = a{k}{p.suffix}[0];")
-        self.combine_chunks(states)
-
-    def combine_chunks(self, states: dict[int, State]) -> None:
-        size, length = cexpr(self.kernel.row[0].size), self.chunk_length()
-        for k, state in states.items():
-            for p in state.parts:
-                self.line(f"{p.type} c{k}{p.suffix} = {p.neutral};")
-        with self.loop("chunk", "0", f"({size} + {length} - 1) / {length}"):
-            for k, state in states.items():
-                own = tuple(f"c{k}{p.suffix}" for p in state.parts)
-                self.statements(state.combine(own, tuple(f"p{k}{p.suffix}[chunk]" for p in state.parts)))
+                parts = [f"a{k}{p.suffix}[0]" for p in state.parts]
+                if spread:
+                    for p, text in zip(state.parts, parts, strict=True):
+                        self.line(f"p{k}{p.suffix}[chunk] = {text};")
+                else:
+                    self.combine(k, state, parts)
+        if spread:
+            size, length = cexpr(self.kernel.row[0].size), self.chunk_length()
+            with self.loop("chunk", "0", f"({size} + {length} - 1) / {length}"):
+                for k, state in states.items():
+                    self.combine(k, state, [f"p{k}{p.suffix}[chunk]" for p in state.parts])
         for k, state in states.items():
             self.results(k, state, [f"c{k}{p.suffix}" for p in state.parts])
+
+    def combine(self, k: int, state: State, parts: list[str], at: str = "") -> None:
+        """Add a chunk's partial state to the whole row's, in the order of the chunks."""
+        self.statements(state.combine(tuple(f"c{k}{p.suffix}{at}" for p in state.parts), tuple(parts)))
 
     def results(self, k: int, state: State, names: list[str]) -> None:
         """Name the values of reduction ``k`` once its state is complete."""

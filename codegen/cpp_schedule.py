@@ -36,6 +36,7 @@ from .cpp_loops import (
     store_operands,
 )
 from .cpp_reductions import in_two_passes
+from .cpp_tiles import COLUMNS, Tiles, find_tiles
 
 #: points (weighted by what they cost) from which a parallel region pays: waking threads takes 2 to 5 microseconds
 PARALLEL_WORK = 32768
@@ -120,7 +121,8 @@ class Schedule:
     outer loops (column: with the loop over tiles, pointwise: with the one over blocks) form the parallel loop.
     ``block`` cuts the vectorised loop of a pointwise kernel (elements; 0: whole). ``chunk`` cuts the first row range
     (points; 0: whole). ``work`` is the number of points, for the run-time threshold where sizes are dynamic.
-    ``kept`` are point values that a row form computes in one pass and reads in later ones from an array of the row.
+    ``kept`` are point values that a row form computes in one pass and reads in later ones from an array of the row;
+    ``tiles`` says which loads of a pointwise kernel are transposed through tiles.
     """
 
     kernel: Kernel
@@ -134,6 +136,7 @@ class Schedule:
     point_cost: int
     stage: tuple[int, ...]
     kept: tuple[int, ...] = ()
+    tiles: Tiles | None = None
 
     @property
     def vector(self) -> Range:
@@ -178,6 +181,9 @@ def _pointwise(kernel: Kernel, found: list[Access], hints: Hints, threads: bool)
         scores = {r: contiguous_bytes(found, r.symbol, hinted(r.size, hints), hints) for r in ordered}
         ordered = _last(ordered, max(reversed(ordered), key=lambda r: scores[r]))
     kernel = merge(Kernel(ordered, (), kernel.nodes, kernel.stores), lambda k: k.outer)
+    tiled = find_tiles(kernel, hints)
+    if tiled is not None:
+        return _tiled(*tiled, hints, threads)
     sizes = [hinted(r.size, hints) for r in kernel.outer]
     cost = point_cost(kernel)
     parallel = threads and math.prod(sizes) * cost >= PARALLEL_WORK and bool(sizes)
@@ -193,6 +199,18 @@ def _pointwise(kernel: Kernel, found: list[Access], hints: Hints, threads: bool)
     chosen = Threads.OUTER if parallel else Threads.NONE
     passes = (Pass((), kernel.stores),)
     return Schedule(kernel, Form.POINTWISE, chosen, 1, collapse, block, 0, passes, cost, (0,) * len(kernel.nodes))
+
+
+def _tiled(kernel: Kernel, tiles: Tiles, hints: Hints, threads: bool) -> Schedule:
+    sizes = [hinted(r.size, hints) for r in kernel.outer]
+    cost = point_cost(kernel)
+    blocks = [*sizes[:-2], -(-sizes[-2] // tiles.rows), -(-sizes[-1] // COLUMNS)]
+    parallel = threads and math.prod(sizes) * cost >= PARALLEL_WORK
+    chosen = Threads.OUTER if parallel else Threads.NONE
+    collapse = _collapse(blocks) if parallel else 0
+    stage = (0,) * len(kernel.nodes)
+    passes = (Pass((), kernel.stores),)
+    return Schedule(kernel, Form.POINTWISE, chosen, 1, collapse, 0, 0, passes, cost, stage, (), tiles)
 
 
 def _collapse(sizes: list[int]) -> int:
@@ -229,8 +247,11 @@ def _row(kernel: Kernel, form: Form, hints: Hints, threads: bool) -> Schedule:
             chosen = Threads.NONE
     chunk = 0
     static_start = isinstance(kernel.row[0].size, int)
-    if chosen is Threads.ROW or (math.prod(row) >= 65536 and static_start):
-        chunk = _chunk(row, lanes if form is Form.ROW and len(row) == 1 else 1)
+    # columns add into one partial sum each, so they are cut sooner than rows for the sake of accuracy
+    long = row[0] >= 1024 if form is Form.COLUMN else math.prod(row) >= 65536
+    if chosen is Threads.ROW or (long and static_start):
+        least = 4096 if form is Form.ROW else 256
+        chunk = _chunk(row, lanes if form is Form.ROW and len(row) == 1 else 1, least)
     collapse = _collapse(tiles) if chosen is Threads.OUTER else 0
     kept = _kept(kernel, passes) if form is Form.ROW else ()
     return Schedule(kernel, form, chosen, lanes, collapse, 0, chunk, passes, cost, stage, kept)
@@ -286,10 +307,10 @@ def _row_lanes(length: int) -> int:
     return 32 if length >= 256 else 16 if length >= 128 else 8 if length >= 8 else 4 if length >= 4 else 1
 
 
-def _chunk(row: list[int], multiple: int) -> int:
-    """Points of the first row range in a chunk: about 4096 points of the row, at most `MOST_CHUNKS` chunks."""
+def _chunk(row: list[int], multiple: int, least: int) -> int:
+    """Points of the first row range in a chunk: at least ``least`` of the row, at most `MOST_CHUNKS` chunks."""
     inner = max(1, math.prod(row[1:]))
-    wanted = max(1, 4096 // inner, -(-row[0] // MOST_CHUNKS))
+    wanted = max(1, least // inner, -(-row[0] // MOST_CHUNKS))
     return -(-wanted // multiple) * multiple
 
 

@@ -150,14 +150,16 @@ class Texts:
         return self.kernel.nodes[k].dtype
 
     def _load(self, node: Load) -> str:
-        text = self.element(node.buffer, node.index, node.dtype)
-        if node.dtype is torch.bool:
-            text = f"({text} != 0)"
-        elif node.dtype in _HALVES:
-            text = f"mp::{_HALVES[node.dtype]}_to_float({text})"
+        text = self.loaded(self.element(node.buffer, node.index, node.dtype), node.dtype)
         if node.mask is None:
             return text
         return f"(v{node.mask} ? {text} : {constant_text(node.other, node.dtype)})"
+
+    def loaded(self, element: str, dtype: torch.dtype) -> str:
+        """An element of a buffer as a value."""
+        if dtype is torch.bool:
+            return f"({element} != 0)"
+        return f"mp::{_HALVES[dtype]}_to_float({element})" if dtype in _HALVES else element
 
     def _call(self, node: Call) -> str:
         if OPERATIONS.get(node.op) != len(node.args):
