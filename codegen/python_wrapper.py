@@ -38,6 +38,7 @@ from .wrapper_lines import (
     Comment,
     CopyInto,
     End,
+    Forget,
     Free,
     FreePool,
     Launch,
@@ -174,6 +175,10 @@ class _Printer:
                     self.tensors.discard(buffer.name)
             case End(buffer):
                 self.end(buffer)
+            case Forget(buffer):
+                if buffer.name in self.tensors:
+                    self.line(f"del {buffer.name}")
+                    self.tensors.discard(buffer.name)
             case Return(outputs):
                 self.returns(outputs)
 

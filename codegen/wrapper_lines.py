@@ -117,13 +117,20 @@ class End:
 
 
 @dataclass(frozen=True, slots=True)
+class Forget:
+    """The name ends; its storage lives on under the name that took it, and must not be held by two."""
+
+    buffer: Buffer
+
+
+@dataclass(frozen=True, slots=True)
 class Return:
     outputs: tuple[ProgramOutput, ...]
 
 
 Line = (
     Comment | AllocatePool | FreePool | Allocate | Place | Reuse | Zero | Launch | CallExtern | CopyInto | Free | End
-    | Return
+    | Forget | Return
 )  # fmt: skip
 
 
@@ -206,7 +213,7 @@ def _birth(
 def _death(plan: Plan, name: str, taken: set[str], pools: Mapping[str, Pool]) -> list[Line]:
     buffer = plan.program.buffers[name]
     if name in taken:
-        return []
+        return [Forget(buffer)]
     if buffer.kind in EXTERNAL_KINDS:
         return [Free(buffer)] if buffer.donated else []
     placement = plan.placements[plan.storage_of(name)]
