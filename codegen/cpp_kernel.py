@@ -21,7 +21,7 @@ from .cpp_nest import Printer
 from .cpp_schedule import plan_loops
 from .cpp_values import SPECIAL, Texts, storage_type
 
-__all__ = ["BUILD_FLAGS", "emit_cpp", "emit_cpp_library", "pointer_types", "safe_in_place"]
+__all__ = ["BUILD_FLAGS", "emit_cpp", "emit_cpp_library", "pointer_types", "prelude", "safe_in_place"]
 
 #: Flags that the text needs: one storage may be read under one dtype and written under another (in-place reuse).
 BUILD_FLAGS = ("-fno-strict-aliasing",)
@@ -86,10 +86,13 @@ def emit_cpp_library(
 ) -> str:
     """A translation unit with a function for every (name, kernel)."""
     texts = [emit_cpp(k, name=n, hints=hints, threads=threads, deterministic=deterministic) for n, k in kernels]
-    headers = ["cpp_prelude.h", "cpp_rows.h"]
-    if any(isinstance(n, Call) and n.op in SPECIAL for _, k in kernels for n in k.kernel.nodes):
-        headers.insert(1, "cpp_special.h")
-    return "\n".join([*(_header(h) for h in headers), *texts])
+    special = any(isinstance(n, Call) and n.op in SPECIAL for _, k in kernels for n in k.kernel.nodes)
+    return "\n".join([prelude(special=special), *texts])
+
+
+def prelude(*, special: bool = False) -> str:
+    """What functions of `emit_cpp` need before them; ``special`` with the functions named in `SPECIAL`."""
+    return "\n".join(_header(h) for h in ("cpp_prelude.h", *(["cpp_special.h"] if special else []), "cpp_rows.h"))
 
 
 @cache

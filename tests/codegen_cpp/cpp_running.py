@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import sympy
 import torch
-from memplan.codegen.cpp_kernel import BUILD_FLAGS, emit_cpp_library
 
+from memplan.codegen.cpp_kernel import BUILD_FLAGS, emit_cpp_library
 from memplan.ir.canonical import CanonicalKernel, canonicalize
 from memplan.ir.loops import Kernel
 from memplan.runtime.build import build_library, load_library

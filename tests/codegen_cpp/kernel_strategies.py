@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import sympy
 import torch
 from hypothesis import strategies as st
+
 from memplan.ir.index import FloorDiv, Mod
 from memplan.ir.loops import (
     Call,
@@ -29,8 +30,8 @@ from memplan.ir.loops import (
 FLOATS = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LOADED = (*FLOATS, torch.int32, torch.int64, torch.bool, torch.uint8, torch.int8)
 STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-UNARY = "neg abs exp tanh sigmoid relu square floor sqrt erf".split()
-BINARY = "add sub mul maximum minimum".split()
+UNARY = ["neg", "abs", "exp", "tanh", "sigmoid", "relu", "square", "floor", "sqrt", "erf"]
+BINARY = ["add", "sub", "mul", "maximum", "minimum"]
 
 
 @dataclass(frozen=True, slots=True)

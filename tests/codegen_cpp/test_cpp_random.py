@@ -9,8 +9,9 @@ from cpp_running import build_and_load
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from kernel_strategies import Case, cases
-from memplan.ir.canonical import canonicalize
 from reference_kernel import run_reference
+
+from memplan.ir.canonical import canonicalize
 
 
 # Not shrunk: every attempt is a build, and the message names the one kernel of the batch with its source.
