@@ -115,10 +115,9 @@ def _persistent_rows(x: int, r: int, kept: int) -> tuple[LaunchConfig, ...]:
         warps = max(1, min(16 if kept < 4 else 32, rows * r // (32 * per_thread)))
         return LaunchConfig((("XBLOCK", rows), ("RBLOCK", r)), _power_below(warps))
 
-    rows = max(1, 2048 // r)
-    return _unique(
-        [config(rows, 8), config(rows, 16), config(max(1, rows // 4), 8), config(rows * 2, 8), config(rows, 4)]
-    )
+    # one row an instance from 1024 elements on: vectors along the row need no exchange between layouts then
+    rows = max(1, 1024 // r)
+    return _unique([config(rows, 8), config(rows, 16), config(rows * 2, 8), config(rows, 4), config(rows * 4, 16)])
 
 
 def _looped_rows(x: int, r: int) -> tuple[LaunchConfig, ...]:
@@ -148,7 +147,7 @@ def _persistent_columns(x: int, r: int) -> tuple[LaunchConfig, ...]:
 def _looped_columns(x: int, r: int) -> tuple[LaunchConfig, ...]:
     def config(columns: int, block: int, warps: int) -> LaunchConfig:
         columns = max(1, min(columns, next_power(x)))
-        while columns > 8 and x < columns * _MULTIPROCESSORS:
+        while columns > 16 and x < columns * _MULTIPROCESSORS:
             columns, block = columns // 2, block * 2
         block = max(1, min(block, next_power(r)))
         return LaunchConfig((("XBLOCK", columns), ("RBLOCK", block)), max(1, min(warps, columns * block // 64)))

@@ -130,6 +130,19 @@ def first_smaller_float(a, a_index, b, b_index):
     take = smaller | (equal & (a_index < b_index))
     return tl.where(take, a, b), tl.where(take, a_index, b_index)
 """,
+    # a row of -inf alone has no finite maximum to subtract
+    "online_step": """
+def online_step(top, total, value):
+    next_top = tl.maximum(top, value, propagate_nan=tl.PropagateNan.ALL)
+    base = tl.where(next_top == float("-inf"), 0.0, next_top)
+    return next_top, total * tl.exp(top - base) + libdevice.exp(value - base)
+""",
+    "online_union": """
+def online_union(top_a, total_a, top_b, total_b):
+    top = tl.maximum(top_a, top_b, propagate_nan=tl.PropagateNan.ALL)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    return top, total_a * libdevice.exp(top_a - base) + total_b * libdevice.exp(top_b - base)
+""",
     # T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating formulae and a pairwise algorithm for computing sample
     # variances", 1979
     "welford_union": """

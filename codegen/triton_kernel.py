@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
@@ -18,6 +18,7 @@ from .triton_body import emit_body
 from .triton_configs import LaunchConfig, Shape, choose
 from .triton_device_functions import device_source
 from .triton_loops import Loops, arrange, duplicates, extents
+from .triton_online import with_online_softmax
 from .triton_printer import signature_name
 from .triton_schedule import schedule
 
@@ -115,6 +116,9 @@ def emit_triton(
     shape = Shape.of(loops, hints)
     plan = schedule(loops.kernel)
     configs, persistent = choose(shape, plan, loops)
+    if loops.reduces and not persistent:
+        loops = replace(loops, kernel=with_online_softmax(loops.kernel))
+        plan = schedule(loops.kernel)
     if deterministic:
         configs = configs[:1]
     emitted = emit_body(loops, plan, configs=configs, persistent=persistent, wide=is_wide)
@@ -203,9 +207,13 @@ def safe_in_place(kernel: Kernel, load_buffer: str, store_buffer: str) -> bool:
     # what is read once a row is read by every warp of the instance, and another warp may be ahead
     if not point or any(kernel.levels[k] is not Level.POINT for k in loads):
         return False
-    plan = schedule(kernel)
-    own = plan.section_of_store[kernel.stores.index(store)]
-    return all(section <= own for k in loads for section in plan.sections_of_node(k))
+    position = kernel.stores.index(store)
+    return all(
+        section <= plan.section_of_store[position]
+        for plan in (schedule(kernel), schedule(with_online_softmax(kernel)))
+        for k in loads
+        for section in plan.sections_of_node(k)
+    )
 
 
 __all__ = ["LaunchConfig", "Loops", "TritonKernel", "emit_triton", "safe_in_place"]

@@ -35,7 +35,7 @@ class Reduction:
 
     @property
     def op(self) -> str:
-        """The operation; on booleans maximum, sum are ``any`` and minimum, product are ``all``."""
+        """The operation (`triton_online.ONLINE` too); on booleans maximum, sum are ``any``, minimum, product ``all``."""
         if self.node.dtype == torch.bool:
             return {"max": "any", "sum": "any", "min": "all", "prod": "all"}.get(self.node.op, self.node.op)
         return self.node.op
@@ -180,6 +180,11 @@ def start(r: Reduction, tile: str) -> list[str]:
     """Accumulators before the loop, one for every lane of the tile."""
     name = f"acc{r.position}"
     match r.op:
+        case "online_softmax":
+            return [
+                f'{name}_top = tl.full({tile}, float("-inf"), tl.float32)',
+                f"{name}_total = tl.zeros({tile}, tl.float32)",
+            ]
         case "argmax" | "argmin":
             value, index = _pair_types(r)
             return [
@@ -199,6 +204,10 @@ def step(r: Reduction, texts: list[str], mask: str, use: Use) -> list[str]:
     """Lines in the loop that take in one block."""
     name = f"acc{r.position}"
     match r.op:
+        case "online_softmax":
+            use("online_step")
+            value = _masked(texts[0], mask, float("-inf"), r.dtype)
+            return [f"{name}_top, {name}_total = online_step({name}_top, {name}_total, {value})"]
         case "argmax" | "argmin":
             value, index = _pair(r, texts, mask)
             combine = _combine(r, _pair_types(r)[0], use)
@@ -247,6 +256,13 @@ def finish(r: Reduction, count: str, tile: str, use: Use) -> tuple[list[str], tu
     """Lines after the loop that reduce the lanes, and the names of the results."""
     name, acc = f"tmp{r.position}", f"acc{r.position}"
     match r.op:
+        case "online_softmax":
+            use("online_union")
+            return [
+                f"{name}_top, {name}_total = tl.reduce(({acc}_top, {acc}_total), 1, online_union)",
+                f"{name}_top = {name}_top[:, None]",
+                f'{name}_total = tl.where({name}_top == float("-inf"), float("nan"), {name}_total[:, None])',
+            ], (f"{name}_top", f"{name}_total")
         case "argmax" | "argmin":
             combine = _combine(r, _pair_types(r)[0], use)
             return [

@@ -8,6 +8,9 @@ import sympy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_kernel import run_reference
+from sample_kernels import BF16, F32, I64, Builder, R, X
+
 from memplan.codegen.triton_device_functions import DEVICE_FUNCTIONS
 from memplan.codegen.triton_kernel import emit_triton, safe_in_place
 from memplan.codegen.triton_loops import arrange
@@ -18,8 +21,6 @@ from memplan.ir.index import FloorDiv, Mod
 from memplan.ir.loops import StoreMode
 from memplan.runtime.triton_build import Build, Target, compile_one
 from memplan.runtime.triton_launch import make_launcher
-from reference_kernel import run_reference
-from sample_kernels import BF16, F32, I64, Builder, R, X
 
 A, B = X[0], X[1]
 S = sympy.Symbol("s0", integer=True, positive=True)
@@ -43,12 +44,13 @@ class TruncatingInt(int):
         return TruncatingInt(other) % self
 
 
+def _keep_type(name: str) -> None:
+    plain = getattr(int, name)
+    setattr(TruncatingInt, name, lambda self, *a: TruncatingInt(plain(int(self), *(int(x) for x in a))))
+
+
 for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "neg"):
-    setattr(
-        TruncatingInt,
-        f"__{_name}__",
-        lambda self, *a, _op=getattr(int, f"__{_name}__"): TruncatingInt(_op(int(self), *(int(x) for x in a))),
-    )
+    _keep_type(f"__{_name}__")
 
 
 def evaluate_text(text: str, values: dict[str, int]) -> int:

@@ -65,6 +65,17 @@ def test_numbers_of_several_passes(name: str, check, monkeypatch: pytest.MonkeyP
     assert "for roffset in range(0, 90, RBLOCK):" in emitted.source
 
 
+def test_softmax_of_extreme_rows(check, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of -inf, with +inf, with NaN, of large numbers: as eager has them, though it is one pass less."""
+    monkeypatch.setattr("memplan.codegen.triton_configs._PERSISTENT_ELEMENTS", 16)
+    monkeypatch.setattr("memplan.codegen.triton_configs._looped_rows", lambda x, r: (small_loop(),))
+    a = torch.randn(8, 90) * 50
+    a[0], a[1, 3], a[2, 40], a[3, :70], a[4] = float("-inf"), float("inf"), float("nan"), float("-inf"), 3e38
+    emitted = check.numbers(s.softmax(8, 90, F32), {"a": a.flatten(), "out": zeros(720)})
+    assert emitted.source.count("for roffset") == 2
+    assert "online_step" in emitted.source
+
+
 def small_loop():
     from memplan.codegen.triton_configs import LaunchConfig
 

@@ -1,0 +1,276 @@
+"""Long reductions of few rows, split into partial ones so that every multiprocessor of a GPU has work.
+
+A bias's gradient sums 16384 rows into 768 columns, a batch norm's statistics 800,000 pixels into 64 channels: one
+program instance for each result leaves most of a GPU idle. Such a kernel becomes two: the first reduces parts of the
+row into a small buffer of partial results, the second reduces those and does what came after. The parts are fixed, so
+that the result is the same in every run. Only the order of summation changes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import sympy
+import torch
+
+from memplan.ir.config import Config
+from memplan.ir.loops import (
+    Index,
+    Item,
+    Kernel,
+    Level,
+    Load,
+    Node,
+    Range,
+    Reduce,
+    Store,
+    StoreMode,
+    operands,
+    outer_symbol,
+    row_symbol,
+    value_references,
+    value_symbol,
+)
+from memplan.ir.program import Buffer, BufferKind, KernelOp, Operation, Origin, Program
+
+_MULTIPROCESSORS = 132
+#: program instances that a kernel should have for each multiprocessor
+_INSTANCES = 4
+#: columns that one instance takes where the columns are contiguous
+_COLUMNS = 32
+#: fewest elements of the row that a part must keep: contiguous ones, and strided ones
+_CONTIGUOUS_PART = 2048
+_STRIDED_PART = 64
+#: bytes of partial results above which splitting is not worth its memory
+_LARGEST_PARTIALS = 4 << 20
+
+_SIMPLE = frozenset({"sum", "prod", "max", "min", "any", "all"})
+_PARTS = {"welford": 3, "welford_combine": 3}
+
+
+@dataclass(frozen=True, slots=True)
+class SplitReductions:
+    """The pass. It comes after fusion, which would not find its pattern in split kernels."""
+
+    name: ClassVar[str] = "split_reductions"
+    requires: ClassVar[tuple[str, ...]] = ("fusion",)
+
+    @classmethod
+    def configured(cls, config: Config) -> SplitReductions:
+        return cls()
+
+    def run(self, program: Program) -> Program:
+        operations: list[Operation] = []
+        buffers = dict(program.buffers)
+        for op in program.operations:
+            found = split(op, buffers) if isinstance(op, KernelOp) and op.device.startswith("cuda") else None
+            if found is None:
+                operations.append(op)
+                continue
+            first, second, made = found
+            operations += [first, second]
+            buffers.update((b.name, b) for b in made)
+        if len(operations) == len(program.operations):
+            return program
+        return replace(program, operations=tuple(operations), buffers=buffers)
+
+
+def split(op: KernelOp, buffers: dict[str, Buffer]) -> tuple[KernelOp, KernelOp, tuple[Buffer, ...]] | None:
+    """The two kernels and the buffers between them, or None where splitting is impossible or does not pay."""
+    kernel = op.kernel
+    parts = _parts(kernel)
+    if parts is None or not _splittable(kernel):
+        return None
+    chosen, count = parts
+    origin = op.origins[0] if op.origins else Origin()
+    slots = _partials(kernel)
+    rows = math.prod(int(r.size) for r in kernel.outer)
+    made = []
+    for k, (_, _, dtype) in enumerate(slots):
+        name = f"{op.name}_part{k}"
+        if name in buffers:
+            raise ValueError(f"buffer {name} exists")
+        nbytes = rows * count * dtype.itemsize
+        made.append(Buffer(name, nbytes, dtype, op.device, BufferKind.TEMPORARY, origin))
+    if sum(int(b.nbytes) for b in made) > _LARGEST_PARTIALS:
+        return None
+    names = tuple(b.name for b in made)
+    first = _first_kernel(kernel, chosen, count, slots, names)
+    second = _second_kernel(kernel, count, slots, names)
+    return (
+        KernelOp(f"{op.name}_parts", first, op.device, op.origins),
+        replace(op, kernel=second),
+        tuple(made),
+    )
+
+
+def _splittable(kernel: Kernel) -> bool:
+    """One level of reductions of known kinds over a static space, nothing stored along the row."""
+    if not kernel.reductions or any(not isinstance(r.size, int) or r.size == 0 for r in (*kernel.outer, *kernel.row)):
+        return False
+    needs: list[bool] = []  # whether a node needs a reduction
+    for node in kernel.nodes:
+        needs.append(isinstance(node, Reduce) or any(needs[a] for a in operands(node)))
+        if isinstance(node, Reduce) and (
+            (node.op not in _SIMPLE and node.op not in _PARTS) or any(needs[a] for a in node.args)
+        ):
+            return False
+    return all(kernel.store_level(s) is not Level.POINT and s.mode is StoreMode.SET for s in kernel.stores)
+
+
+def _parts(kernel: Kernel) -> tuple[int, int] | None:
+    """Which row range to split, and into how many parts; None where there are instances enough."""
+    if not all(isinstance(r.size, int) for r in (*kernel.outer, *kernel.row)) or not kernel.row:
+        return None
+    outer = math.prod(int(r.size) for r in kernel.outer)
+    row = math.prod(int(r.size) for r in kernel.row)
+    contiguous = _row_contiguous(kernel)
+    instances = outer if contiguous else -(-outer // _COLUMNS)
+    wanted = -(-_MULTIPROCESSORS * _INSTANCES // instances)
+    most = row // (_CONTIGUOUS_PART if contiguous else _STRIDED_PART)
+    if wanted < 2 or most < 2:
+        return None
+    target = min(wanted, most)
+    best: tuple[float, int, int] | None = None
+    for k, r in enumerate(kernel.row):
+        for count in _divisors(int(r.size)):
+            # the nearest to the target; at equal distance the outermost range, whose parts stay contiguous
+            if 2 <= count <= most:
+                distance = abs(math.log(count / target))
+                if best is None or distance < best[0]:
+                    best = (distance, k, count)
+    return None if best is None else best[1:]
+
+
+def _divisors(n: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
+
+
+def _row_contiguous(kernel: Kernel) -> bool:
+    """Whether the largest loads run along the row."""
+    row = {r.symbol for r in kernel.row}
+    outer = {r.symbol for r in kernel.outer}
+    along_row = sum(any(n.index.coeff(s, 1) == 1 for s in row) for n in kernel.loads if n.index.free_symbols & row)
+    along_outer = sum(any(n.index.coeff(s, 1) == 1 for s in outer) for n in kernel.loads if n.index.free_symbols & row)
+    return along_row >= along_outer
+
+
+Slot = tuple[int, int, torch.dtype]
+"""A partial result: the reduction's position, which of its results (-1: it has one), and the type that is kept."""
+
+
+def _partials(kernel: Kernel) -> tuple[Slot, ...]:
+    slots: list[Slot] = []
+    for k in kernel.reductions:
+        node = kernel.nodes[k]
+        assert isinstance(node, Reduce)
+        kept = torch.float32 if node.dtype.is_floating_point and node.dtype.itemsize < 4 else node.dtype
+        slots += [(k, i, kept) for i in range(_PARTS[node.op])] if node.op in _PARTS else [(k, -1, kept)]
+    return tuple(slots)
+
+
+def _row_major(outer: tuple[Range, ...]) -> tuple[sympy.Expr, int]:
+    """Flat position of a point of the outer ranges, and their number of points."""
+    flat, stride = sympy.Integer(0), 1
+    for r in reversed(outer):
+        flat, stride = flat + stride * r.symbol, stride * int(r.size)
+    return flat, stride
+
+
+def _first_kernel(kernel: Kernel, chosen: int, count: int, slots: tuple[Slot, ...], names: tuple[str, ...]) -> Kernel:
+    """The original reductions over ``1 / count`` of row range ``chosen``, their results stored."""
+    part = outer_symbol(len(kernel.outer))
+    split_range = kernel.row[chosen]
+    length = int(split_range.size) // count
+    position = {split_range.symbol: part * length + split_range.symbol}
+    row = tuple(replace(r, size=length) if k == chosen else r for k, r in enumerate(kernel.row))
+    nodes, renamed = _subset(kernel, tuple(k for k, _, _ in slots), position)
+    flat, rows = _row_major(kernel.outer)
+    stores = []
+    for (k, item, dtype), name in zip(slots, names, strict=True):
+        value = renamed[k]
+        if item >= 0:
+            nodes.append(Item(value, item, dtype))
+            value = len(nodes) - 1
+        stores.append(Store(name, part * rows + flat, value, dtype))
+    return Kernel((Range(part, count), *kernel.outer), row, tuple(nodes), tuple(stores))
+
+
+def _second_kernel(kernel: Kernel, count: int, slots: tuple[Slot, ...], names: tuple[str, ...]) -> Kernel:
+    """The partial results reduced, and everything that the kernel did once a row."""
+    part = row_symbol(0)
+    flat, rows = _row_major(kernel.outer)
+    nodes: list[Node] = []
+    reduced: dict[int, int] = {}
+    for k in kernel.reductions:
+        node = kernel.nodes[k]
+        assert isinstance(node, Reduce)
+        loads = []
+        for (of, _, dtype), name in zip(slots, names, strict=True):
+            if of == k:
+                nodes.append(Load(name, part * rows + flat, dtype))
+                loads.append(len(nodes) - 1)
+        op = "welford_combine" if node.op == "welford" else node.op
+        nodes.append(replace(node, op=op, args=tuple(loads)))
+        reduced[k] = len(nodes) - 1
+    roots = [a for s in kernel.stores for a in _store_references(s)]
+    nodes, renamed = _subset(kernel, tuple(roots), {}, nodes, reduced)
+    return Kernel(
+        kernel.outer,
+        (Range(part, count),),
+        tuple(nodes),
+        tuple(_renamed_store(s, renamed) for s in kernel.stores),
+    )
+
+
+def _store_references(store: Store) -> tuple[int, ...]:
+    mask = () if store.mask is None else (store.mask,)
+    return (store.value, *value_references(store.index), *mask)
+
+
+def _subset(
+    kernel: Kernel,
+    roots: tuple[int, ...],
+    position: dict[sympy.Symbol, sympy.Expr],
+    nodes: list[Node] | None = None,
+    known: dict[int, int] | None = None,
+) -> tuple[list[Node], dict[int, int]]:
+    """The nodes that the roots need, appended to ``nodes``; and where each of them is now."""
+    nodes, renamed = list(nodes or ()), dict(known or {})
+    needed: set[int] = set()
+    pending = list(roots)
+    while pending:
+        k = pending.pop()
+        if k not in needed and k not in renamed:
+            needed.add(k)
+            pending.extend(operands(kernel.nodes[k]))
+    for k in sorted(needed):
+        nodes.append(_renamed(kernel.nodes[k], renamed, position))
+        renamed[k] = len(nodes) - 1
+    return nodes, renamed
+
+
+def _substitute(expr: sympy.Expr, renamed: dict[int, int], position: dict[sympy.Symbol, sympy.Expr]) -> sympy.Expr:
+    values = {value_symbol(k): value_symbol(renamed[k]) for k in value_references(expr)}
+    changes = {**values, **position}
+    return sympy.expand(expr.xreplace(changes)) if changes else expr
+
+
+def _renamed(node: Node, renamed: dict[int, int], position: dict[sympy.Symbol, sympy.Expr]) -> Node:
+    """A node with its operands and symbols under their new names."""
+    if isinstance(node, Load):
+        mask = None if node.mask is None else renamed[node.mask]
+        return replace(node, index=_substitute(node.index, renamed, position), mask=mask)
+    if isinstance(node, Index):
+        return replace(node, expr=_substitute(node.expr, renamed, position))
+    fields = {"args": tuple(renamed[a] for a in node.args)} if hasattr(node, "args") else {}
+    fields |= {name: renamed[getattr(node, name)] for name in ("arg", "seed", "offset") if hasattr(node, name)}
+    return replace(node, **fields)
+
+
+def _renamed_store(store: Store, renamed: dict[int, int]) -> Store:
+    mask = None if store.mask is None else renamed[store.mask]
+    return replace(store, index=_substitute(store.index, renamed, {}), value=renamed[store.value], mask=mask)

@@ -1,0 +1,75 @@
+"""Split reductions mean what the whole ones mean, and build."""
+
+from __future__ import annotations
+
+import operation_kernels as o
+import pytest
+import sample_kernels as s
+import torch
+from reference_kernel import run_reference
+from sample_kernels import BF16, F32
+
+from memplan.ir.loops import Kernel
+from memplan.ir.program import BufferKind, KernelOp
+from memplan.passes.split_reductions import split
+
+
+def operation(kernel: Kernel) -> KernelOp:
+    return KernelOp(
+        "op", kernel, "cuda:0", mutates=tuple(b for b in kernel.written_buffers if b in kernel.read_buffers)
+    )
+
+
+CASES = {
+    "bias gradient": (s.column_sum(4096, 24, F32), {"a": torch.randn(4096 * 24), "out": torch.zeros(24)}),
+    "batch norm": (
+        s.batch_norm_statistics(16, 3, 3136),
+        {"a": torch.randn(16 * 3 * 3136), **{n: torch.randn(3) for n in ("mean", "variance", "running")}},
+    ),
+    "total": (s.total_sum(300, 400), {"a": torch.randn(120_000), "out": torch.zeros(1)}),
+    **{
+        f"{op} {dtype}": o.reduction(op, dtype, 6, 20_000)[1:]
+        for op, dtype in (
+            ("max", F32),
+            ("any", torch.bool),
+            ("welford_combine", F32),
+            ("sum", BF16),
+            ("min", torch.int32),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_meaning(name: str, check) -> None:
+    kernel, buffers = CASES[name]
+    found = split(operation(kernel), {})
+    assert found is not None
+    first, second, made = found
+    assert all(b.kind is BufferKind.TEMPORARY for b in made)
+    assert second.mutates == operation(kernel).mutates
+    expected = {b: t.clone() for b, t in buffers.items()}
+    run_reference(kernel, expected)
+    got = {b: t.clone() for b, t in buffers.items()}
+    got |= {b.name: torch.full((b.nbytes // b.dtype.itemsize,), 77).to(b.dtype) for b in made}
+    run_reference(first.kernel, got)
+    run_reference(second.kernel, got)
+    for b in buffers:
+        torch.testing.assert_close(got[b], expected[b], rtol=1e-4, atol=1e-4, equal_nan=True)
+    for op in (first, second):
+        assert check.builds(op.kernel).spilled_bytes == 0
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        s.column_sum(4096, 1 << 16),  # columns enough
+        s.column_sum(64, 64),  # too short
+        s.softmax(4, 100_000),  # stores along the row
+        s.argmax(4, 100_000),
+        s.cross_entropy(4, 100_000),  # a reduction of a reduction
+        s.add_relu(64),
+    ],
+)
+def test_left_alone(kernel: Kernel) -> None:
+    assert split(operation(kernel), {}) is None
