@@ -12,6 +12,7 @@ from memplan.ir.printing import format_program
 from memplan.ir.program import Program
 
 from .cleanup import Cleanup
+from .concat import Concat
 from .fusion import Fusion
 from .reinplace import Reinplace
 
@@ -34,7 +35,7 @@ class Pass(Protocol):
     def run(self, program: Program) -> Program: ...
 
 
-PASSES: tuple[type[Pass], ...] = (Reinplace, Cleanup, Fusion)
+PASSES: tuple[type[Pass], ...] = (Reinplace, Concat, Cleanup, Fusion)
 
 #: names that ``options={"disable": [...]}`` accepts, in the order in which the passes run
 PASS_NAMES: tuple[str, ...] = tuple(p.name for p in PASSES)

@@ -27,6 +27,7 @@ class CopyForm:
     space: Ranges
     read: sympy.Expr
     write: sympy.Expr
+    itemsize: int
 
     @property
     def count(self) -> sympy.Expr:
@@ -70,7 +71,7 @@ def _between(name: str, source: View, target: View, dtypes: dict[str, object]) -
     write = flat_index(symbols, target.strides, target.offset)
     if any(n != 1 and not stride for n, stride in zip(source.sizes, source.strides, strict=True)):
         return None
-    return CopyForm(name, source.buffer, target.buffer, space, read, write)
+    return CopyForm(name, source.buffer, target.buffer, space, read, write, source.dtype.itemsize)
 
 
 def _kernel_copy(op: KernelOp, dtypes: dict[str, object]) -> CopyForm | None:
@@ -90,7 +91,7 @@ def _kernel_copy(op: KernelOp, dtypes: dict[str, object]) -> CopyForm | None:
     wide = {s for s, n in space if n != 1}
     if not wide <= load.index.free_symbols or not wide <= store.index.free_symbols:
         return None
-    return CopyForm(op.name, load.buffer, store.buffer, space, load.index, store.index)
+    return CopyForm(op.name, load.buffer, store.buffer, space, load.index, store.index, load.dtype.itemsize)
 
 
 def _dimensions(count: int) -> list[sympy.Symbol]:
@@ -99,13 +100,17 @@ def _dimensions(count: int) -> list[sympy.Symbol]:
 
 @dataclass(frozen=True)
 class Relocation:
-    """Element ``old(x)`` of buffer ``source`` becomes element ``new(x)`` of buffer ``target``, ``x`` over ``space``."""
+    """Element ``old(x)`` of buffer ``source`` becomes element ``new(x)`` of buffer ``target``, ``x`` over ``space``.
+
+    Elements have ``itemsize`` bytes in both.
+    """
 
     source: str
     target: str
     space: Ranges
     old: sympy.Expr
     new: sympy.Expr
+    itemsize: int
 
     @property
     def shift(self) -> sympy.Expr | None:
@@ -130,6 +135,8 @@ class Relocation:
 
     def view(self, view: View) -> View | None:
         """The view of the region that shows what ``view`` showed."""
+        if view.dtype.itemsize != self.itemsize:
+            return None
         symbols = _dimensions(len(view.sizes))
         ranges = tuple(zip(symbols, view.sizes, strict=True))
         moved = self.index(flat_index(symbols, view.strides, view.offset), ranges)
@@ -211,12 +218,12 @@ class Relocation:
 
 def relocation_of_source(copy: CopyForm) -> Relocation:
     """What the copy reads moves to where the copy would write it (a part of a concatenation)."""
-    return Relocation(copy.source, copy.target, copy.space, copy.read, copy.write)
+    return Relocation(copy.source, copy.target, copy.space, copy.read, copy.write, copy.itemsize)
 
 
 def relocation_of_target(copy: CopyForm) -> Relocation:
     """What the copy writes stays where it was (a clone that is not made)."""
-    return Relocation(copy.target, copy.source, copy.space, copy.write, copy.read)
+    return Relocation(copy.target, copy.source, copy.space, copy.write, copy.read, copy.itemsize)
 
 
 def touched_buffers(op: Operation) -> Iterator[str]:

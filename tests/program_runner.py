@@ -124,6 +124,11 @@ class ProgramRunner:
     def call(self, op: Extern) -> None:
         args = [self.argument(a) for a in op.args]
         kwargs = {name: self.argument(a) for name, a in op.kwargs}
+        if op.contract is Contract.OUT and "out" in op.target.rpartition(".")[2]:
+            outs = [self.view(v) for v in op.results if v is not None]
+            names = ["out"] if len(outs) == 1 else [f"out{k}" for k in range(len(outs))]
+            self.resolve(op.target)(*args, **kwargs, **dict(zip(names, outs, strict=True)))
+            return
         result = self.resolve(op.target)(*args, **kwargs)
         flat = list(result) if isinstance(result, (tuple, list)) else [result]
         for accessor, symbol in op.symbols:
