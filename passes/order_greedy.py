@@ -39,7 +39,7 @@ def least_peak_first(graph: OrderGraph, near: Adjacency, threshold: int) -> tupl
         for entry in passed:
             heapq.heappush(by_net, entry)
         while chosen < 0:
-            transient, net, op, stamp = by_transient[0]
+            _, _, op, stamp = by_transient[0]
             if done[op] or stamp != version[op]:
                 heapq.heappop(by_transient)
             else:

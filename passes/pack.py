@@ -18,8 +18,11 @@ import numpy as np
 from ..ir.errors import PlanningError
 from .pack_search import Int32, Int64, PackSearch, SearchOutcome
 
-#: Work inside a compilation: at most some tenths of a second where the heuristics leave a gap.
+#: Work inside a compilation: some tenths of a second where the heuristics leave a gap; more on large problems.
 COMPILE_WORK = 300_000
+COMPILE_WORK_PER_BUFFER = 200
+#: Entries that best fit looks at in the time of one step of search.
+ENTRIES_PER_WORK = 500
 #: Sums of sizes stay below this, so that 64-bit arithmetic never overflows.
 LARGEST_TOTAL = 2**61
 #: The exact search keeps all pairs that overlap; above this many buffers only heuristics run.
@@ -245,20 +248,23 @@ def _heuristics(
     units: _Units, orders: dict[str, Int32], best: _Best, goal: int, limits: _Limits, native: PackSearch | None
 ) -> None:
     count = len(units.size)
-    passes = max(1, min(50, limits.work // (20 * count)))
+    if native is not None:
+        best.offer(*native.sweep(units.lower, units.upper, units.size))
     for name in ("TZ", "TWA", "size"):
         if best.arena <= goal or limits.spent():
             return
         if native is not None:
-            arena, offsets = native.squeaky(
-                units.lower, units.upper, units.size, orders[name], target=goal, passes=passes, seconds=limits.left()
-            )
+            arena, offsets, work = native.squeaky(
+                units.lower, units.upper, units.size, orders[name],
+                target=goal, passes=50, work=limits.work * ENTRIES_PER_WORK // 4, seconds=limits.left() / 2,
+            )  # fmt: skip
+            limits.work -= work // ENTRIES_PER_WORK
+            if arena >= 0:
+                best.offer(arena, offsets)
         else:
-            arena, offsets = _squeaky(units, orders[name], goal, min(passes, 3), limits)
-        best.offer(arena, offsets)
-        limits.work -= count
-        if count > 20_000 and native is None:
-            return  # a pass in numpy is quadratic
+            best.offer(*_squeaky(units, orders[name], goal, 3, limits))
+            if count > 5_000:
+                return  # a pass in numpy is quadratic
     if native is not None and count <= LARGEST_SEARCH and best.arena > goal:
         for name in ("TWA", "TZ"):
             best.offer(*native.lowest_floor(units.lower, units.upper, units.size, orders[name]))
@@ -312,7 +318,7 @@ def _max_live(problem: PackProblem) -> int:
 def pack_buffers(
     problem: PackProblem,
     *,
-    work_limit: int = COMPILE_WORK,
+    work_limit: int | None = None,
     capacity: int | None = None,
     seconds: float = 0.0,
     native: PackSearch | None = None,
@@ -322,7 +328,7 @@ def pack_buffers(
     Parameters
     ----------
     work_limit
-        Steps of search (several hundred thousand a second).
+        Steps of search (a million or two a second); by default what is fit for use inside a compilation.
     capacity
         Bytes. With it, the search stops as soon as the arena is within it; without, it goes on to the bound.
     seconds
@@ -335,6 +341,8 @@ def pack_buffers(
     note = "" if native is not None else NO_COMPILER
     if not len(units.size):
         return Packing((0,) * len(problem), 0, max_live, 0, note=note)
+    if work_limit is None:
+        work_limit = COMPILE_WORK + COMPILE_WORK_PER_BUFFER * max(0, len(problem) - LARGEST_SEARCH)
     limits = _Limits(work_limit, seconds)
     alignment = problem.alignment
     orders = _orders(units)

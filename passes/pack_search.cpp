@@ -11,7 +11,9 @@
 #include <chrono>
 #include <cstdint>
 #include <limits>
+#include <map>
 #include <numeric>
+#include <set>
 #include <vector>
 
 namespace {
@@ -38,11 +40,14 @@ struct Deadline {
 // Placed buffers sorted by offset, in blocks that remember the time they span, so that a query skips most of them.
 class PlacedList {
  public:
+  // Calls `visit(offset, top)` in the order of offsets until it returns false; adds to `work` what was looked at.
   template <typename Visit>
-  void overlapping(i32 lower, i32 upper, Visit visit) const {
+  void overlapping(i32 lower, i32 upper, i64& work, Visit visit) const {
+    work += static_cast<i64>(blocks_.size());
     for (const Block& block : blocks_) {
       if (block.lower >= upper || block.upper <= lower) continue;
       const size_t count = block.begin.size();
+      work += static_cast<i64>(count);
       const i32* begin = block.begin.data();
       const i32* end = block.end.data();
       for (size_t i = 0; i < count; ++i) {
@@ -114,13 +119,18 @@ struct Problem {
   const i64* size;
 };
 
-i64 best_fit(const Problem& problem, const std::vector<i32>& order, i64* offsets) {
+// Returns the arena, or -1 when the work or the time ended first.
+i64 best_fit(const Problem& problem, const std::vector<i32>& order, i64* offsets, i64& work, const Deadline& deadline) {
   PlacedList placed;
-  i64 arena = 0;
+  i64 arena = 0, used = 0;
   for (const i32 buffer : order) {
+    if (used > work || ((++used & 255) == 0 && deadline.passed())) {
+      work = 0;
+      return -1;
+    }
     const i64 size = problem.size[buffer];
     i64 top = 0, best_gap = kInfinite, best_offset = -1;
-    placed.overlapping(problem.lower[buffer], problem.upper[buffer], [&](i64 offset, i64 end) {
+    placed.overlapping(problem.lower[buffer], problem.upper[buffer], used, [&](i64 offset, i64 end) {
       const i64 gap = offset - top;
       if (gap >= size && gap < best_gap) {
         best_gap = gap;
@@ -133,6 +143,73 @@ i64 best_fit(const Problem& problem, const std::vector<i32>& order, i64* offsets
     offsets[buffer] = offset;
     placed.insert(problem.lower[buffer], problem.upper[buffer], offset, offset + size);
     arena = std::max(arena, offset + size);
+  }
+  work -= used;
+  return arena;
+}
+
+// What an allocator would do that knows nothing of the future: by time, the best fitting hole, else at the top.
+// O(n log n), so it always ends; the others start from its result.
+i64 sweep(const Problem& problem, i64* offsets) {
+  std::vector<i32> starts(problem.count), ends(problem.count);
+  std::iota(starts.begin(), starts.end(), 0);
+  std::iota(ends.begin(), ends.end(), 0);
+  std::sort(starts.begin(), starts.end(), [&](i32 a, i32 b) {
+    if (problem.lower[a] != problem.lower[b]) return problem.lower[a] < problem.lower[b];
+    if (problem.upper[a] != problem.upper[b]) return problem.upper[a] > problem.upper[b];
+    return a < b;
+  });
+  std::sort(ends.begin(), ends.end(), [&](i32 a, i32 b) {
+    return problem.upper[a] != problem.upper[b] ? problem.upper[a] < problem.upper[b] : a < b;
+  });
+  std::map<i64, i64> holes;                 // offset -> size
+  std::set<std::pair<i64, i64>> by_size;    // (size, offset)
+  i64 top = 0, arena = 0;
+  const auto release = [&](i64 offset, i64 size) {
+    auto next = holes.lower_bound(offset);
+    if (next != holes.end() && next->first == offset + size) {
+      size += next->second;
+      by_size.erase({next->second, next->first});
+      next = holes.erase(next);
+    }
+    if (next != holes.begin()) {
+      const auto before = std::prev(next);
+      if (before->first + before->second == offset) {
+        offset = before->first;
+        size += before->second;
+        by_size.erase({before->second, before->first});
+        holes.erase(before);
+      }
+    }
+    if (offset + size == top) {
+      top = offset;
+      return;
+    }
+    holes.emplace(offset, size);
+    by_size.emplace(size, offset);
+  };
+  size_t ended = 0;
+  for (const i32 buffer : starts) {
+    while (problem.upper[ends[ended]] <= problem.lower[buffer]) {
+      release(offsets[ends[ended]], problem.size[ends[ended]]);
+      ++ended;
+    }
+    const i64 size = problem.size[buffer];
+    const auto hole = by_size.lower_bound({size, 0});
+    if (hole == by_size.end()) {
+      offsets[buffer] = top;
+      top += size;
+    } else {
+      const auto [room, offset] = *hole;
+      by_size.erase(hole);
+      holes.erase(offset);
+      offsets[buffer] = offset;
+      if (room > size) {
+        holes.emplace(offset + size, room - size);
+        by_size.emplace(room - size, offset + size);
+      }
+    }
+    arena = std::max(arena, top);
   }
   return arena;
 }
@@ -558,24 +635,26 @@ Outcome search_with_restarts(const Problem& problem, const std::vector<std::vect
 
 extern "C" {
 
-// Packs in the given order; returns the arena.
-int64_t memplan_best_fit(int32_t count, const int32_t* lower, const int32_t* upper, const int64_t* size,
-                         const int32_t* order, int64_t* offsets) {
-  const Problem problem{count, lower, upper, size};
-  return best_fit(problem, std::vector<i32>(order, order + count), offsets);
+// By time, as an allocator would; returns the arena.
+int64_t memplan_sweep(int32_t count, const int32_t* lower, const int32_t* upper, const int64_t* size,
+                      int64_t* offsets) {
+  return sweep(Problem{count, lower, upper, size}, offsets);
 }
 
 // Best fit, then up to `passes` rounds of the squeaky wheel towards `target`; the best result stays in `offsets`.
+// `work` is the limit of entries looked at in, what is left of it out. Returns -1 if not even one pass ended in time.
 int64_t memplan_squeaky(int32_t count, const int32_t* lower, const int32_t* upper, const int64_t* size,
-                        const int32_t* order, int64_t target, int64_t passes, double seconds, int64_t* offsets) {
+                        const int32_t* order, int64_t target, int64_t passes, int64_t* work, double seconds,
+                        int64_t* offsets) {
   const Problem problem{count, lower, upper, size};
   const Deadline deadline(seconds);
   std::vector<i32> sequence(order, order + count);
-  i64 best = best_fit(problem, sequence, offsets);
+  i64 best = best_fit(problem, sequence, offsets, *work, deadline);
   std::vector<i64> trial(offsets, offsets + count);
-  for (i64 pass = 0; pass < passes && best > target && !deadline.passed(); ++pass) {
+  for (i64 pass = 0; pass < passes && best > target; ++pass) {
     if (!promote(problem, target, trial.data(), sequence)) break;
-    const i64 arena = best_fit(problem, sequence, trial.data());
+    const i64 arena = best_fit(problem, sequence, trial.data(), *work, deadline);
+    if (arena < 0) break;
     if (arena < best) {
       best = arena;
       std::copy(trial.begin(), trial.end(), offsets);

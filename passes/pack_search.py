@@ -48,20 +48,42 @@ class PackSearch:
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
-        for name in ("memplan_best_fit", "memplan_squeaky", "memplan_lowest_floor"):
+        for name in ("memplan_sweep", "memplan_squeaky", "memplan_lowest_floor"):
             getattr(self._library, name).restype = ctypes.c_int64
         self._library.memplan_pack_search.restype = ctypes.c_int32
 
-    def squeaky(
-        self, lower: Int32, upper: Int32, size: Int64, order: Int32, *, target: int, passes: int, seconds: float = 0.0
-    ) -> tuple[int, Int64]:
-        """Best fit in ``order``, then up to ``passes`` rounds of promoting what ended above ``target``."""
+    def sweep(self, lower: Int32, upper: Int32, size: Int64) -> tuple[int, Int64]:
+        """By time, the best fitting hole, as an allocator would. O(n log n)."""
         offsets = np.zeros(len(size), dtype=np.int64)
+        arena = self._library.memplan_sweep(
+            ctypes.c_int32(len(size)), _pointer(lower), _pointer(upper), _pointer(size), _pointer(offsets)
+        )
+        return int(arena), offsets
+
+    def squeaky(
+        self,
+        lower: Int32,
+        upper: Int32,
+        size: Int64,
+        order: Int32,
+        *,
+        target: int,
+        passes: int,
+        work: int,
+        seconds: float = 0.0,
+    ) -> tuple[int, Int64, int]:
+        """Best fit in ``order``, then up to ``passes`` rounds of promoting what ended above ``target``.
+
+        Returns the arena (-1 if the limits ended the first pass), the offsets, and the work that was done.
+        """
+        offsets = np.zeros(len(size), dtype=np.int64)
+        left = ctypes.c_int64(work)
         arena = self._library.memplan_squeaky(
             ctypes.c_int32(len(size)), _pointer(lower), _pointer(upper), _pointer(size), _pointer(order),
-            ctypes.c_int64(target), ctypes.c_int64(passes), ctypes.c_double(seconds), _pointer(offsets),
+            ctypes.c_int64(target), ctypes.c_int64(passes), ctypes.byref(left), ctypes.c_double(seconds),
+            _pointer(offsets),
         )  # fmt: skip
-        return int(arena), offsets
+        return int(arena), offsets, work - int(left.value)
 
     def lowest_floor(self, lower: Int32, upper: Int32, size: Int64, order: Int32) -> tuple[int, Int64]:
         """Always place, of the buffers that could lie lowest, the earliest in ``order``. Quadratic."""

@@ -1,0 +1,128 @@
+"""Packing: brute force on small problems, properties on random ones, and the public instances."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memplan import planner
+from memplan.ir.errors import PlanningError
+from memplan.passes.pack import NO_COMPILER, PackProblem, pack_buffers
+
+from .exhaustive import least_arena, overlaps
+
+DATA = Path(__file__).parents[1] / "data" / "planner"
+buffer = st.tuples(st.integers(0, 9), st.integers(1, 6), st.integers(0, 30)).map(lambda t: (t[0], t[0] + t[1], t[2]))
+
+
+def problem_of(buffers, align=1):
+    lower, upper, size = (tuple(column) for column in zip(*buffers, strict=True))
+    return PackProblem(lower, upper, size, align)
+
+
+def read(name):
+    with (DATA / f"{name}.csv").open() as stream:
+        return [(int(r["lower"]), int(r["upper"]), int(r["size"])) for r in csv.DictReader(stream)]
+
+
+@pytest.fixture(scope="module")
+def native():
+    search = planner.planner_libraries().pack
+    if search is None:
+        pytest.skip(f"no C++ compiler: {planner.planner_libraries().note}")
+    return search
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(buffer, min_size=1, max_size=6), st.sampled_from([1, 4]))
+def test_small_problems_are_packed_optimally(native, buffers, align):
+    packing = pack_buffers(problem_of(buffers, align), native=native)
+    least = least_arena(buffers, align)
+    assert overlaps(buffers, packing.offsets) == []
+    assert packing.arena == max(o + s for o, (_, _, s) in zip(packing.offsets, buffers, strict=True))
+    assert packing.lower_bound <= least <= packing.arena
+    assert all(offset % align == 0 for offset in packing.offsets)
+    if align == 1:
+        assert packing.arena == least
+        assert packing.optimal
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(buffer, min_size=1, max_size=60), st.sampled_from([1, 8, 512]))
+def test_any_problem_gets_valid_offsets_with_and_without_a_compiler(native, buffers, align):
+    problem = problem_of(buffers, align)
+    for search in (native, None):
+        packing = pack_buffers(problem, work_limit=20_000, native=search)
+        assert overlaps(buffers, packing.offsets) == []
+        assert all(offset >= 0 and offset % align == 0 for offset in packing.offsets)
+        assert packing.max_live <= packing.lower_bound <= packing.arena
+        assert packing == pack_buffers(problem, work_limit=20_000, native=search)
+    assert packing.note == NO_COMPILER
+
+
+def test_the_checker_sees_an_overlap():
+    assert overlaps([(0, 2, 4), (1, 3, 4)], [0, 3]) == [(0, 1)]
+    assert overlaps([(0, 2, 4), (1, 3, 4)], [0, 4]) == []
+    assert overlaps([(0, 2, 4), (2, 3, 4)], [0, 0]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "capacity"),
+    [(f"minimalloc-{c}", 1_048_576) for c in "ADEGIK"] + [("minimalloc-C", 1_039_360), ("minimalloc-input12", 12)],
+)
+def test_minimalloc_instances_fit(native, name, capacity):
+    buffers = read(name)
+    # Work instead of seconds, so that a busy machine does not change what is tested.
+    packing = pack_buffers(problem_of(buffers), work_limit=60_000_000, capacity=capacity, native=native)
+    assert overlaps(buffers, packing.offsets) == []
+    assert packing.arena <= capacity
+
+
+@pytest.mark.parametrize("name", ["somas-resnet50", "idealloc-G1", "somas-pangu2.6b"])
+def test_training_instances_reach_the_most_alive_at_once_inside_a_compilation(native, name):
+    buffers = read(name)
+    packing = pack_buffers(problem_of(buffers), native=native)
+    assert overlaps(buffers, packing.offsets) == []
+    assert packing.arena == packing.max_live
+    assert packing.optimal
+
+
+@pytest.mark.parametrize(("name", "most"), [("somas-resnet50", 0.01), ("idealloc-G1", 0.0), ("minimalloc-C", 0.5)])
+def test_without_a_compiler_the_heuristics_hold(name, most):
+    buffers = read(name)
+    packing = pack_buffers(problem_of(buffers), native=None)
+    assert overlaps(buffers, packing.offsets) == []
+    assert packing.gap <= most
+
+
+def test_impossible_capacities_are_proved(native):
+    # Three buffers of 2 and one hole of 1 at each end of time: the most alive at once is 4, but 5 are needed.
+    buffers = [(0, 2, 2), (1, 3, 2), (2, 4, 2), (0, 1, 2), (3, 4, 2)]
+    packing = pack_buffers(problem_of(buffers), native=native)
+    assert packing.lower_bound <= least_arena(buffers) == packing.arena
+    assert packing.optimal
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (((0,), (0,), (1,)), "is empty"),
+        (((0,), (1,), (-1,)), "negative size"),
+        (((0,), (1,), (2**62,)), "64-bit"),
+        (((0, 1), (1,), (1,)), "one entry"),
+    ],
+)
+def test_bad_problems_are_refused(arguments, message):
+    with pytest.raises(PlanningError, match=message):
+        PackProblem(*arguments)
+
+
+def test_empty_and_sizeless_problems():
+    assert planner.pack([]).arena == 0
+    assert planner.pack([(0, 1, 0), (0, 5, 0)]).offsets == (0, 0)
+    assert dataclasses.replace(planner.pack([(0, 10**40, 8)]), note="").arena == 8
