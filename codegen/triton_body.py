@@ -92,9 +92,9 @@ class _Body:
         self.printer = IndexPrinter(ranges, self.symbol, self.functions)
         self.section_number = -1
         self.pointers: dict[str, torch.dtype] = {}
-        for access in (*self.kernel.loads, *self.kernel.stores):
-            known = self.pointers.get(access.buffer)
-            self.pointers[access.buffer] = min(access.dtype, known or access.dtype, key=str)
+        seen = [*((n.buffer, n.dtype) for n in self.kernel.loads), *((s.buffer, s.dtype) for s in self.kernel.stores)]
+        for buffer, dtype in seen:
+            self.pointers[buffer] = min(dtype, self.pointers.get(buffer, dtype), key=str)
 
     # -- lines and shapes ----------------------------------------------------------------------------------------
 
@@ -122,7 +122,7 @@ class _Body:
     def symbol(self, s: sympy.Symbol) -> str:
         found = value_references(s)
         if not found:
-            return s.name
+            return str(s.name)
         value = self.value(found[0])
         if self.kernel.nodes[found[0]].dtype == torch.int64:
             return value.text
@@ -239,10 +239,10 @@ class _Body:
                 return self.load(k, node)
             case Index():
                 dims = self.index_dims(node.expr)
-                text, kind = texpr(node.expr, self.printer), type_name(compute_type(node.dtype))
+                text, name = texpr(node.expr, self.printer), type_name(compute_type(node.dtype))
                 if node.expr.is_Integer:
-                    return self.define(k, f"tl.full([], {text}, {kind})", _NO_DIMS)
-                return self.define(k, f"({text}).to({kind})", dims)
+                    return self.define(k, f"tl.full([], {text}, {name})", _NO_DIMS)
+                return self.define(k, f"({text}).to({name})", dims)
             case Constant():
                 kind = compute_type(node.dtype)
                 return Value(f"tl.full([], {literal(node.value, kind)}, {type_name(kind)})", _NO_DIMS)

@@ -81,7 +81,7 @@ def _unique(found: list[LaunchConfig]) -> tuple[LaunchConfig, ...]:
 def _pointwise(n: int, loops: Loops) -> tuple[LaunchConfig, ...]:
     buffers = len(set(loops.kernel.read_buffers) | set(loops.kernel.written_buffers))
     smallest = min(
-        (a.dtype.itemsize for a in (*loops.kernel.loads, *loops.kernel.stores)),
+        [*(n.dtype.itemsize for n in loops.kernel.loads), *(s.dtype.itemsize for s in loops.kernel.stores)],
         default=4,
     )
     lanes = max(2, min(8, 16 // max(smallest, 2)))  # elements a thread moves in 16 bytes

@@ -216,7 +216,7 @@ def _merged(kernel: Kernel) -> Kernel:
                 k -= 1
                 continue
             exprs = [e for e in new if e is not None]
-            group[k : k + 2] = [Range(b.symbol, a.size * b.size)]
+            group[k : k + 2] = [Range(b.symbol, Axis("", (a, b)).numel)]
             k = min(k, len(group) - 2)
     outer, row = tuple(groups[0]), tuple(groups[1])
     ranges = ranges_of((*outer, *row))

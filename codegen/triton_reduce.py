@@ -35,7 +35,7 @@ class Reduction:
 
     @property
     def op(self) -> str:
-        """The operation (`triton_online.ONLINE` too); on booleans maximum, sum are ``any``, minimum, product ``all``."""
+        """The operation (`triton_online`'s too); on booleans maximum, sum are ``any``, minimum, product ``all``."""
         if self.node.dtype == torch.bool:
             return {"max": "any", "sum": "any", "min": "all", "prod": "all"}.get(self.node.op, self.node.op)
         return self.node.op

@@ -17,12 +17,15 @@ import torch
 
 from memplan.ir.config import Config
 from memplan.ir.loops import (
+    Call,
+    Cast,
     Index,
     Item,
     Kernel,
     Level,
     Load,
     Node,
+    Random,
     Range,
     Reduce,
     Store,
@@ -266,9 +269,13 @@ def _renamed(node: Node, renamed: dict[int, int], position: dict[sympy.Symbol, s
         return replace(node, index=_substitute(node.index, renamed, position), mask=mask)
     if isinstance(node, Index):
         return replace(node, expr=_substitute(node.expr, renamed, position))
-    fields = {"args": tuple(renamed[a] for a in node.args)} if hasattr(node, "args") else {}
-    fields |= {name: renamed[getattr(node, name)] for name in ("arg", "seed", "offset") if hasattr(node, name)}
-    return replace(node, **fields)
+    if isinstance(node, (Call, Reduce)):
+        return replace(node, args=tuple(renamed[a] for a in node.args))
+    if isinstance(node, (Cast, Item)):
+        return replace(node, arg=renamed[node.arg])
+    if isinstance(node, Random):
+        return replace(node, seed=renamed[node.seed], offset=renamed[node.offset])
+    return node
 
 
 def _renamed_store(store: Store, renamed: dict[int, int]) -> Store:

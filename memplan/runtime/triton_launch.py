@@ -144,7 +144,7 @@ def tune(
     times: list[float] = []
     for launcher in candidates:
         launcher(stream, *arguments)
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         for _ in range(repeats):
             launcher(stream, *arguments)

@@ -41,6 +41,7 @@ def build(
     blocks: Sequence[Sequence[object]],
     num_warps: int,
     num_stages: int,
+    *,
     target: tuple[str, int, int],
 ) -> object:
     """Compile, or load from Triton's cache; gives Triton's `CompiledKernel`."""

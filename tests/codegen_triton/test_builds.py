@@ -1,0 +1,80 @@
+"""Building: in processes and here, into Triton's cache, and what fails."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import sample_kernels as s
+
+from memplan.codegen.triton_kernel import emit_triton
+from memplan.ir.canonical import canonicalize
+from memplan.ir.errors import CompilerError
+from memplan.runtime.triton_build import Build, Compiled, Target, compile_builds, compile_kernels
+from memplan.runtime.triton_launch import Launcher, make_launcher
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def emitted(n: int):
+    return emit_triton(canonicalize(s.add_relu(n)), name=f"add_relu_{n}", hints={})
+
+
+def test_processes_fill_the_cache_that_is_loaded_from(cache: Path) -> None:
+    """Each kernel is compiled once: what a process made is found here under the same key."""
+    kernels = [emitted(1000 * k + 7) for k in range(1, 7)]
+    built = compile_kernels([*kernels, *kernels], Target(), workers=2)
+    assert len(built) == 12
+    assert [b.cubin for b in built[:6]] == [b.cubin for b in built[6:]]
+    assert len(list(cache.rglob("*.cubin"))) == 6
+
+
+def test_failed_build_is_an_error_in_its_place(cache: Path) -> None:
+    good = emitted(100)
+    source = good.source.replace("tl.load", "tl.no_such_function")
+    bad = Build(good.name, source, good.arguments, good.aligned, good.configs[0].blocks, 4, 1)
+    found = compile_builds([Build.of(good, good.configs[0]), *[bad] * 3], Target(), workers=1)
+    assert isinstance(found[0], Compiled)
+    assert all(isinstance(f, CompilerError) for f in found[1:])
+    assert "add_relu_100" in str(found[1])
+    assert "no_such_function" in str(found[1])
+    refused = replace(good, source=source)
+    with pytest.raises(CompilerError):
+        compile_kernels([refused], Target())
+
+
+def test_a_dead_process_loses_nothing(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from memplan.runtime import triton_build
+
+    triton_build.start_workers(2)
+    for worker in triton_build._POOL.workers:
+        worker.process.kill()
+        worker.process.wait()
+    found = compile_builds([Build.of(k, k.configs[0]) for k in map(emitted, range(500, 506))], Target(), workers=2)
+    assert all(isinstance(f, Compiled) for f in found)
+    assert os.environ["TRITON_CACHE_DIR"] == str(cache)
+
+
+def test_launch_arguments(cache: Path) -> None:
+    """What a launch hands to Triton's handle, with a handle that records it."""
+    kernel = emitted(5000)
+    built = compile_kernels([kernel], Target())[0]
+    calls: list[tuple[object, ...]] = []
+
+    class Handle:
+        function, packed_metadata = 11, (4, 1, 0)
+        run = staticmethod(lambda *args: calls.append(args))
+
+    launcher = make_launcher(kernel, Compiled(built.build, Handle(), built.cubin, built.shared_bytes, 0))
+    launcher(7, 1 << 40, 2 << 40, 3 << 40)
+    block = kernel.configs[0].block("XBLOCK")
+    grid = -(-5000 // block)
+    assert calls == [(grid, 1, 1, 7, 11, (4, 1, 0), None, None, None, 1 << 40, 2 << 40, 3 << 40, block)]
+    Launcher(Compiled(built.build, Handle(), b"", 0, 0), lambda n: n, 3)(7, 1, 2, 3, 0)
+    assert len(calls) == 1
