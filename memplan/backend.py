@@ -20,13 +20,12 @@ from . import recording
 from .capture.attention import simplify_masks
 from .capture.fx import capture
 from .capture.partition import Chooser, Partitioned, partitioner
-from .compilation import compile_program
+from .compilation import PASS_NAMES, compile_program
 from .ir.config import Config
 from .ir.errors import UnsupportedError
 from .ir.plan import Plan
 from .ir.program import BufferKind, Phase, Program, View
 from .lowering.decompositions import decomposition_table
-from .passes.pipeline import PASS_NAMES
 from .passes.rematerialize import Value, choose_kept
 
 log = logging.getLogger(__name__)

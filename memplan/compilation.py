@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from . import kernels as kernel_sets
 from .codegen import cpp_kernel, triton_kernel
@@ -19,9 +20,14 @@ from .ir.verify import verify_program
 from .ir.verify_plan import verify_plan
 from .lowering.contracts import contract
 from .lowering.lower import lower_program
-from .passes.inplace import decide_in_place
+from .passes.inplace import decide_in_place, plan_in_place
+from .passes.pipeline import PASSES as PIPELINE
 from .passes.pipeline import run_pipeline
-from .passes.schedule import make_plan
+from .passes.pools import Pooled, choose_pools
+from .passes.reinplace import Reinplace
+from .passes.reorder import reorder
+from .passes.schedule import lifetimes, make_plan, storages
+from .planner import planner_libraries
 from .runtime.python_runtime import namespace
 
 log = logging.getLogger(__name__)
@@ -37,15 +43,54 @@ class CompiledProgram:
     waterfall: tuple[tuple[str, int], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Lowering:
+    """ATen calls become kernels where there is a lowering; what is left learns its extern contract."""
+
+    name: ClassVar[str] = "lowering"
+    requires: ClassVar[tuple[str, ...]] = ()
+    config: Config = Config()
+
+    @classmethod
+    def configured(cls, config: Config) -> Lowering:
+        return cls(config)
+
+    def run(self, program: Program) -> Program:
+        return with_contracts(lower_program(program, self.config))
+
+
+PASSES = (Reinplace, Lowering, *(p for p in PIPELINE if p is not Reinplace))
+#: names that ``options={"disable": [...]}`` accepts
+PASS_NAMES = ("attention", "rematerialize", *(p.name for p in PASSES), "reorder", "inplace", "pools")
+
+
 def plan_program(program: Program, config: Config) -> Plan:
     """All passes and the planner; nothing is built."""
-    if config.enabled("lowering"):
-        program = lower_program(program, config)
-    program = with_contracts(program)
-    program = run_pipeline(program, config, verify_program)
-    order = [op.name for op in program.operations]
-    in_place = decide_in_place(program, order, kernel_safe=_safe_in_place) if config.enabled("inplace") else {}
-    plan = make_plan(program, order, in_place=in_place)
+    program = run_pipeline(program, config, verify_program, passes=PASSES)
+    libraries = planner_libraries()
+    order: tuple[str, ...] = tuple(op.name for op in program.operations)
+    bound, program_peak, note = 0, None, libraries.note
+    if config.enabled("reorder") and order:
+        pairs = decide_in_place(program, order, kernel_safe=_safe_in_place) if config.enabled("inplace") else {}
+        ordered = reorder(program, pairs, libraries.order)
+        order, bound, program_peak = ordered.order, ordered.lower_bound, ordered.program_peak
+    taken = plan_in_place(program, order, kernel_safe=_safe_in_place) if config.enabled("inplace") else None
+    in_place = dict(taken.taken) if taken is not None else {}
+    pooled = Pooled()
+    if config.enabled("pools") and config.pools != "never" and order:
+        stores = storages(program, lifetimes(program, order), in_place)
+        pooled = choose_pools(program, order, stores, native=libraries.pack, always=config.pools == "always")
+    plan = make_plan(
+        program,
+        order,
+        in_place=in_place,
+        pools=pooled.pools,
+        offsets=pooled.offsets,
+        order_bound=bound,
+        program_peak=program_peak,
+        notes=taken.notes if taken is not None else (),
+        note=note,
+    )
     if config.verify:
         verify_plan(plan, check_program=False)
     return plan
