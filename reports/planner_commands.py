@@ -91,7 +91,9 @@ def pack(
         "fits": fits,
         "seconds": round(seconds, 3),
     }
-    proof = "proved optimal" if packing.optimal else f"at most {_over(packing.arena, packing.lower_bound)} above the least"
+    proof = (
+        "proved optimal" if packing.optimal else f"at most {_over(packing.arena, packing.lower_bound)} above the least"
+    )
     lines = [
         f"{len(table.buffers):,} buffers in {packing.arena:,} bytes; most alive at once {packing.max_live:,} ({proof})",
         f"{seconds:.2f} s",

@@ -39,9 +39,7 @@ def least_arena(buffers: Sequence[Interval], align: int = 1) -> int:
         arena = 0
         for index in order:
             lower, upper, size = buffers[index]
-            taken = [
-                (at, at + buffers[j][2]) for j, at in placed if buffers[j][0] < upper and lower < buffers[j][1]
-            ]
+            taken = [(at, at + buffers[j][2]) for j, at in placed if buffers[j][0] < upper and lower < buffers[j][1]]
             spots = [0, *(-(-end // align) * align for _, end in taken)]
             offset = min(
                 s for s in spots if all(s + size <= low or high <= s or not size or low == high for low, high in taken)

@@ -122,7 +122,10 @@ def test_order_counts_inputs_as_asked(tmp_path):
         ('{"n": 1, "edges": [[0, 7]], "bufs": []}', "edge"),
         ('{"n": 1, "edges": [], "bufs": [{"size": NaN, "prod": 0, "cons": [], "out": true}]}', "bufs[0].size"),
         ('{"n": 1, "edges": [], "bufs": [{"size": -1, "prod": 0, "cons": [], "out": true}]}', "negative"),
-        ('{"n": 1, "edges": [], "bufs": [{"size": 99999999999999999999, "prod": 0, "cons": [], "out": true}]}', "64-bit"),
+        (
+            '{"n": 1, "edges": [], "bufs": [{"size": 99999999999999999999, "prod": 0, "cons": [], "out": true}]}',
+            "64-bit",
+        ),
         ('{"n": 1e9, "edges": [], "bufs": []}', "n must be"),
     ],
 )
