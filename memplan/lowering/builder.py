@@ -366,16 +366,33 @@ class KernelBuilder:
         return Kernel(self.outer_ranges, row, nodes, stores)
 
 
+@lru_cache(maxsize=65536)
+def _references(expr: IndexExpr) -> tuple[int, ...]:
+    return value_references(expr)
+
+
+def _used(node: Node) -> tuple[int, ...]:
+    """`operands`, with what index expressions refer to remembered."""
+    match node:
+        case Load():
+            own = _references(node.index)
+            return own if node.mask is None else (*own, node.mask)
+        case Index():
+            return _references(node.expr)
+        case _:
+            return operands(node)
+
+
 def _live_positions(nodes: Sequence[Node], stores: Sequence[Store]) -> set[int]:
     live: set[int] = set()
     for store in stores:
         live.add(store.value)
-        live.update(value_references(store.index))
+        live.update(_references(store.index))
         if store.mask is not None:
             live.add(store.mask)
     for position in range(len(nodes) - 1, -1, -1):
         if position in live:
-            live.update(operands(nodes[position]))
+            live.update(_used(nodes[position]))
     return live
 
 

@@ -23,6 +23,7 @@ from . import (  # noqa: F401
     shapes,
     softmax,
     special,
+    upsample,
 )
 from .builder import KernelBuilder
 from .call_site import LOWERINGS, SUPPORTED, CallSite, Context

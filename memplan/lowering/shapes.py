@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import sympy
 import torch
 
-from ..ir.index import Mod
+from ..ir.index import FloorDiv, Mod
 from ..ir.loops import IndexExpr, Scalar, Size
 from ..ir.program import View
 from .arithmetic import converted_kernel
@@ -356,12 +356,22 @@ def _slice_backward(site: CallSite) -> Operations | None:
     grad, result = site.view("grad_output"), site.result
     dim = site.dim("dim", len(result.sizes))
     start, _, step = slice_bounds(site, result.sizes[dim])
-    if step != 1 or grad.dtype not in SUPPORTED:
+    if grad.dtype not in SUPPORTED:
         return None
-    before = [start if d == dim else 0 for d in range(len(result.sizes))]
+    if step == 1:
+        before = [start if d == dim else 0 for d in range(len(result.sizes))]
+        return pointwise_kernel(
+            site, result, lambda b: load_padded(b, grad, b.outer_coordinates, before, result.sizes, 0)
+        )
 
     def body(builder: KernelBuilder) -> Value:
-        return load_padded(builder, grad, builder.outer_coordinates, before, result.sizes, 0)
+        where = list(builder.outer_coordinates)
+        distance = where[dim] - start
+        inside = builder.index(builder.simplify(Mod(distance, step))).equals(0)
+        inside = inside.both(builder.index(distance) >= 0)
+        where[dim] = FloorDiv(distance, step)
+        inside = inside.both(builder.index(where[dim]) < builder.index(grad.sizes[dim]))
+        return builder.load(grad, where, inside, 0)
 
     return pointwise_kernel(site, result, body)
 

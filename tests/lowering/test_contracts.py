@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
+
 from memplan.ir.program import Contract
 from memplan.lowering.call_site import resolve
 from memplan.lowering.contracts import NATIVE_OUT, NATIVE_OUT_CPU, contract, is_composite_out
-from torch.profiler import ProfilerActivity, profile
 
 GENERATOR = torch.Generator().manual_seed(0)
 
