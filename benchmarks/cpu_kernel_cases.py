@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import sympy
 import torch
 import torch.nn.functional as F
+
 from memplan.ir.loops import (
     Call,
     Cast,
@@ -24,7 +25,6 @@ from memplan.ir.loops import (
     Range,
     Reduce,
     Store,
-    StoreMode,
     outer_symbol,
     row_symbol,
     value_symbol,
@@ -96,7 +96,9 @@ def gelu(dtype: torch.dtype, rows: int, columns: int) -> Case:
     b = Build((rows, columns))
     at = columns * x0 + x1
     b.store("out0", at, _gelu(b, b.load("in0", at, dtype)), dtype)
-    return Case(f"gelu {_name(dtype)} {rows}x{columns}", b.kernel(), F.gelu, lambda: [randn(rows, columns, dtype=dtype)])
+    return Case(
+        f"gelu {_name(dtype)} {rows}x{columns}", b.kernel(), F.gelu, lambda: [randn(rows, columns, dtype=dtype)]
+    )
 
 
 def bias_gelu_backward(rows: int, columns: int) -> Case:
@@ -335,7 +337,7 @@ def embedding(rows: int, columns: int, vocabulary: int) -> Case:
 
 
 def dropout(n: int) -> Case:
-    """Random numbers made in the kernel; the result is all zeros (it keeps nothing), so that answers can be compared."""
+    """Random numbers made in the kernel; nothing is kept, so that the answers can be compared."""
     b = Build((n,))
     seed = b.add(Constant(1234, i64))
     uniform = b.add(Random("rand", seed, b.add(Index(x0)), f32))
@@ -348,7 +350,6 @@ def _name(dtype: torch.dtype) -> str:
     return {f32: "float32", bf16: "bfloat16"}[dtype]
 
 
-_ = StoreMode
 CASES = (
     gelu(f32, 2048, 3072),
     gelu(bf16, 2048, 3072),

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from cpu_kernel_cases import CASES, Case
+
 from memplan.codegen.cpp_kernel import BUILD_FLAGS, emit_cpp_library
 from memplan.ir.canonical import canonicalize
 from memplan.runtime.build import build_library, load_library
-
-from cpu_kernel_cases import CASES, Case
 
 RESULTS = Path(__file__).parent / "results" / "cpu_kernels.md"
 

@@ -94,7 +94,7 @@ class Printer:
         text = self.stored[k] if k in self.stored else self.texts.value(k)
         self.line(f"const {compute_type(node.dtype)} v{k} = {text};")
         if k in self.keeping:
-            self.line(f"t{k}[{self.row_position()}] = v{k};")
+            self.line(f"t{k}[{self.row_position(k)}] = v{k};")
 
     def needed(self, roots: Iterable[int]) -> list[int]:
         """Nodes to define for ``roots``: all they use that no enclosing scope has, in order."""
@@ -226,7 +226,7 @@ class Printer:
         with self.nest(outer, before, order, self.schedule.collapse, self.schedule.collapse):
             self.defined.update(before)
             for k in self.schedule.kept:
-                length = math.prod(int(r.size) for r in self.kernel.row)
+                length = math.prod(int(r.size) for r in self.kernel.row if r.symbol in self.dependencies[k])
                 self.line(f"alignas(64) {compute_type(self.texts.dtype(k))} t{k}[{length}];")
             for number, step in enumerate(self.schedule.passes):
                 self.keeping = set(self.needed(self.pass_roots(step))) & set(self.schedule.kept) - self.stored.keys()
@@ -234,18 +234,19 @@ class Printer:
                     self.reducing_pass(step)
                 else:
                     self.storing_pass(step)
-                self.stored.update({k: f"t{k}[{self.row_position()}]" for k in self.keeping})
+                self.stored.update({k: f"t{k}[{self.row_position(k)}]" for k in self.keeping})
                 self.keeping = set()
                 self.outer_values(number + 1)
             for store in self.kernel.stores:
                 if self.kernel.store_level(store) is Level.OUTER:
                     self.store(store)
 
-    def row_position(self) -> str:
-        """The flat position of a point in its row."""
+    def row_position(self, k: int) -> str:
+        """The flat position of a point in the row, over the ranges that node ``k`` depends on."""
         position = sympy.Integer(0)
         for r in self.kernel.row:
-            position = position * r.size + r.symbol
+            if r.symbol in self.dependencies[k]:
+                position = position * r.size + r.symbol
         return cexpr(sympy.expand(position))
 
     def _outer_value(self, k: int) -> bool:

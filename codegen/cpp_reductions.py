@@ -11,10 +11,13 @@ import math
 
 import torch
 
-from memplan.ir.loops import Call, Cast, Constant, Index, Item, Kernel, Node, Reduce
+from memplan.ir.loops import Call, Cast, Constant, Index, Item, Kernel, Node, Random, Reduce, operands
 
+from .cpp_costs import EXPENSIVE
 from .cpp_loops import renumber, renumber_store
 
+#: functions whose float versions the prelude computes itself
+_OWN = frozenset(["exp", "expm1", "log", "log1p", "tanh", "sigmoid", "erf", "erfc", "mod", "floordiv"])
 _INT32_MAX = 2**31 - 1
 
 
@@ -23,6 +26,10 @@ def in_two_passes(kernel: Kernel, *, welford: bool) -> Kernel:
     if not any(isinstance(n, Reduce) and n.op in ("argmax", "argmin", "welford") for n in kernel.nodes):
         return kernel
     return _Rewriting(kernel, welford).run()
+
+
+def _same_bits(node: Call) -> bool:
+    return node.op not in EXPENSIVE or (node.op in _OWN and node.dtype is not torch.float64)
 
 
 class _Rewriting:
@@ -41,7 +48,7 @@ class _Rewriting:
                 self.moved[k] = self.items[node.arg, node.item]
                 continue
             node = renumber(node, self.moved)
-            if isinstance(node, Reduce) and node.op in ("argmax", "argmin"):
+            if isinstance(node, Reduce) and node.op in ("argmax", "argmin") and self.repeatable(node.args[0]):
                 self.moved[k] = self.argument(node)
             elif isinstance(node, Reduce) and node.op == "welford" and self.welford:
                 self.moved[k] = self.moments(k, node)
@@ -53,6 +60,17 @@ class _Rewriting:
     def add(self, node: Node) -> int:
         self.nodes.append(node)
         return len(self.nodes) - 1
+
+    def repeatable(self, k: int) -> bool:
+        """Whether computing node ``k`` again gives the same bits: libm's vector and scalar functions differ."""
+        stack = [k]
+        while stack:
+            node = self.nodes[stack.pop()]
+            if isinstance(node, Random) or (isinstance(node, Call) and not _same_bits(node)):
+                return False
+            if not isinstance(node, Reduce):
+                stack.extend(operands(node))
+        return True
 
     def moments(self, k: int, node: Reduce) -> int:
         (x,), dtype = node.args, node.dtype

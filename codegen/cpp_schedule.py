@@ -20,8 +20,9 @@ from enum import Enum
 
 import sympy
 
-from memplan.ir.loops import Call, Kernel, Level, Load, Random, Range, Reduce, Store, StoreMode, operands
+from memplan.ir.loops import Call, Kernel, Level, Load, Random, Range, Reduce, Store, operands
 
+from .cpp_costs import EXPENSIVE, point_cost
 from .cpp_loops import (
     Access,
     Hints,
@@ -46,49 +47,6 @@ WANTED_TASKS = 16
 MOST_KEPT = 32768
 #: a row is cut into at most this many chunks
 MOST_CHUNKS = 64
-_EXPENSIVE = frozenset(
-    [
-        "exp",
-        "exp2",
-        "expm1",
-        "log",
-        "log2",
-        "log10",
-        "log1p",
-        "sin",
-        "cos",
-        "tan",
-        "asin",
-        "acos",
-        "atan",
-        "sinh",
-        "cosh",
-        "tanh",
-        "asinh",
-        "acosh",
-        "atanh",
-        "erf",
-        "erfc",
-        "erfinv",
-        "lgamma",
-        "digamma",
-        "sigmoid",
-        "pow",
-        "atan2",
-        "hypot",
-        "fmod",
-        "floordiv",
-        "mod",
-        "i0",
-        "i0e",
-        "i1",
-        "i1e",
-        "ndtri",
-        "log_ndtr",
-        "bessel_j0",
-        "bessel_j1",
-    ]
-)
 
 
 class Form(Enum):
@@ -293,7 +251,7 @@ def _expensive(kernel: Kernel, k: int, depends: tuple[frozenset[sympy.Symbol], .
     stack, seen = [k], {k}
     while stack:
         node = kernel.nodes[stack.pop()]
-        if isinstance(node, Random) or (isinstance(node, Call) and node.op in _EXPENSIVE):
+        if isinstance(node, Random) or (isinstance(node, Call) and node.op in EXPENSIVE):
             return True
         for o in operands(node):
             if o not in seen and depends[o] & row:
@@ -376,14 +334,3 @@ def _point_loads(kernel: Kernel, root: int) -> set[str]:
                 seen.add(o)
                 stack.append(o)
     return found
-
-
-def point_cost(kernel: Kernel) -> int:
-    """What a point costs, in units of a simple operation on memory."""
-    cost = 1
-    for node in kernel.nodes:
-        if isinstance(node, Random) or (isinstance(node, Call) and node.op in _EXPENSIVE):
-            cost += 4
-        elif isinstance(node, Call) and node.dtype.is_floating_point and node.dtype.itemsize == 8:
-            cost += 1
-    return cost + sum(2 for s in kernel.stores if s.mode is not StoreMode.SET)
