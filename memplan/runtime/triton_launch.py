@@ -1,7 +1,7 @@
 """Launching a built Triton kernel with as little Python as possible.
 
-A launch goes through the compiled handle's own launcher (`CompiledKernel.run`): no argument is inspected, pointers are
-integers, the grid is a number that was worked out before.
+A launch goes straight to the driver (`cuda_launch`), or through the compiled handle's own launcher where there is no
+C++ compiler: no argument is inspected, pointers are integers, the grid is a number that was worked out before.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from memplan.ir.errors import MemplanError
 from memplan.ir.index import FloorDiv
 from memplan.ir.loops import Size
 
+from .cuda_launch import native_launch
 from .triton_build import Compiled
 
 _INT32_LIMIT = 2**31 - 1
@@ -53,7 +54,7 @@ class Launcher:
         If the kernel needs global scratch, which nobody would give it.
     """
 
-    __slots__ = ("_extra", "_function", "_grid", "_grid_of", "_metadata", "_pointers", "_run", "compiled")
+    __slots__ = ("_fixed", "_grid_of", "_module", "_pointers", "_start", "compiled")
 
     def __init__(self, compiled: Compiled, grid: int | Callable[..., int], pointers: int) -> None:
         if compiled.scratch_bytes:
@@ -62,31 +63,60 @@ class Launcher:
             )
         self.compiled = compiled
         self._pointers = pointers
-        self._extra = tuple(size for _, size in compiled.build.blocks)
-        self._grid = grid if isinstance(grid, int) else 0
+        self._fixed = grid if isinstance(grid, int) else 0
         self._grid_of = None if isinstance(grid, int) else grid
-        self._run: Callable[..., None] | None = None
-        self._function: int | None = None
-        self._metadata: object = None
+        self._start: Callable[..., None] | None = None
+        self._module: object = None
 
     def load(self) -> None:
         """Load the cubin onto the current device; the first call does it otherwise."""
+        native = native_launch()
+        if native is None:
+            self._start = self._through_triton()
+            return
+        from triton.runtime import driver
+
+        utils, device = driver.active.utils, driver.active.get_current_device()
+        build, shared = self.compiled.build, self.compiled.shared_bytes
+        entry = self.compiled.handle.name  # type: ignore[attr-defined]
+        # the module has to be kept: unloading it would take the function away
+        self._module, function, *_ = utils.load_binary(entry, self.compiled.cubin, shared, device)
+        threads = 32 * build.num_warps
+        if self._grid_of is None:
+            self._start = native.bind(function, self._fixed, threads, shared)
+        else:
+            launch, grid_of, pointers = native.launch, self._grid_of, self._pointers
+
+            def start(stream: int, *arguments: int) -> None:
+                launch(function, grid_of(*arguments[pointers:]), threads, shared, stream, *arguments)
+
+            self._start = start
+
+    def _through_triton(self) -> Callable[..., None]:
+        """The handle's own launcher, where there is no native one."""
         handle = self.compiled.handle
-        run = handle.run  # type: ignore[attr-defined]  # makes the handles
-        self._function = handle.function  # type: ignore[attr-defined]
-        self._metadata = handle.packed_metadata  # type: ignore[attr-defined]
-        self._run = run
+        run = handle.run  # type: ignore[attr-defined]  # makes the function
+        function, metadata = handle.function, handle.packed_metadata  # type: ignore[attr-defined]
+        extra = tuple(size for _, size in self.compiled.build.blocks)
+
+        def start(stream: int, *arguments: int) -> None:
+            grid = self._fixed if self._grid_of is None else self._grid_of(*arguments[self._pointers :])
+            if grid:
+                run(grid, 1, 1, stream, function, metadata, None, None, None, *arguments, *extra)
+
+        return start
+
+    def bound(self) -> Callable[..., None]:
+        """The bare function behind this launcher, loaded onto the current device: the quickest thing to call."""
+        if self._start is None:
+            self.load()
+        assert self._start is not None
+        return self._start
 
     def __call__(self, stream: int, *arguments: int) -> None:
-        if self._run is None:
+        if self._start is None:
             self.load()
-        grid = self._grid
-        if self._grid_of is not None:
-            grid = self._grid_of(*arguments[self._pointers :])
-        if grid:
-            self._run(  # type: ignore[misc]
-                grid, 1, 1, stream, self._function, self._metadata, None, None, None, *arguments, *self._extra
-            )
+        self._start(stream, *arguments)  # type: ignore[misc]
 
 
 def make_launcher(kernel: GridKernel, compiled: Compiled) -> Launcher:

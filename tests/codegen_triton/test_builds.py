@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import sample_kernels as s
 from memplan.codegen.triton_kernel import emit_triton
 from memplan.ir.canonical import canonicalize
 from memplan.ir.errors import CompilerError
+from memplan.runtime.build import build_library
+from memplan.runtime.cuda_launch import build_module
 from memplan.runtime.triton_build import Build, Compiled, Target, compile_builds, compile_kernels
 from memplan.runtime.triton_launch import Launcher, make_launcher
 
@@ -33,6 +37,18 @@ def test_processes_fill_the_cache_that_is_loaded_from(cache: Path) -> None:
     assert len(built) == 12
     assert [b.cubin for b in built[:6]] == [b.cubin for b in built[6:]]
     assert len(list(cache.rglob("*.cubin"))) == 6
+
+
+def test_entry_and_parameters_are_what_launching_assumes(cache: Path) -> None:
+    """The kernel is called as its function; after its arguments come two pointers to scratch memory."""
+    kernel = emitted(1 << 20)
+    built = compile_kernels([kernel], Target())[0]
+    assert built.handle.name == kernel.name
+    ptx = built.handle.asm["ptx"]
+    assert len(re.findall(rf"\.param .*{kernel.name}_param_\d+,?$", ptx, re.MULTILINE)) == len(kernel.arguments) + 2
+    assert not built.handle.metadata.launch_pdl
+    assert not built.handle.metadata.launch_cooperative_grid
+    assert built.handle.metadata.num_ctas == 1
 
 
 def test_failed_build_is_an_error_in_its_place(cache: Path) -> None:
@@ -61,8 +77,50 @@ def test_a_dead_process_loses_nothing(cache: Path, caplog: pytest.LogCaptureFixt
     assert os.environ["TRITON_CACHE_DIR"] == str(cache)
 
 
-def test_launch_arguments(cache: Path) -> None:
-    """What a launch hands to Triton's handle, with a handle that records it."""
+DRIVER = r"""
+#include <cstdint>
+#include <cstring>
+extern "C" {
+uint64_t record[16];
+int status = 0;
+int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                   unsigned shared, void* stream, void** parameters, void** extra) {
+  uint64_t head[] = {(uint64_t)f, gx, gy * gz, bx, by * bz, shared, (uint64_t)stream};
+  std::memcpy(record, head, sizeof head);
+  for (int i = 0; i < 5; ++i) std::memcpy(&record[7 + i], parameters[i], 8);
+  return status;
+}
+int cuGetErrorString(int, const char** text) { *text = "too bad"; return 0; }
+}
+"""
+
+
+def test_native_launch_hands_the_driver_what_it_was_given() -> None:
+    """A driver that writes down how it was called stands in for the real one."""
+    path = build_library(DRIVER, name="recording_driver", openmp=False, native=False)
+    module = build_module()
+    module.open_driver(str(path))
+    driver = ctypes.CDLL(str(path))
+    record = (ctypes.c_uint64 * 16).in_dll(driver, "record")
+    module.bind(1 << 45, 77, 128, 4096)(9, 1 << 40, (1 << 63) + 5, 3)
+    assert list(record[:12]) == [1 << 45, 77, 1, 128, 1, 4096, 9, 1 << 40, (1 << 63) + 5, 3, 0, 0]
+    module.launch(5, 3, 32, 0, 8, 1, 2, -1)
+    assert list(record[:12]) == [5, 3, 1, 32, 1, 0, 8, 1, 2, (1 << 64) - 1, 0, 0]
+    module.launch(5, 0, 32, 0, 1, 4, 4, 4)
+    assert record[6] == 8, "an empty grid is not launched"
+    ctypes.c_int.in_dll(driver, "status").value = 700
+    with pytest.raises(RuntimeError, match="error 700: too bad"):
+        module.launch(5, 3, 32, 0, 8, 1, 2, 3)
+    ctypes.c_int.in_dll(driver, "status").value = 0
+    with pytest.raises(TypeError):
+        module.launch(5, 3, 32, 0, 8, "x", 2, 3)
+    with pytest.raises(OSError, match="no CUDA driver"):
+        module.open_driver("libnothing.so")
+
+
+def test_launch_through_triton(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a launch hands to Triton's handle where there is no compiler, with a handle that records it."""
+    monkeypatch.setattr("memplan.runtime.triton_launch.native_launch", lambda: None)
     kernel = emitted(5000)
     built = compile_kernels([kernel], Target())[0]
     calls: list[tuple[object, ...]] = []
