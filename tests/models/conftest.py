@@ -1,0 +1,17 @@
+"""Fixtures of the end-to-end tests: a clean Dynamo, and a cache of their own for the whole run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def clean_dynamo() -> Iterator[None]:
+    """No test sees another's compiled code or recompilation counts."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
