@@ -205,10 +205,10 @@ class FusionGraph:
         uses = [slots.get(g, self.slot[g]) for g in (self.readers.get(buffer, ()) if readers is None else readers)]
         made = [slots.get(g, self.slot[g]) for g in (self.writers.get(buffer, ()) if writers is None else writers)]
         if buffer in self.donated:
-            return (0, max(*uses, *made, 0)) if uses or made else None
+            return (0, max((*uses, *made, 0))) if uses or made else None
         if not made:
             return None
-        last = len(self.order) - 1 if buffer in self.program.output_buffers else max(*uses, *made)
+        last = len(self.order) - 1 if buffer in self.program.output_buffers else max((*uses, *made))
         return min(made), last
 
     def try_change(

@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from memplan.passes.cleanup import Cleanup
-from memplan.passes.fuse_graph import FusionGraph
-from memplan.passes.fusion import Fusion
 
 from memplan.ir.printing import format_program
 from memplan.ir.program import Program
 from memplan.ir.verify import verify_program
+from memplan.passes.cleanup import Cleanup
+from memplan.passes.fuse_graph import FusionGraph
+from memplan.passes.fusion import Fusion
 from tests.passes.generated_kernels import programs
 from tests.program_runner import copy_inputs, make_inputs, run_program
 

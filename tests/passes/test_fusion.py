@@ -1,0 +1,275 @@
+"""Fusion of patterns that matter, its limits and its refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from memplan.ir.index import FloorDiv, flat_index
+from memplan.ir.loops import (
+    Call,
+    Constant,
+    IndexExpr,
+    Kernel,
+    Load,
+    Node,
+    Range,
+    Reduce,
+    Store,
+    StoreMode,
+    outer_symbol,
+    row_symbol,
+)
+from memplan.ir.printing import format_kernel
+from memplan.ir.program import (
+    Buffer,
+    BufferKind,
+    Contract,
+    Extern,
+    KernelOp,
+    Operation,
+    Phase,
+    Program,
+    TensorInput,
+    View,
+)
+from memplan.ir.verify import verify_program
+from memplan.passes.cleanup import Cleanup, normalise
+from memplan.passes.fuse_graph import FusionGraph
+from memplan.passes.fuse_kernels import MergeRules, merge
+from memplan.passes.fusion import Fusion
+from tests.passes.test_fusion_generated import assert_same
+
+F32 = torch.float32
+X0, X1, X2, R0 = outer_symbol(0), outer_symbol(1), outer_symbol(2), row_symbol(0)
+
+
+def pointwise(
+    out: str, sizes: tuple[int, ...], loads: dict[str, IndexExpr], op: str, at: IndexExpr | None = None
+) -> KernelOp:
+    """``out[at] = op(loads...)`` over ranges ``x0, x1, ...``."""
+    symbols = [outer_symbol(k) for k in range(len(sizes))]
+    strides = [1] * len(sizes)
+    for k in range(len(sizes) - 2, -1, -1):
+        strides[k] = strides[k + 1] * sizes[k + 1]
+    nodes: list[Node] = [Load(b, e, F32) for b, e in loads.items()]
+    nodes.append(Call(op, tuple(range(len(loads))), F32))
+    index = flat_index(symbols, strides) if at is None else at
+    ranges = tuple(Range(s, n) for s, n in zip(symbols, sizes, strict=True))
+    return KernelOp(out, Kernel(ranges, (), tuple(nodes), (Store(out, index, len(loads), F32),)), "cpu")
+
+
+def reduction(out: str, rows: int, length: int, source: str, index: IndexExpr, op: str = "sum") -> KernelOp:
+    nodes = (Load(source, index, F32), Reduce(op, (0,), F32))  # type: ignore[arg-type]
+    return KernelOp(out, Kernel((Range(X0, rows),), (Range(R0, length),), nodes, (Store(out, X0, 1, F32),)), "cpu")
+
+
+def program(
+    operations: list[Operation], sizes: dict[str, int], outputs: tuple[str, ...], mutated: tuple[str, ...] = ()
+) -> Program:
+    """``sizes`` in elements; what nobody writes is an input."""
+    written = {b for op in operations for b in op.writes}
+    buffers, inputs = {}, []
+    for name, n in sizes.items():
+        kind = BufferKind.TEMPORARY if name in written else BufferKind.INPUT
+        kind = BufferKind.OUTPUT if name in outputs and name in written else kind
+        buffers[name] = Buffer(name, 4 * n, F32, "cpu", kind)
+        if kind is BufferKind.INPUT:
+            inputs.append(TensorInput(len(inputs), View(name, F32, (n,), (1,))))
+    views = tuple(View(o, F32, (sizes[o],), (1,)) for o in outputs)
+    return Program("p", Phase.INFERENCE, buffers, tuple(operations), tuple(inputs), views)
+
+
+def fused(before: Program, **options: int) -> Program:
+    """The fused program, verified, and checked to mean the same and to need no more."""
+    after = Fusion(**options).run(Cleanup().run(before))
+    verify_program(after)
+    assert_same(before, after)
+    assert FusionGraph(after).live.max() <= FusionGraph(before).live.max()
+    return after
+
+
+def extern(out: str, source: str, n: int) -> Extern:
+    view = View(source, F32, (n,), (1,))
+    return Extern(out, "aten.relu.default", (view,), (), (View(out, F32, (n,), (1,)),), Contract.FRESH, "cpu")
+
+
+def softmax() -> Program:
+    return program(
+        [
+            reduction("m", 4, 8, "a", 8 * X0 + R0, "max"),
+            pointwise("s", (4, 8), {"a": 8 * X0 + X1, "m": X0}, "sub"),
+            pointwise("e", (32,), {"s": X0}, "exp"),
+            reduction("t", 4, 8, "e", 8 * X0 + R0),
+            pointwise("o", (32,), {"e": X0, "t": FloorDiv(X0, 8)}, "div"),
+        ],
+        {"a": 32, "m": 4, "s": 32, "e": 32, "t": 4, "o": 32},
+        ("o",),
+    )
+
+
+def test_softmax_is_one_kernel() -> None:
+    (op,) = fused(softmax()).operations
+    assert isinstance(op, KernelOp)
+    assert format_kernel(op.kernel).splitlines() == [
+        "for x0 < 4 | r0 < 8:",
+        "  v0 <- a[r0 + 8*x0] : f32",
+        "  v1 = reduce_max(v0) : f32",
+        "  v2 <- sub(v0, v1) : f32",
+        "  v3 <- exp(v2) : f32",
+        "  v4 = reduce_sum(v3) : f32",
+        "  v5 <- div(v3, v4) : f32",
+        "  o[r0 + 8*x0] = v5 : f32",
+    ]
+
+
+def test_outputs_stay_stored() -> None:
+    before = softmax()
+    view = View("e", F32, (32,), (1,))
+    buffers = {**before.buffers, "e": replace(before.buffers["e"], kind=BufferKind.SAVED)}
+    (op,) = fused(replace(before, buffers=buffers, outputs=(*before.outputs, view))).operations
+    assert op.writes == ("e", "o")
+
+
+def test_cat_parts_are_written_by_their_producers() -> None:
+    after = fused(
+        program(
+            [
+                pointwise("p", (4,), {"a": X0}, "exp"),
+                pointwise("q", (2,), {"a": X0}, "neg"),
+                pointwise("c", (4,), {"p": X0}, "abs", X0),
+                replace(pointwise("c", (2,), {"q": X0}, "abs", X0 + 4), name="c2"),
+            ],
+            {"a": 4, "p": 4, "q": 2, "c": 6},
+            ("c",),
+        )
+    )
+    assert [op.writes for op in after.operations] == [("c",), ("c",)]
+    assert set(after.buffers) == {"a", "c"}
+
+
+def test_transposed_consumer_follows_its_producer() -> None:
+    after = fused(
+        program(
+            [pointwise("p", (4, 8), {"a": 8 * X0 + X1}, "exp"), pointwise("o", (8, 4), {"p": 8 * X1 + X0}, "neg")],
+            {"a": 32, "p": 32, "o": 32},
+            ("o",),
+        )
+    )
+    assert len(after.operations) == 1
+
+
+def test_a_third_between_keeps_two_apart() -> None:
+    after = fused(
+        program(
+            [
+                pointwise("p", (32,), {"a": X0}, "exp"),
+                extern("e", "p", 32),
+                pointwise("o", (32,), {"p": X0, "e": X0}, "add"),
+            ],
+            {"a": 32, "p": 32, "e": 32, "o": 32},
+            ("o",),
+        )
+    )
+    assert [op.name for op in after.operations] == ["p", "e", "o"]
+
+
+def test_reads_stay_before_a_mutation() -> None:
+    """``p`` reads ``a`` shifted before ``a`` changes: neither merged with the change nor replayed behind it."""
+    change = replace(pointwise("a", (4,), {"b": X0}, "neg"), name="change", mutates=("a",))
+    after = fused(
+        program(
+            [pointwise("p", (4,), {"a": 3 - X0}, "exp"), change, pointwise("o", (4,), {"p": X0, "b": X0}, "add")],
+            {"a": 4, "b": 4, "p": 4, "o": 4},
+            ("o",),
+        )
+    )
+    names = [op.name for op in after.operations]
+    assert names.index("change") > 0 or "p" not in names
+    assert len(names) == 2, "p and o are one, the change is alone"
+
+
+def test_no_store_beside_a_load_of_the_same_buffer_along_a_row() -> None:
+    """A kernel that passes over its row again would read what it has already overwritten."""
+    total = reduction("t", 4, 8, "a", 8 * X0 + R0).kernel
+    scaled = pointwise("a", (32,), {"a": X0, "t": FloorDiv(X0, 8)}, "div").kernel
+    assert merge(total, scaled, MergeRules(frozenset({"a"}), frozenset({"t"}))) is None
+    assert merge(total, pointwise("o", (32,), {"a": X0, "t": FloorDiv(X0, 8)}, "div").kernel) is not None
+
+
+def test_atomics_into_a_fresh_buffer_wait_for_its_zeros() -> None:
+    zeros = Kernel((Range(X0, 4),), (), (Constant(0.0, F32),), (Store("z", X0, 0, F32),))
+    add = Kernel((Range(X0, 4),), (), (Load("a", X0, F32),), (Store("z", 3 - X0, 0, F32, StoreMode.ADD),))
+    assert merge(zeros, add, MergeRules(changed=frozenset({"z"}))) is None
+
+
+def test_rows_and_columns_of_a_square_stay_apart() -> None:
+    after = fused(
+        program(
+            [reduction("r", 8, 8, "a", 8 * X0 + R0), reduction("c", 8, 8, "a", 8 * R0 + X0)],
+            {"a": 64, "r": 8, "c": 8},
+            ("r", "c"),
+        )
+    )
+    assert len(after.operations) == 2
+
+
+def test_siblings_read_once() -> None:
+    after = fused(
+        program(
+            [reduction("r", 8, 4, "a", 4 * X0 + R0), reduction("c", 8, 4, "a", 4 * X0 + R0, "max")],
+            {"a": 32, "r": 8, "c": 8},
+            ("r", "c"),
+        )
+    )
+    (op,) = after.operations
+    assert isinstance(op, KernelOp)
+    assert len(op.kernel.loads) == 1
+
+
+def test_memory_refuses_a_sibling_that_raises_the_peak() -> None:
+    """``early`` and ``late`` read the same; made together, ``late``'s large result would live through the peak."""
+    operations: list[Operation] = [
+        pointwise("early", (64,), {"a": X0}, "exp"),
+        pointwise("wide", (64, 64), {"early": X1, "w": 64 * X0 + X1}, "add"),
+        extern("f", "wide", 4096),
+        extern("g", "f", 4096),
+        reduction("h", 64, 64, "g", 64 * X0 + R0),
+        pointwise("late", (64,), {"a": X0}, "neg"),
+        extern("k", "late", 64),
+        pointwise("o", (64,), {"h": X0, "k": X0}, "add"),
+    ]
+    sizes = {"a": 64, "early": 64, "wide": 4096, "w": 4096, "f": 4096, "g": 4096, "h": 64, "late": 64, "k": 64, "o": 64}
+    after = fused(program(operations, sizes, ("o",)))
+    assert "late" in [op.name for op in after.operations], "alone, where it is needed"
+
+
+@pytest.mark.parametrize(("most", "count"), [(3, 2), (24, 1)])
+def test_number_of_buffers_is_bounded(most: int, count: int) -> None:
+    operations: list[Operation] = [
+        pointwise("p", (4,), {"a": X0, "b": X0}, "add"),
+        pointwise("o", (4,), {"p": X0, "c": X0}, "add"),
+    ]
+    before = program(operations, dict.fromkeys("abcpo", 4), ("o",))
+    assert len(fused(before, max_buffers=most).operations) == count
+
+
+def test_same_program_same_result() -> None:
+    assert Fusion().run(softmax()) == Fusion().run(softmax())
+
+
+def test_normalise_collapses_and_splits() -> None:
+    kernel = pointwise("o", (2, 3, 4), {"a": 12 * X0 + 4 * X1 + X2}, "neg").kernel
+    assert [r.size for r in normalise(kernel).outer] == [24]
+    bias = Kernel(
+        (Range(X0, 24),),
+        (),
+        (Load("a", X0, F32), Load("b", X0 - 8 * FloorDiv(X0, 8), F32), Call("add", (0, 1), F32)),
+        (Store("o", X0, 2, F32),),
+    )
+    assert [r.size for r in normalise(bias).outer] == [3, 8]
+    single = reduction("o", 1, 8, "a", R0).kernel
+    assert normalise(single).outer == ()
+    assert normalise(reduction("o", 3, 1, "a", X0).kernel).row != ()
