@@ -15,7 +15,7 @@ import sympy
 import torch
 
 from memplan.ir.index import FloorDiv, Mod, bounds, expand, ranges_of, simplify
-from memplan.ir.loops import Index, Kernel, Load, Range, Size, Store, StoreMode, value_references
+from memplan.ir.loops import Index, Kernel, Level, Load, Range, Size, Store, StoreMode, value_references
 from memplan.ir.program import evaluate
 
 Hints = Mapping[sympy.Symbol, int]
@@ -76,6 +76,8 @@ class _Access:
 
 def arrange(kernel: Kernel, hints: Hints) -> Loops:
     """The loops that a tile runs over. Meaning and order of nodes and stores stay as they are."""
+    if kernel.row and not kernel.reductions and all(kernel.store_level(s) is Level.POINT for s in kernel.stores):
+        kernel = replace(kernel, outer=(*kernel.outer, *kernel.row), row=())  # nothing is reduced: plain points
     kernel = _simplified(kernel)
     kernel = _ordered(kernel, hints)
     kernel = _merged(kernel)

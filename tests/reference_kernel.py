@@ -172,7 +172,7 @@ class _Evaluation:
         target, index = self.storage(store.buffer, store.dtype), self.index(store.index)
         value = self.values[store.value]
         parts = [index, value] + ([] if store.mask is None else [self.values[store.mask]])
-        if store.index.free_symbols & {r.symbol for r in self.kernel.outer}:
+        if store.mode is not StoreMode.SET or store.index.free_symbols & {r.symbol for r in self.kernel.outer}:
             parts.append(torch.zeros(self.shape[0], 1))
         full = torch.broadcast_tensors(*parts)
         at, what = full[0].reshape(-1), full[1].reshape(-1).to(store.dtype)

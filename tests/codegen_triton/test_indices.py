@@ -305,6 +305,36 @@ def test_mutation_of_what_is_read(check) -> None:
     check.numbers(k.done(), {"a": torch.randn(120)})
 
 
+def test_rows_without_reductions_are_plain_points(check) -> None:
+    k = Builder((6,), (40,))
+    at = X[0] * 40 + R[0]
+    k.store("out", at, k.call("add", k.load("a", at), k.load("b", X[0])))
+    emitted = check.numbers(k.done(), {"a": torch.randn(240), "b": torch.randn(6), "out": torch.zeros(240)})
+    assert "RBLOCK" not in emitted.source
+    k.store("copy", X[0], k.load("b", X[0]))
+    check.numbers(
+        k.done(), {"a": torch.randn(240), "b": torch.randn(6), "out": torch.zeros(240), "copy": torch.zeros(6)}
+    )
+
+
+@pytest.mark.parametrize("mode", [StoreMode.ADD, StoreMode.MAX, StoreMode.MIN])
+@pytest.mark.parametrize("dtype", [F32, torch.int32, I64])
+def test_atomics(mode: StoreMode, dtype: torch.dtype, check) -> None:
+    """At computed places with collisions, at one place, under a mask, and once a row."""
+    k = Builder((9,), (20,))
+    x = k.load("a", X[0] * 20 + R[0], dtype)
+    at = k.load("at", X[0] * 20 + R[0], I64)
+    k.store("spread", VALUE.xreplace({VALUE: s.value_symbol(at)}), x, dtype, mode)
+    k.store("one", 0, x, dtype, mode, k.call("gt", x, k.const(0, dtype), dtype=torch.bool))
+    k.store("rows", FloorDiv(X[0], 2), k.reduce("max", x, dtype=dtype), dtype, mode)
+    k.store("count", 0, k.const(1, dtype), dtype, mode)
+    data = (torch.randn(180) * 9).to(dtype)
+    buffers = {"a": data, "at": torch.randint(0, 7, (180,)), "spread": torch.zeros(7, dtype=dtype)}
+    buffers |= {"one": torch.zeros(1, dtype=dtype), "rows": torch.zeros(5, dtype=dtype)}
+    check.numbers(k.done(), {**buffers, "count": torch.zeros(1, dtype=dtype)}, rtol=1e-5, atol=1e-5)
+    check.builds(k.done())
+
+
 def test_half_precision_is_not_rounded_between(check) -> None:
     k = Builder((64,))
     x = k.load("a", X[0], BF16)

@@ -32,6 +32,8 @@ from memplan.codegen.triton_kernel import TritonKernel, emit_triton  # noqa: E40
 from memplan.ir.canonical import CanonicalKernel, canonicalize  # noqa: E402
 from memplan.ir.errors import CompilerError  # noqa: E402
 from memplan.ir.loops import Kernel  # noqa: E402
+from memplan.ir.program import KernelOp  # noqa: E402
+from memplan.passes.split_reductions import split  # noqa: E402
 from memplan.runtime.triton_build import Build, Compiled, Target, compile_builds  # noqa: E402
 from memplan.runtime.triton_launch import make_launcher, tune  # noqa: E402
 
@@ -197,41 +199,60 @@ def milliseconds(run: Callable[[], object]) -> float:
     return float(do_bench(run, warmup=5, rep=40, return_mode="median"))
 
 
+def pieces(kernel: Kernel, buffers: Buffers) -> list[CanonicalKernel]:
+    """The kernel, or the two that it is split into, with the partial results' buffers made."""
+    found = split(KernelOp("op", kernel, "cuda:0"), {})
+    if found is None:
+        return [canonicalize(kernel)]
+    first, second, made = found
+    buffers.update((b.name, torch.empty(b.nbytes // b.dtype.itemsize, dtype=b.dtype, device="cuda")) for b in made)
+    return [canonicalize(first.kernel), canonicalize(second.kernel)]
+
+
 def compare(
-    case: Case, canonical: CanonicalKernel, emitted: TritonKernel, built: list[Compiled], inductor: bool
+    case: Case, parts: list[tuple[CanonicalKernel, TritonKernel]], built: dict[Build, Compiled], inductor: bool
 ) -> tuple[str, tuple[float, float]]:
     """A line of the table, and our time over Inductor's by rule and tuned."""
-    name, _, buffers, function = case
+    name, kernel, buffers, function = case
     stream = torch.cuda.current_stream().cuda_stream
-    launchers = [make_launcher(emitted, b) for b in built]
-    arguments = [buffers[b].data_ptr() for b in canonical.buffers]
-    best = tune(launchers, lambda: arguments, stream, repeats=20)
-    first = milliseconds(lambda: launchers[0](stream, *arguments))
-    chosen = milliseconds(lambda: launchers[best](stream, *arguments)) if best else first
-    nbytes = moved(canonical, {b: buffers[b] for b in canonical.buffers})
-    line = f"{name:42}{nbytes / first / 1e6:7.0f}{nbytes / chosen / 1e6:7.0f}"
+    ruled, chosen, sizes = [], [], []
+    for canonical, emitted in parts:
+        launchers = [make_launcher(emitted, built[Build.of(emitted, config)]) for config in emitted.configs]
+        arguments = [buffers[b].data_ptr() for b in canonical.buffers]
+        best = tune(launchers, lambda arguments=arguments: arguments, stream, repeats=20)
+        ruled.append((launchers[0].bound(), arguments))
+        chosen.append((launchers[best].bound(), arguments))
+        config = emitted.configs[best]
+        sizes.append(f"{'x'.join(str(n) for _, n in config.blocks)} w{config.num_warps} ({best}/{len(launchers)})")
+
+    def run(steps: list[tuple[Callable[..., None], list[int]]]) -> float:
+        return milliseconds(lambda: [launch(stream, *arguments) for launch, arguments in steps])
+
+    first, tuned = run(ruled), run(chosen)
+    nbytes = moved(canonicalize(kernel), buffers)
+    line = f"{name:40}{nbytes / first / 1e6:7.0f}{nbytes / tuned / 1e6:7.0f}"
     ratio = (1.0, 1.0)
     if inductor:
         torch._dynamo.reset()
         compiled = torch.compile(function)
         compiled(buffers)
         theirs = milliseconds(lambda: compiled(buffers))
-        ratio = (first / theirs, chosen / theirs)
+        ratio = (first / theirs, tuned / theirs)
         line += f"{nbytes / theirs / 1e6:9.0f}{ratio[0]:15.2f}{ratio[1]:7.2f}"
-    config = emitted.configs[best]
-    sizes = "x".join(str(n) for _, n in config.blocks)
-    return f"{line}  {sizes} warps {config.num_warps} ({best} of {len(built)})", ratio
+    return f"{line}  {', '.join(sizes)}", ratio
 
 
 def speed(inductor: bool) -> None:
     cases = speed_cases()
-    canonical = [canonicalize(k) for _, k, _, _ in cases]
-    emitted = [emit_triton(c, name="kernel", hints={}) for c in canonical]
-    built = build_all(emitted)
+    parts = [
+        [(c, emit_triton(c, name="kernel", hints={})) for c in pieces(kernel, buffers)]
+        for _, kernel, buffers, _ in cases
+    ]
+    built = build_all([e for part in parts for _, e in part])
     ratios: list[tuple[float, float]] = []
-    print(f"{'kernel':42}{'GB/s':>7}{'tuned':>7}{'Inductor':>9}{'time/Inductor':>15}{'tuned':>7}  best configuration")
-    for case, c, e in zip(cases, canonical, emitted, strict=True):
-        line, ratio = compare(case, c, e, [built[Build.of(e, config)] for config in e.configs], inductor)
+    print(f"{'kernel':40}{'GB/s':>7}{'tuned':>7}{'Inductor':>9}{'time/Inductor':>15}{'tuned':>7}  best configuration")
+    for case, part in zip(cases, parts, strict=True):
+        line, ratio = compare(case, part, built, inductor)
         ratios.append(ratio)
         print(line, flush=True)
     if inductor:
@@ -248,15 +269,16 @@ def launch_overhead() -> None:
     buffers = [randn(1024) for _ in canonical.buffers]
     pointers = [b.data_ptr() for b in buffers]
     stream = torch.cuda.current_stream().cuda_stream
-    for _ in range(200):
-        launcher(stream, *pointers)
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(1000):
-        launcher(stream, *pointers)
-    spent = time.perf_counter() - begin
-    torch.cuda.synchronize()
-    print(f"launch: {spent * 1e3:.2f} us a call on the host")
+    for name, call in (("launcher", launcher), ("bound", launcher.bound())):
+        for _ in range(200):
+            call(stream, *pointers)
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(1000):
+            call(stream, *pointers)
+        spent = time.perf_counter() - begin
+        torch.cuda.synchronize()
+        print(f"launch through {name}: {spent * 1e3:.2f} us a call on the host")
 
 
 def main() -> int:
