@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import typer
 
 from ..ir.errors import MemplanError, OptionError, ReportError
-from . import commands_gate, commands_run, commands_show
+from . import commands_gate, commands_run, commands_show, planner_commands
 from .terminal import silence
 from .text import clean
 
@@ -33,6 +33,7 @@ app = typer.Typer(
 commands_show.register(app)
 commands_run.register(app)
 commands_gate.register(app)
+planner_commands.register(app)
 
 
 def _version(asked: bool) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import bisect
+import heapq
 from dataclasses import dataclass
 
 from .allocation import rounded
 from .model import Graph, Storage
+
+#: An address beyond all that can be asked for.
+_END = 1 << 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,23 +59,48 @@ def layout(graph: Graph) -> Layout:
     return Layout(tuple(lanes), tuple(placed))
 
 
+class FreeList:
+    """Free stretches ``[start, stop)`` of an axis without end, by address; neighbours are merged."""
+
+    def __init__(self) -> None:
+        self.starts: list[int] = [0]
+        self.stops: list[int] = [_END]
+
+    def take(self, nbytes: int) -> int:
+        """The lowest address with ``nbytes`` free bytes; they are taken."""
+        k = next(k for k, start in enumerate(self.starts) if self.stops[k] - start >= nbytes)
+        start = self.starts[k]
+        if self.stops[k] - start == nbytes:
+            del self.starts[k], self.stops[k]
+        else:
+            self.starts[k] = start + nbytes
+        return start
+
+    def give(self, start: int, stop: int) -> None:
+        """Free ``[start, stop)``."""
+        k = bisect.bisect_left(self.starts, start)
+        if k < len(self.starts) and self.starts[k] == stop:
+            self.starts[k] = start
+        else:
+            self.starts.insert(k, start)
+            self.stops.insert(k, stop)
+        if k > 0 and self.stops[k - 1] == start:
+            self.stops[k - 1] = self.stops[k]
+            del self.starts[k], self.stops[k]
+
+
 def first_fit(storages: list[Storage]) -> tuple[list[int], int]:
     """The lowest free offset for each storage, in order of birth; and the bytes that all of them span."""
-    taken: list[tuple[int, int, int]] = []  # (offset, end, death), by offset, of what is alive
-    deaths: list[int] = []  # of what is alive, sorted, to know when a sweep is due
+    free = FreeList()
+    alive: list[tuple[int, int, int]] = []  # a heap of (death, offset, end)
     offsets, top = [], 0
     for s in storages:
-        if deaths and deaths[0] <= s.birth:
-            taken = [t for t in taken if t[2] > s.birth]
-            deaths = deaths[bisect.bisect_right(deaths, s.birth) :]
+        while alive and alive[0][0] <= s.birth:
+            _, start, stop = heapq.heappop(alive)
+            free.give(start, stop)
         need = max(rounded(s.nbytes, s.device), 1)
-        offset = 0
-        for start, stop, _ in taken:
-            if start - offset >= need:
-                break
-            offset = max(offset, stop)
-        bisect.insort(taken, (offset, offset + need, s.death))
-        bisect.insort(deaths, s.death)
+        offset = free.take(need)
+        heapq.heappush(alive, (s.death, offset, offset + need))
         offsets.append(offset)
         top = max(top, offset + need)
     return offsets, top

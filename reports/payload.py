@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import re
 import sys
 from dataclasses import dataclass
 
@@ -12,6 +13,10 @@ from .terminal import placed
 from .text import clean, code, line, shape, short, step_title
 
 Header = dict[str, object]
+
+
+#: A number in a module path: layers of one kind get one colour.
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
 class Strings:
@@ -90,6 +95,7 @@ def _boxes(graph: Graph, plan: Layout, strings: Strings) -> Columns:
             "name",
             "kind",
             "module",
+            "layer",
             "dtype",
             "line",
             "node",
@@ -125,6 +131,7 @@ def _texts(b: Buffer) -> dict[str, str]:
         "name": clean(b.name),
         "kind": clean(b.kind),
         "module": clean(o.module),
+        "layer": _NUMBER.sub(".*", clean(o.module)),
         "dtype": clean(b.dtype),
         "line": line(o),
         "node": clean(o.node),

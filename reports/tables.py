@@ -13,9 +13,8 @@ from .text import clean, code, percent, signed, size, step_title
 
 #: What a spreadsheet would take for a formula at the start of a cell.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
-_MARKDOWN = str.maketrans(
-    {c: f"\\{c}" for c in "\\`*_{}[]()#+!|~$"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;", "@": "&#64;"}
-)
+_ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;", "@": "&#64;", "`": "&#96;"}
+_MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\*_{}[]()#+!|~$"} | _ENTITIES)
 
 
 def escaped(text: str) -> str:

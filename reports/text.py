@@ -7,29 +7,29 @@ from __future__ import annotations
 
 import os
 import unicodedata
+from functools import lru_cache
 from pathlib import PurePath
 
 from .model import Buffer, Origin, Step
 
-#: Characters that move text about without being seen: bidirectional controls, zero-width, line separators.
-_HIDDEN = frozenset(
-    "\u200b\u200c\u200d\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2068\u2069\ufeff"
-)
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def clean(text: str, limit: int = 200) -> str:
-    """The text on one line, control and hidden characters written as escapes, cut to ``limit`` characters."""
-    shown = "".join(c if c.isprintable() and c not in _HIDDEN else _escape(c) for c in text[: limit + 1])
-    return shown if len(text) <= limit else shown[: limit - 1] + "…"
+    """The text on one line, what is not printable written as escapes, cut to ``limit`` characters.
+
+    Not printable are controls, bidirectional and zero-width characters, separators of lines, surrogates.
+    """
+    shown = text[:limit]
+    if not shown.isprintable():
+        shown = "".join(c if c.isprintable() else _escape(c) for c in shown)
+    return shown if len(text) <= limit else shown + "…"
 
 
 def _escape(character: str) -> str:
-    if character == " ":
-        return " "
-    code = ord(character)
     if unicodedata.category(character) == "Zs":
         return " "
+    code = ord(character)
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
@@ -65,9 +65,13 @@ def shape(buffer: Buffer) -> str:
 
 def path(file: str) -> str:
     """A file's path for people: relative to the working folder if below it, else its last three parts."""
+    return _path(file, os.getcwd().rstrip("/") + "/")
+
+
+@lru_cache(maxsize=4096)
+def _path(file: str, here: str) -> str:
     if not file:
         return ""
-    here = os.getcwd().rstrip("/") + "/"
     if file.startswith(here):
         return clean(file[len(here) :])
     parts = PurePath(file).parts

@@ -9,7 +9,7 @@ const PALETTE = ["#56b4e9", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#0072b2
 const KIND = { input: "#999999", parameter: "#666666", constant: "#666666", temporary: "#56b4e9", saved: "#d55e00",
   output: "#009e73", workspace: "#f0e442", comm: "#cc79a7" };
 const CURVES = 130, GAP = 10, LEFT = 78, RIGHT = 10, AXIS = 22;
-const COLOUR_BY = { kind: "kind", module: "module", dtype: "dtype", pass: "decided", line: "line", graph: "graph" };
+const COLOUR_BY = { kind: "kind", module: "layer", dtype: "dtype", pass: "decided", line: "line", graph: "graph" };
 const FACTS = [["name", "buffer"], ["line", "your line"], ["code", "code"], ["module", "module"], ["node", "FX node"],
   ["op", "operation"], ["shape", "shape"], ["kind", "kind"], ["decided", "place decided by"], ["note", "place"]];
 const TYPES = { f8: Float64Array, i4: Int32Array };
@@ -228,13 +228,14 @@ class View {
       [id, (this.by === "kind" && KIND[this.s[id]]) || PALETTE[Math.min(k, PALETTE.length - 1)]]));
     this.fill = new Uint32Array(this.count);
     for (let i = 0; i < this.count; i++) this.fill[i] = packed(colours.get(column[i]));
-    this.legend.replaceChildren(...order.slice(0, PALETTE.length + 3).map((id) => {
+    const shown = this.by === "kind" ? order.length : PALETTE.length - 1;
+    this.legend.replaceChildren(...order.slice(0, shown).map((id) => {
       const item = element("span"), swatch = element("span", "swatch");
       swatch.style.background = colours.get(id);
       item.append(swatch, element("span", "", this.s[id] || "(none)"));
       return item;
     }));
-    if (order.length > PALETTE.length + 3) this.legend.append(element("span", "soft", `and ${order.length - PALETTE.length - 3} more`));
+    if (order.length > shown) this.legend.append(element("span", "soft", `grey: ${order.length - shown} more`));
   }
 
   find(text) {
@@ -371,8 +372,8 @@ class View {
     for (const [step, colour, text] of [[this.at, "#0072b2", `step ${this.at}`], [this.header.peak, this.ink, "peak"]]) {
       const x = xOf(step + 0.5);
       if (step === undefined || x < plot.x || x > plot.x + plot.w || (text !== "peak" && step === this.header.peak)) continue;
-      context.fillStyle = colour; context.fillRect(x, 14, 1.5, floor - 14);
-      context.textAlign = x > plot.x + plot.w - 40 ? "right" : "left"; context.fillText(text, x + (context.textAlign === "left" ? 4 : -4), 22);
+      context.fillStyle = colour; context.fillRect(x, 16, 1.5, floor - 16);
+      context.textAlign = x > plot.x + plot.w - 40 ? "right" : "left"; context.fillText(text, x + (context.textAlign === "left" ? 4 : -4), 26);
     }
     if (this.selected >= 0) this.outline(context, xOf);
   }

@@ -1,0 +1,98 @@
+"""What an out-of-memory error says: the plan at that step, the user's line, and what would have made it fit."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from ..ir.plan import Plan
+from .build import graph_of
+from .fit import Attempt
+from .model import Graph
+from .terminal import peak_groups
+from .text import clean, code, line, size, step_title, whereabouts
+
+
+def explain_oom(plan: Plan, step: int, *, requested: int = 0, attempts: Sequence[Attempt] = ()) -> str:
+    """The message for a device that ran out of memory while ``step`` of ``plan`` ran, as plain text.
+
+    Parameters
+    ----------
+    requested:
+        Bytes that were asked for and not given; 0 if not known.
+    attempts:
+        Changes whose plans are known (see `memplan.reports.fit.changes`); the one that saves most is named.
+
+    Raises
+    ------
+    ValueError
+        If the plan has no such step.
+    """
+    if not 0 <= step < max(1, len(plan.order)):
+        raise ValueError(f"no step {step} in a plan of {len(plan.order)} steps")
+    graph = graph_of(plan)
+    lines = [_headline(graph, step, requested)]
+    if graph.steps:
+        lines.append(_table(graph, step))
+        lines.append(_peak(graph, step))
+    lines.append(advice(graph, step, attempts))
+    return "\n".join(filter(None, lines))
+
+
+def _headline(graph: Graph, step: int, requested: int) -> str:
+    if not graph.steps:
+        return f"out of memory in {clean(graph.name)}, which has no steps"
+    running = graph.steps[step]
+    place = next((line(o) for o in running.origins if o.file), "")
+    source = next((code(o) for o in running.origins if o.code), "")
+    text = f"The device ran out of memory at step {step} of {len(graph.steps)} of {clean(graph.name)}: "
+    text += step_title(running)
+    if requested:
+        text += f", asking for {size(requested)}"
+    if place:
+        text += f"\n  your line: {place}{f'    {source}' if source else ''}"
+    return text + f"\n  by plan {size(graph.allocated[step])} are allocated there, {size(graph.live[step])} of it live"
+
+
+def largest_lines(graph: Graph) -> str:
+    """What is alive at the peak, as plain text."""
+    return _table(graph, graph.peak_step)
+
+
+def _table(graph: Graph, step: int) -> str:
+    out = io.StringIO()
+    console = Console(file=out, width=110, markup=False, emoji=False, highlight=False, no_color=True)
+    console.print(peak_groups(graph, step=step, top=6))
+    return "\n".join(f"  {row}".rstrip() for row in out.getvalue().splitlines())
+
+
+def _peak(graph: Graph, step: int) -> str:
+    at = graph.peak_step
+    if at == step:
+        return "  This step is the peak of the graph."
+    return f"  The peak of the graph would have been {size(graph.peak)}, at step {at}: {step_title(graph.steps[at])}."
+
+
+def advice(graph: Graph, step: int, attempts: Sequence[Attempt] = ()) -> str:
+    """The largest known change: of the plans given the one with the least bytes, else what is largest at the step."""
+    better = [a for a in attempts if a.peak < graph.peak]
+    if better:
+        best = min(better, key=lambda a: a.peak)
+        return f"  What would help most: {clean(best.title)} needs {size(best.peak)} instead of {size(graph.peak)}."
+    alive = graph.alive_at(step)
+    saved = sum(s.nbytes for s in alive if graph.shown_at(s, step).kind == "saved")
+    if saved and 2 * saved > graph.live[step]:
+        return (
+            f"  What would help most: {size(saved)} are kept for the backward pass. Recompute more of it with "
+            'options={"recompute_time": 0.3}, or use a smaller batch.\n'
+            "  `memplan fit MODULE:FACTORY --budget BYTES` tries such changes without running them."
+        )
+    if alive:
+        b = graph.shown_at(alive[0], step)
+        return (
+            f"  The largest buffer is {clean(b.name)}, {size(alive[0].nbytes)}, made at {whereabouts(b.origin)}.\n"
+            "  `memplan fit MODULE:FACTORY --budget BYTES` tries smaller batches and options without running them."
+        )
+    return "  None of this graph's own buffers is alive there: the memory is held by something else."
