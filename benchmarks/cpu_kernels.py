@@ -121,6 +121,7 @@ def table(timings: list[Timing]) -> str:
         "# CPU kernels\n\n"
         "Milliseconds per call, fastest of interleaved calls; ratios above 1 mean that memplan is faster. Written by\n"
         "`python benchmarks/cpu_kernels.py --write`.\n\n"
+        f"{'CPU time on one thread. ' if torch.get_num_threads() == 1 else ''}"
         f"torch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads, "
         f"{cpu_model()}.\n\n"
         f"Inductor's time over memplan's, geometric mean: {mean:.2f}; lowest {min(against):.2f}.\n\n"

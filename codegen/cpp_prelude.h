@@ -246,6 +246,11 @@ MP_INLINE float erf_small(float x) {  // |x| < 0.95: x + x P(x^2)
     s = fma_fast(s, t, 0x1.06eba8p-3f);
     return fma_fast(s, x, x);
 }
+MP_INLINE float exp_bounded(float x) {  // exp where the result is normal: no clamping, one step
+    uint32_t k;
+    float p = 1.0f + expm1_reduced(reduce_exponent(x, &k));
+    return p * exp2_int(k);
+}
 MP_INLINE float erf(float x) {
     float a = __builtin_fabsf(x);
     float c = a > 4.0f ? 4.0f : a;  // beyond: 1 - exp(-Q(x)), 1 from 4 on
@@ -257,7 +262,7 @@ MP_INLINE float erf(float x) {
     q = fma_fast(q, c, 0x1.443c48p-1f);
     q = fma_fast(q, c, 0x1.212a52p+0f);
     q = fma_fast(q, c, -0x1.7ea5c6p-13f);
-    float large = 1.0f - exp(-q);
+    float large = 1.0f - exp_bounded(-q);
     return __builtin_copysignf(a < 0.95f ? erf_small(a) : large, x);
 }
 // From 0.5 on exp(-x^2) R((x - 3) / (x + 3)) / (1 + 2 x), the square kept to twice the precision.
