@@ -9,7 +9,7 @@ from functools import lru_cache
 import sympy
 import torch
 
-from memplan.ir.index import Ranges, simplify
+from memplan.ir.index import Ranges, expand, simplify
 from memplan.ir.loops import (
     Call,
     Cast,
@@ -54,6 +54,8 @@ class Body:
         self._known: dict[object, int] = {}
         #: index expressions that are known in the new ranges already (used with an empty mapping)
         self.rewritten: Mapping[sympy.Expr, sympy.Expr] = {}
+        #: coordinates in use for the moment, and what they stand for
+        self.coordinates: Mapping[sympy.Symbol, sympy.Expr] = {}
 
     def add(self, node: Node) -> int:
         """The position of this node, a new one if there is no equal one yet."""
@@ -76,8 +78,10 @@ class Body:
         if references:
             values = tuple((value_symbol(k), value_symbol(moved[k])) for k in references if moved[k] != k)
             # one simultaneous substitution: new value numbers may coincide with old ones
-            return simplify(expr.xreplace({**dict(mapping), **dict(values)}), self.ranges)
-        return _substituted(expr, mapping, self.ranges) if mapping else expr
+            expr = simplify(expr.xreplace({**dict(mapping), **dict(values)}), self.ranges)
+        elif mapping:
+            expr = _substituted(expr, mapping, self.ranges)
+        return expand(expr.xreplace(self.coordinates)) if self.coordinates else expr
 
     def embed(
         self,

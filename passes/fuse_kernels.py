@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 import sympy
 import torch
 
-from memplan.ir.index import invert, ranges_of
+from memplan.ir.index import expand, invert, ranges_of
 from memplan.ir.loops import Call, Constant, Kernel, Load, Store, StoreMode, value_references
 
 from .fuse_body import Body, needed, store_operands
 from .fuse_mapping import mappings, same_index
+from .fuse_masks import assume
 
 #: integer division traps on a zero that a masked-off load may give
 _TRAPPING = frozenset({"floordiv", "truncdiv", "mod", "fmod"})
@@ -170,18 +171,19 @@ def inline(producer: Kernel, consumer: Kernel, buffer: str) -> Kernel | None:
     wanted = needed(producer, store_operands(store))
     traps = any(isinstance(producer.nodes[k], Call) and producer.nodes[k].op in _TRAPPING for k in wanted)  # type: ignore[union-attr]
     body = Body(consumer.outer, consumer.row)
-    space = ranges_of(producer.outer)
     failed = False
 
     def replay(load: Load) -> int | None:
         nonlocal failed
         if load.buffer != buffer or failed:
             return None
-        point = invert(store.index, space, load.index, body.ranges) if load.dtype == store.dtype else None
-        if point is None or (load.mask is not None and traps):
+        if load.dtype != store.dtype or (load.mask is not None and traps):
             failed = True
             return None
-        moved = body.embed(producer, point, only=wanted, mask=load.mask)
+        moved = _replayed(body, producer, store, load, wanted)
+        if moved is None:
+            failed = True
+            return None
         value = body.rounded(moved[store.value], store.dtype)
         if load.mask is None:
             return value
@@ -193,6 +195,19 @@ def inline(producer: Kernel, consumer: Kernel, buffer: str) -> Kernel | None:
         return None
     body.stores = body.embed_stores(consumer, {}, moved)
     return body.kernel()
+
+
+def _replayed(body: Body, producer: Kernel, store: Store, load: Load, wanted: frozenset[int]) -> list[int] | None:
+    """The producer's nodes at the point that stored what ``load`` reads."""
+    space, ranges, index = ranges_of(producer.outer), body.ranges, load.index
+    assumption = None if load.mask is None else assume(body.nodes, load.mask, ranges)
+    if assumption is not None:
+        index = expand(index.xreplace(assumption.forward))
+        body.ranges, body.coordinates = assumption.ranges, assumption.back
+    point = invert(store.index, space, index, body.ranges)
+    moved = None if point is None else body.embed(producer, point, only=wanted, mask=load.mask)
+    body.ranges, body.coordinates = ranges, {}
+    return moved
 
 
 def without_stores(kernel: Kernel, buffers: frozenset[str]) -> Kernel:
