@@ -18,9 +18,11 @@ from .ir.plan import Plan
 from .ir.program import Contract, Extern, KernelOp, Operation, Program
 from .ir.verify import verify_program
 from .ir.verify_plan import verify_plan
+from .lowering.call_site import LOWERINGS
 from .lowering.contracts import contract
 from .lowering.lower import lower_program
 from .passes.inplace import decide_in_place, plan_in_place
+from .passes.padding import pad_rows
 from .passes.pipeline import PASSES as PIPELINE
 from .passes.pipeline import run_pipeline
 from .passes.pools import Pooled, choose_pools
@@ -31,6 +33,9 @@ from .planner import planner_libraries
 from .runtime.python_runtime import namespace
 
 log = logging.getLogger(__name__)
+
+
+_PRODUCTS = ("aten.mm.default", "aten.addmm.default", "aten.mm.dtype")
 
 
 @dataclass(frozen=True)
@@ -56,12 +61,14 @@ class Lowering:
         return cls(config)
 
     def run(self, program: Program) -> Program:
+        if self.config.enabled("padding"):
+            program = pad_rows(program, LOWERINGS.__contains__)
         return with_contracts(lower_program(program, self.config))
 
 
 PASSES = (Reinplace, Lowering, *(p for p in PIPELINE if p is not Reinplace))
 #: names that ``options={"disable": [...]}`` accepts
-PASS_NAMES = ("attention", "rematerialize", *(p.name for p in PASSES), "reorder", "inplace", "pools")
+PASS_NAMES = ("attention", "chunked_loss", "rematerialize", "padding", *(p.name for p in PASSES), "reorder", "inplace", "pools")
 
 
 def plan_program(program: Program, config: Config) -> Plan:
@@ -102,20 +109,21 @@ def with_contracts(program: Program) -> Program:
     for op in program.operations:
         if isinstance(op, Extern) and op.contract is Contract.FRESH and not op.target.startswith("callable:"):
             found = contract(op.target, op.device.partition(":")[0])
-            if found.contract is Contract.OUT and found.out_target and _dense(op):
+            if found.contract is Contract.OUT and found.out_target and _takes_out(op):
                 op = replace(op, target=found.out_target, contract=Contract.OUT)
         operations.append(op)
     return program.with_operations(tuple(operations))
 
 
-def _dense(op: Extern) -> bool:
-    """Whether every result starts its buffer and is contiguous."""
+def _takes_out(op: Extern) -> bool:
+    """Whether every result is laid out so that the call can write it: contiguous, or a matrix with padded rows."""
     for view in op.results:
         if view is None or view.offset != 0:
             return False
         stride: Size = 1
-        for size, given in zip(reversed(view.sizes), reversed(view.strides), strict=True):
-            if size != 1 and given != stride:
+        for k, (size, given) in enumerate(zip(reversed(view.sizes), reversed(view.strides), strict=True)):
+            padded_rows = k == 1 and len(view.sizes) == 2 and op.target in _PRODUCTS and isinstance(given, int) and isinstance(stride, int) and given >= stride
+            if size != 1 and given != stride and not padded_rows:
                 return False
             stride = stride * size
     return True

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ..ir.config import Config
 from ..ir.program import evaluate
+from .chunked_loss import chunk_losses
 from .dropout import seed_dropout
 from .fx import symbol_hint
 from .sizes import size_of
@@ -68,6 +69,8 @@ def partitioner(
     ) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
         if config.random == "fast":
             seed_dropout(joint)
+        if config.loss_chunk and config.enabled("chunked_loss"):
+            chunk_losses(joint, config.loss_chunk)
         own = config.enabled("rematerialize") and config.recompute_time > 0
         with functorch_config.patch(recompute_views=True), _choosing(chooser if own else None):
             forward, backward = min_cut_rematerialization_partition(
@@ -117,7 +120,7 @@ def choose_saved(graph: torch.fx.Graph, node_info: object, chooser: Chooser) -> 
             keep, again = keep_bytes(node), again_cost(node, chooser.cheap)
         else:
             # nothing in the forward needs it: computing it is work either way, so doing it in the backward is free
-            keep, again = keep_bytes(node), 0.0
+            keep, again = keep_bytes(node), None if must_save(node) else 0.0
         values.append(chooser.value(node.name, keep, again, inputs, needed))
     kept = [nodes[k] for k in chooser.choose(values)]
     log.debug("%d of %d forward values are kept", len(kept), len(nodes))
@@ -144,7 +147,7 @@ def again_cost(node: torch.fx.Node, cheap: Callable[[str], bool]) -> float | Non
     """Cost of computing a node again in bytes of what is kept: a small part of the bytes it moves; None: never."""
     if node.op in ("placeholder", "get_attr"):
         return None
-    if node.meta.get("recompute") == CheckpointPolicy.MUST_SAVE:
+    if must_save(node):
         return None
     value = node.meta.get("val")
     if isinstance(value, (torch.SymInt, torch.SymBool, torch.SymFloat)):
@@ -166,6 +169,11 @@ def again_cost(node: torch.fx.Node, cheap: Callable[[str], bool]) -> float | Non
 
 #: Bytes that one would keep to save moving one byte in a fused recomputation.
 RECOMPUTE_WEIGHT = 0.02
+
+
+def must_save(node: torch.fx.Node) -> bool:
+    """Whether the user, or a rewriting of ours, wants the value computed in the forward and kept."""
+    return node.meta.get("recompute") == CheckpointPolicy.MUST_SAVE
 
 
 def is_view(node: torch.fx.Node) -> bool:

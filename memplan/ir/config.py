@@ -54,6 +54,8 @@ class Config:
         Largest reserved bytes above those before the step, or None; text such as ``"12GiB"`` is understood.
     max_fused_buffers:
         Largest number of buffers that one fused kernel may touch.
+    loss_chunk:
+        Largest bytes of a slice of logits in a loss computed by slices of tokens; 0 computes losses whole.
     pools:
         ``"auto"`` (what the simulated device allocator likes best), ``"always"`` or ``"never"``.
     """
@@ -70,6 +72,7 @@ class Config:
     recompute_time: float = 0.02
     budget: int | None = None
     max_fused_buffers: int = 24
+    loss_chunk: int = 2**28
     pools: str = "auto"
     cache_dir: str | None = None
     #: passes that exist; filled in by the caller of `from_options` for the check of `disable`
@@ -181,6 +184,10 @@ def _checked(name: str, value: object, known_passes: tuple[str, ...]) -> object:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 10:
                 raise OptionError(f"option 'recompute_time' takes a number from 0 to 10, not {value!r}")
             return float(value)
+        case "loss_chunk":
+            if value in (0, None):
+                return 0
+            return parse_bytes(value)  # type: ignore[arg-type]
         case "budget":
             return None if value is None else parse_bytes(value)  # type: ignore[arg-type]
         case "max_fused_buffers":

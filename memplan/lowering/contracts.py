@@ -18,7 +18,8 @@ from ..ir.program import Contract
 from .call_site import resolve
 
 #: operator -> its overload that writes into given buffers. Watched: see tests/lowering/test_contracts.py. Matrices
-#: must be ones that BLAS can take as they lie (a stride of 1, the other at least the row): else a copy is made.
+#: must be ones that BLAS can take as they lie (a stride of 1, the other at least the row): else a copy is made. On a
+#: CPU with matrix units, oneDNN packs half operands into scratch of its own; on a GPU nothing is allocated (H100).
 NATIVE_OUT: dict[str, str] = {
     "aten.mm.default": "aten.mm.out",
     "aten.addmm.default": "aten.addmm.out",
@@ -38,6 +39,9 @@ NATIVE_OUT_CPU: dict[str, str] = {
     "aten.searchsorted.Tensor": "aten.searchsorted.Tensor_out",
     "aten.max_pool3d_with_indices.default": "aten.max_pool3d_with_indices.out",
 }
+
+#: exist on a GPU only: half-precision factors, a float32 result
+NATIVE_OUT_CUDA: dict[str, str] = {"aten.mm.dtype": "aten.mm.dtype_out"}
 
 #: views whose schemas do not say so
 UNMARKED_ALIASES = frozenset({"aten._unsafe_view.default", "aten._reshape_alias.default", "aten.lift_fresh.default"})
@@ -79,6 +83,8 @@ def contract(target: str, device: str) -> ContractInfo:
     out = NATIVE_OUT.get(target)
     if out is None and device.startswith("cpu"):
         out = NATIVE_OUT_CPU.get(target)
+    if out is None and device.startswith("cuda"):
+        out = NATIVE_OUT_CUDA.get(target)
     if out is None or resolve(out) is None:
         return FRESH
     return ContractInfo(Contract.OUT, out)
