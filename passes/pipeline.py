@@ -12,7 +12,7 @@ from memplan.ir.printing import format_program
 from memplan.ir.program import Program
 
 from .cleanup import Cleanup
-from .concat import Concat
+from .concat import Concat, SingleStore
 from .fusion import Fusion
 from .reinplace import Reinplace
 
@@ -35,7 +35,7 @@ class Pass(Protocol):
     def run(self, program: Program) -> Program: ...
 
 
-PASSES: tuple[type[Pass], ...] = (Reinplace, Concat, Cleanup, Fusion)
+PASSES: tuple[type[Pass], ...] = (Reinplace, Concat, Cleanup, Fusion, SingleStore)
 
 #: names that ``options={"disable": [...]}`` accepts, in the order in which the passes run
 PASS_NAMES: tuple[str, ...] = tuple(p.name for p in PASSES)

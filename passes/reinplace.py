@@ -19,7 +19,7 @@ from typing import ClassVar
 
 from ..ir.config import Config
 from ..ir.index import expand, simplify
-from ..ir.program import EXTERNAL_KINDS, Buffer, BufferKind, Operation, Program, View
+from ..ir.program import EXTERNAL_KINDS, Buffer, BufferKind, Operation, Program, TensorInput, View
 from .expose_clones import expose_clones
 from .relocation import CopyForm, Relocation, copy_form, relocation_of_target, touched_buffers
 
@@ -58,6 +58,7 @@ class _Elimination:
         self.dtypes: dict[str, object] = {b.name: b.dtype for b in program.buffers.values()}
         self.notes: list[tuple[str, str]] = []
         self.changes = 0
+        self.elements = {i.view.buffer: i.view.numel for i in program.inputs if isinstance(i, TensorInput)}
         self.touching: dict[str, list[int]] = {}
         for position, op in enumerate(program.operations):
             for b in touched_buffers(op):
@@ -168,17 +169,11 @@ class _Elimination:
         return uses[0]
 
     def covers(self, buffer: Buffer, copy: CopyForm) -> bool:
-        """Whether the copy touches every element of the buffer (or no element between them is anybody's)."""
-        return bool(expand(copy.count * buffer.dtype.itemsize - buffer.nbytes) == 0) or self.spans(buffer, copy)
-
-    def spans(self, buffer: Buffer, copy: CopyForm) -> bool:
-        """Whether the copy's index runs from the first to the last element of the buffer."""
-        index = copy.read if copy.source == buffer.name else copy.write
-        last = expand(index.xreplace({s: _last(n) for s, n in copy.space}))
-        first = expand(index.xreplace({s: _last(1) for s, _ in copy.space}))
-        return bool(first == 0 and expand((last + 1) * buffer.dtype.itemsize - buffer.nbytes) == 0) and not any(
-            n != 1 and index.coeff(s, 1) == 0 for s, n in copy.space
-        )
+        """Whether the copy touches every element of the buffer (of an input: every element of the tensor)."""
+        if expand(copy.count * buffer.dtype.itemsize - buffer.nbytes) == 0:
+            return True
+        elements = self.elements.get(buffer.name)
+        return elements is not None and bool(expand(copy.count - elements) == 0)
 
     def same_region(self, relocation: Relocation, back: CopyForm) -> bool:
         """Whether the copy back writes each element to where it has been all the time, and all of them."""
@@ -219,10 +214,6 @@ class _Elimination:
         del self.touching[old]
         self.changes += 1
         return ""
-
-
-def _last(size: object) -> object:
-    return size - 1  # type: ignore[operator]
 
 
 def _count(relocation: Relocation) -> object:

@@ -125,6 +125,9 @@ class Relocation:
             return expand(index + shift)
         if value_references(index):
             return None
+        same = self._same_dimensions(index, ranges)
+        if same is not None:
+            return same
         fresh = {s: sympy.Symbol(f"m{k}", integer=True, nonnegative=True) for k, (s, _) in enumerate(self.space)}
         space = tuple((fresh[s], n) for s, n in self.space)
         solved = invert(self.old.xreplace(fresh), space, index, ranges)
@@ -132,6 +135,30 @@ class Relocation:
             return None
         out = simplify(expand(self.new.xreplace(fresh).xreplace(solved)), ranges)
         return None if _divisions(out) > _divisions(index) else out
+
+    def _same_dimensions(self, index: sympy.Expr, ranges: Ranges) -> sympy.Expr | None:
+        """The new place of an index that runs along dimensions of the space, stride by stride.
+
+        Finding any point of the space with this index is enough: no two points share an element.
+        """
+        sizes = dict(ranges)
+        left = {s: (self.old.coeff(s, 1), n) for s, n in self.space}
+        rest = expand(index - self.old.xreplace({s: sympy.Integer(0) for s in left}))
+        solved: dict[sympy.Symbol, sympy.Expr] = {s: sympy.Integer(0) for s in left}
+        for term in sympy.Add.make_args(rest):
+            stride, symbol = term.as_independent(*sizes)
+            if term == 0:
+                continue
+            if symbol not in sizes:
+                return None
+            fits = [
+                s for s, (c, n) in left.items() if c == stride and (n == sizes[symbol] or _smaller(sizes[symbol], n))
+            ]
+            if not fits:
+                return None
+            solved[fits[0]] = symbol
+            del left[fits[0]]
+        return expand(self.new.xreplace(solved)) if not self.old.has(FloorDiv, Mod) else None
 
     def view(self, view: View) -> View | None:
         """The view of the region that shows what ``view`` showed."""
@@ -233,6 +260,10 @@ def touched_buffers(op: Operation) -> Iterator[str]:
 
 def _result_buffers(op: Operation) -> tuple[str, ...]:
     return tuple(v.buffer for v in op.results if v is not None) if isinstance(op, Extern) else ()
+
+
+def _smaller(a: Size, b: Size) -> bool:
+    return isinstance(a, int) and isinstance(b, int) and a <= b
 
 
 def _divisions(expr: sympy.Expr) -> int:

@@ -277,7 +277,7 @@ class _ProgramCheck:
         for name in {v.buffer for v in op.results if v is not None}:
             fresh = name not in op.mutates
             if fresh and op.contract is Contract.ALIAS and name not in op.reads:
-                raise self.fail(f"its result is an alias of {name!r}, which is no argument of it", op)
+                raise self.fail(f"its result is an alias of {name!r}, which it is not given", op)
             if fresh and op.contract is Contract.MUTATE:
                 raise self.fail(f"it only changes its arguments, yet returns {name!r}", op)
         if self.size(op.scratch, "its scratch", op) < 0:
@@ -287,8 +287,10 @@ class _ProgramCheck:
         pointwise = len(parts) > 1 and parts[1].rstrip("_") in POINTWISE_EXTERNS
         for name in op.mutates:
             own = [v for v in arguments if v.buffer == name]
+            if op.contract is Contract.OUT:
+                own = [*(v for v in op.results if v is not None and v.buffer == name), *own]
             if not own:
-                raise self.fail(f"it declares that it changes {name!r}, which is no argument of it", op)
+                raise self.fail(f"it declares that it changes {name!r}, which it is not given", op)
             for other in own[1:]:
                 self.check_repeated(op, own[0], other, pointwise)
 

@@ -399,7 +399,7 @@ def test_extern_contracts() -> None:
     p, x = small()
     y = p.buffer("y", (4, 4))
     p.extern("alias", "aten.view.default", (x,), contract=Contract.ALIAS, result=y)
-    rejects(p.program(), "'alias'", "alias of 'y', which is no argument")
+    rejects(p.program(), "'alias'", "alias of 'y', which it is not given")
     p.operations.clear()
     p.extern("zero_", "aten.zero_.default", (x,), contract=Contract.MUTATE, mutates=("x",), result=y)
     rejects(p.program(), "'zero_'", "only changes its arguments, yet returns 'y'")
@@ -411,7 +411,17 @@ def test_extern_contracts() -> None:
     rejects(p.program(), "'neg'", "-1 bytes of scratch")
     p.operations.clear()
     p.extern("change", "aten.zero_.default", (), contract=Contract.MUTATE, mutates=("x",))
-    rejects(p.program(), "declares that it changes 'x', which is no argument of it")
+    rejects(p.program(), "declares that it changes 'x', which it is not given")
+
+
+def test_call_that_writes_over_what_it_reads() -> None:
+    p, x = small()
+    w = p.input("w", (4, 4))
+    p.extern("mm", "aten.mm.out", (w, w), contract=Contract.OUT, mutates=("x",), result=x)
+    verify_program(p.program())
+    p.operations.clear()
+    p.extern("mm", "aten.mm.out", (x, w), contract=Contract.OUT, mutates=("x",), result=x)
+    rejects(p.program(), "'mm'", "changes 'x' and names it twice")
 
 
 def test_changed_argument_named_twice() -> None:

@@ -357,6 +357,17 @@ def test_overwritten_by_something_else() -> None:
     assert "copies it back to another place" in notes(reinplaced(c.p.program(c.p.pointwise("y", "neg", a))))
 
 
+def test_every_other_row_overwritten_is_not_all_of_it() -> None:
+    """The rows in between keep what the caller had there: the clone, which changes them, stays."""
+    p = ProgramBuilder()
+    x, i, v = p.input("x", (5, 4)), p.input("i", (2,), dtype=I64), p.input("v", (2, 4))
+    a = p.extern("a", "aten.index_put.default", (x, [i], v), (5, 4))
+    y = p.pointwise("y", "neg", a)
+    every_other = View("x", F32, (3, 4), (8, 1))
+    p.copy("back", View("y", F32, (3, 4), (4, 1)), every_other)
+    assert "'back' (model.py:3) writes a part of 'x'" in notes(reinplaced(p.program(y)))
+
+
 def test_a_row_of_an_input() -> None:
     """``x[3].index_put_(...)``: the clone of the row, changed, copied back to the row."""
     p = ProgramBuilder()
