@@ -27,14 +27,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import sympy
 import torch
 
-Size = int | sympy.Expr
-IndexExpr = sympy.Expr
-Scalar = bool | int | float
+Size: TypeAlias = int | sympy.Expr
+IndexExpr: TypeAlias = sympy.Expr
+Scalar: TypeAlias = bool | int | float
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import math
 import torch
 
 from ..ir.program import View
-from .builder import KernelBuilder, Value, opmath
+from .builder import KernelBuilder, Value
 from .call_site import SUPPORTED, CallSite, Operations, lowers
 from .pointwise import element, pointwise, pointwise_kernel, promoted_kernel, simple
 from .promotion import Promotion, common_dtype
@@ -334,7 +334,7 @@ def moved(builder: KernelBuilder, operand: object, dtype: torch.dtype) -> Value:
     """An operand that is only passed on: half types need no float32 for that."""
     if isinstance(operand, View):
         return builder.load_broadcast(operand, builder.outer_coordinates).cast(dtype)
-    return element(builder, operand, dtype).cast(dtype)  # type: ignore[arg-type]
+    return element(builder, operand, dtype).cast(dtype)
 
 
 @lowers("aten.masked_fill.Scalar", "aten.masked_fill.Tensor")
@@ -411,6 +411,3 @@ def _convert_element_type(site: CallSite) -> Operations | None:
 @lowers("aten.copy.default")
 def _copy(site: CallSite) -> Operations | None:
     return converted_kernel(site, site.view("src"), site.result)
-
-
-__all__ = ["add", "clamped", "converted_kernel", "interpolated", "multiply", "opmath", "power", "scaled", "shift"]

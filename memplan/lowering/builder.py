@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from typing import TypeAlias
 
 import sympy
 import torch
@@ -49,7 +50,7 @@ BOOLEAN = COMPARISONS | {"logical_and", "logical_or", "logical_xor", "logical_no
 HALF = frozenset({torch.float16, torch.bfloat16})
 _IDENTITY: dict[str, Scalar] = {"sum": 0, "prod": 1, "any": False, "all": True}
 
-Coordinates = tuple[IndexExpr, ...]
+Coordinates: TypeAlias = tuple[IndexExpr, ...]
 
 
 def opmath(dtype: torch.dtype) -> torch.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import TypeAlias
 
 import sympy
 import torch
@@ -27,7 +28,7 @@ from ..ir.program import (
 )
 from .builder import KernelBuilder
 
-Operand = View | Scalar | sympy.Expr
+Operand: TypeAlias = View | Scalar | sympy.Expr
 
 #: dtypes that kernels load, store and compute with
 SUPPORTED = frozenset(
@@ -267,8 +268,8 @@ def plain(argument: Argument) -> object:
     return argument
 
 
-Operations = tuple[KernelOp, ...]
-Lowering = Callable[[CallSite], Operations | None]
+Operations: TypeAlias = tuple[KernelOp, ...]
+Lowering: TypeAlias = Callable[[CallSite], Operations | None]
 
 #: the lowering of each operator overload, by its target
 LOWERINGS: dict[str, Lowering] = {}

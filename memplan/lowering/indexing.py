@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 
+from ..ir.index import FloorDiv, Mod
 from ..ir.loops import IndexExpr, Size
 from ..ir.program import View
 from .builder import ZERO, KernelBuilder, Value
@@ -148,8 +148,6 @@ def _take(site: CallSite) -> Operations | None:
 
 def row_major(builder: KernelBuilder, position: IndexExpr, sizes: Sequence[Size]) -> list[IndexExpr]:
     """Coordinates of row-major ``position``, by floor divisions and moduli."""
-    from ..ir.index import FloorDiv, Mod
-
     out: list[IndexExpr] = []
     stride: Size = 1
     for d in range(len(sizes) - 1, -1, -1):
@@ -158,8 +156,3 @@ def row_major(builder: KernelBuilder, position: IndexExpr, sizes: Sequence[Size]
         out.append(ZERO if size == 1 else inner if d == 0 else Mod(inner, size))
         stride = stride * size
     return [builder.simplify(e) for e in reversed(out)]
-
-
-def out_of_range(dtype: torch.dtype) -> float | int:
-    """What a masked load gives where it must not be used."""
-    return math.nan if dtype.is_floating_point else 0

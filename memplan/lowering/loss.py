@@ -26,7 +26,7 @@ def _weight_of(builder: KernelBuilder, weight: View | None, target: Value, valid
 
 def _target(builder: KernelBuilder, target: View, where: tuple[object, ...], ignore: int) -> tuple[Value, Value]:
     """(class, whether it counts)."""
-    found = builder.load(target, where).cast(torch.int64)  # type: ignore[arg-type]
+    found = builder.load(target, where).cast(torch.int64)
     return found, found.differs(ignore)
 
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LIBRARY = torch.library.Library("memplan", "FRAGMENT")
+LIBRARY = torch.library.Library("memplan", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 if not hasattr(torch.ops.memplan, "max_pool2d"):
-    LIBRARY.define(
+    LIBRARY.define(  # type: ignore[no-untyped-call]
         "max_pool2d(Tensor self, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation,"
         " bool ceil_mode) -> (Tensor, Tensor)"
     )
-    LIBRARY.define(
+    LIBRARY.define(  # type: ignore[no-untyped-call]
         "pool_positions(Tensor offsets, SymInt width, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding,"
         " SymInt[2] dilation) -> Tensor"
     )
@@ -67,8 +67,8 @@ for _name, _run, _meta in (
     ("max_pool2d", _max_pool2d, _max_pool2d_meta),
     ("pool_positions", _pool_positions, _pool_positions_meta),
 ):
-    LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
-    LIBRARY.impl(_name, _meta, "Meta")
+    LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    LIBRARY.impl(_name, _meta, "Meta")  # type: ignore[no-untyped-call]
 
 
 def _pair(value: list[int] | int) -> list[int]:
@@ -84,7 +84,7 @@ def max_pool2d_with_indices(
     padding: list[int] | int = 0,
     dilation: list[int] | int = 1,
     ceil_mode: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> object:
     """Decomposition of ``aten.max_pool2d_with_indices``; a window of more than 127 points stays whole."""
     window = _pair(kernel_size)
     step = _pair(stride) if stride else window

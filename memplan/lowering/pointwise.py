@@ -12,10 +12,9 @@ import torch
 
 from ..ir.program import View
 from .builder import KernelBuilder, Value, opmath
-from .call_site import SUPPORTED, CallSite, Lowering, Operand, Operations, lowers, resolve
+from .call_site import SUPPORTED, CallSite, Operand, Operations, lowers, resolve
 from .promotion import Promotion, computation_dtype
 
-Formula = Callable[..., Value]
 SiteFormula = Callable[..., Value]
 
 
@@ -112,7 +111,3 @@ def simple(
             return values[0].call(function, *values[1:])
 
         pointwise(name if "." in name else f"aten.{name}", parameters, promotion, overloads=overloads)(formula)
-
-
-def lowering_of(formula: Callable[[CallSite], Operations | None]) -> Lowering:
-    return formula

@@ -13,7 +13,7 @@ import torch
 from ..ir.loops import StoreMode
 from ..ir.program import View
 from .arithmetic import converted_kernel
-from .builder import ZERO, KernelBuilder, Value
+from .builder import KernelBuilder, Value
 from .call_site import SUPPORTED, CallSite, Operations, lowers
 from .creation import filled
 from .indexing import advanced_positions, index_views, load_position
@@ -160,6 +160,3 @@ def _embedding_dense_backward(site: CallSite) -> Operations | None:
     mask = row.differs(padding) if padding >= 0 else None
     builder.store(result, (row.symbol(), where[-1]), builder.load(grad, where), StoreMode.ADD, mask)
     return (*fill, site.kernel(builder, mutates=(result.buffer,)))
-
-
-__all__ = ["ATOMIC", "ZERO", "indexed_sizes", "scatter_kernel"]

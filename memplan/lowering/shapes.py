@@ -341,10 +341,10 @@ def _nested(sizes: Sequence[Size], strides: Sequence[Size]) -> bool:
     if not all(isinstance(s, int) and isinstance(n, int) for s, n in pairs):
         return False
     extent = 1
-    for stride, size in sorted(pairs):  # type: ignore[type-var]
-        if stride < extent:  # type: ignore[operator]
+    for stride, size in sorted(pairs):
+        if stride < extent:
             return False
-        extent = stride * (size - 1) + extent  # type: ignore[assignment]
+        extent = stride * (size - 1) + extent
     return True
 
 

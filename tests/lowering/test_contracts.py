@@ -50,15 +50,14 @@ def out_arguments(target: str, results: tuple[torch.Tensor, ...]) -> dict[str, t
 
 
 def variants(target: str) -> list[list[object]]:
-    """The sample in both precisions, and with every matrix transposed in memory."""
-    out = []
-    for dtype in (torch.float32, torch.bfloat16):
-        args = [a.to(dtype) if isinstance(a, torch.Tensor) else a for a in SAMPLES[target]]
-        out.append(args)
-        if target in NATIVE_OUT:
-            turned = [a.mT.contiguous().mT if isinstance(a, torch.Tensor) and a.dim() > 1 else a for a in args]
-            out.append(turned)
-    return out
+    """The sample, matrices also transposed in memory, other operators also in half precision.
+
+    Matmuls of half types are left out: on a CPU with matrix units oneDNN packs the operands into scratch of its own.
+    """
+    args = list(SAMPLES[target])
+    if target in NATIVE_OUT:
+        return [args, [a.mT.contiguous().mT if isinstance(a, torch.Tensor) and a.dim() > 1 else a for a in args]]
+    return [args, [a.bfloat16() if isinstance(a, torch.Tensor) else a for a in args]]
 
 
 @pytest.mark.parametrize("target", sorted(NATIVE_OUT | NATIVE_OUT_CPU))
