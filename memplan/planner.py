@@ -124,7 +124,7 @@ def pack(
     return replace(packing, note=f"{packing.note} ({libraries.note})") if libraries.note else packing
 
 
-def order(graph: OrderGraph, *, time_limit: float = 10.0, tolerance: float = 1e-5) -> OrderResult:
+def order(graph: OrderGraph, *, time_limit: float = 5.0, tolerance: float = 1e-5) -> OrderResult:
     """Put the operations of a graph in an order whose peak of live bytes is small; never worse than the given one.
 
     Parameters

@@ -17,8 +17,9 @@ from .order_greedy import breadth_first, depth_first, least_peak_first
 from .order_model import Adjacency, OrderGraph, adjacency, is_order, live_bytes, peak_bytes, topological_order
 from .order_search import OrderSearch
 
-#: Work inside a compilation: at most some tenths of a second where the gap stays open.
+#: Work inside a compilation: at most some tenths of a second where the gap stays open, more for large graphs.
 COMPILE_WORK = 10_000_000
+COMPILE_WORK_PER_OPERATION = 500
 #: Where the peak is within this of the bound, the search stops.
 TOLERANCE = 0.0005
 NO_COMPILER = "no C++ compiler: greedy orders and bounds in Python, a narrow beam on small graphs only"
@@ -55,7 +56,7 @@ class OrderResult:
 def order_ops(
     graph: OrderGraph,
     *,
-    work_limit: int = COMPILE_WORK,
+    work_limit: int | None = None,
     tolerance: float = TOLERANCE,
     widest: int = 128,
     seconds: float = 0.0,
@@ -66,7 +67,8 @@ def order_ops(
     Parameters
     ----------
     work_limit
-        Elementary steps (some fifty million a second); ignored by the Python way, which does a fixed amount.
+        Elementary steps (some fifty million a second), by default what is fit for use inside a compilation; ignored
+        by the Python way, which does a fixed amount.
     tolerance
         Relative gap to the lower bound at which the search is content.
     widest
@@ -88,6 +90,8 @@ def order_ops(
         return OrderResult((), initial, initial, initial)
     if native is None:
         return _order_in_python(graph, near, program, tolerance)
+    if work_limit is None:
+        work_limit = COMPILE_WORK + COMPILE_WORK_PER_OPERATION * graph.ops
     found = native.run(graph, program, tolerance=tolerance, widest=widest, work=work_limit, seconds=seconds)
     return OrderResult(found.order, found.peak, found.program_peak, found.lower_bound, work=found.work)
 

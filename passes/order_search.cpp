@@ -799,7 +799,7 @@ class Planner {
     profile_ = simulate(graph_, best_);
     program_peak_ = profile_.peak;
     lower_bound_ = graph_.initial;
-    if (graph_.ops > 0) raise_forced();
+    if (graph_.ops > 0) raise_forced(16);
   }
 
   void run(size_t widest) {
@@ -807,6 +807,7 @@ class Planner {
     const i64 pass = 16 * (graph_.ops + static_cast<i64>(graph_.inputs.items.size()));
     offer(least_peak_first(graph_, lower_bound_, 0), pass);
     if (!good()) offer(least_peak_first_reversed(graph_, lower_bound_, 0), pass);
+    if (!good()) raise_forced(8);
     if (!good()) raise_cuts(4);
     if (!good()) offer(depth_first(graph_), pass);
     if (!good()) offer(breadth_first(graph_), pass);
@@ -856,8 +857,8 @@ class Planner {
     for (i32& step : steps) step = best_[step];
     return steps;
   }
-  void raise_forced() {
-    for (const i32 v : highest(32)) {
+  void raise_forced(size_t count) {
+    for (const i32 v : highest(count)) {
       lower_bound_ = std::max(lower_bound_, Bound(graph_, v).forced());
       budget_.used += graph_.ops + graph_.buffers;
       if (good() || budget_.spent()) return;

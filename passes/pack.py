@@ -17,6 +17,7 @@ import numpy as np
 
 from ..ir.errors import PlanningError
 from .pack_search import Int32, Int64, PackSearch, SearchOutcome
+from .pack_sweep import sweep
 
 #: Work inside a compilation: some tenths of a second where the heuristics leave a gap; more on large problems.
 COMPILE_WORK = 300_000
@@ -25,6 +26,8 @@ COMPILE_WORK_PER_BUFFER = 200
 ENTRIES_PER_WORK = 500
 #: Sums of sizes stay below this, so that 64-bit arithmetic never overflows.
 LARGEST_TOTAL = 2**61
+#: A pass of best fit in numpy is quadratic; above this many buffers only the sweep by time runs without a compiler.
+LARGEST_NUMPY = 20_000
 #: The exact search keeps all pairs that overlap; above this many buffers only heuristics run.
 LARGEST_SEARCH = 4_000
 NO_COMPILER = "no C++ compiler: heuristics in numpy only, no exact search"
@@ -250,6 +253,11 @@ def _heuristics(
     count = len(units.size)
     if native is not None:
         best.offer(*native.sweep(units.lower, units.upper, units.size))
+    else:
+        swept = np.array(sweep(units.lower.tolist(), units.upper.tolist(), units.size.tolist()), dtype=np.int64)
+        best.offer(int((swept + units.size).max()), swept)
+        if count > LARGEST_NUMPY:
+            return
     for name in ("TZ", "TWA", "size"):
         if best.arena <= goal or limits.spent():
             return

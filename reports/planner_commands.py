@@ -128,7 +128,7 @@ def order(
         planner.Inputs,
         typer.Option(help="Inputs are outside the count, die after their last use, or stay to the end."),
     ] = planner.Inputs.OUTSIDE,
-    time_limit: TimeLimit = 10.0,
+    time_limit: TimeLimit = 5.0,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="ORDER.json", help="A list of operation indices.")
     ] = None,
