@@ -355,6 +355,7 @@ class _Capture:
                 text, rest = f"[{rest[0].idx}]", rest[1:]
             for step in rest:
                 text += _accessor(step)
+            symbol = renamed_symbol(value, symbol)
             self.hints.setdefault(symbol, 1)
             out.append((text, symbol))
         return tuple(out)
@@ -440,11 +441,21 @@ def capture(
 
 def symbol_hint(env: object, symbol: sympy.Symbol) -> int:
     """The traced value of a size symbol; 1 where it has none (unbacked sizes)."""
-    for table in ("backed_var_to_val", "var_to_val"):
-        known: Mapping[sympy.Symbol, object] | None = getattr(env, table, None)
-        if known is not None and symbol in known:
-            return int(known[symbol])  # type: ignore[call-overload, no-any-return]
-    return 1
+    table = "backed_var_to_val" if hasattr(env, "backed_var_to_val") else "var_to_val"
+    known: Mapping[sympy.Symbol, object] = getattr(env, table, None) or {}
+    return int(known[symbol]) if symbol in known else 1  # type: ignore[call-overload, no-any-return]
+
+
+def renamed_symbol(value: object, symbol: sympy.Symbol) -> sympy.Symbol:
+    """The name that an unbacked size has in the node's value: tracing again binds a new one and renames it back."""
+    leaves = value if isinstance(value, (tuple, list)) else (value,)
+    for leaf in leaves:
+        mode = getattr(leaf, "fake_mode", None)
+        env = mode.shape_env if mode is not None else getattr(getattr(leaf, "node", None), "shape_env", None)
+        if env is not None:
+            found: Mapping[sympy.Symbol, sympy.Symbol] = getattr(env, "unbacked_renamings", {})
+            return found.get(symbol, symbol)
+    return symbol
 
 
 def is_plain(value: torch.Tensor) -> bool:

@@ -72,7 +72,9 @@ def lower_operation(op: Extern, context: Context) -> tuple[Operation, ...] | Non
     if site is None:
         return None
     try:
-        return lowering(site)
+        found = lowering(site)
+        # no kernel has anything to write in an empty result: the call itself makes it
+        return None if found == () and any(v is not None for v in op.results) else found
     except (TypeError, ValueError, KeyError, IndexError, AssertionError, AttributeError) as error:
         where = op.origins[0].location if op.origins else ""
         raise LoweringError(f"{op.target} ({op.name}) cannot be lowered: {error!r}", where=where) from error

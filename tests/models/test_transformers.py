@@ -62,7 +62,7 @@ def convnext() -> nn.Module:
 
 def efficientnet() -> nn.Module:
     config = transformers.EfficientNetConfig(
-        image_size=32, width_coefficient=0.25, depth_coefficient=0.1, hidden_dim=64, dropout_rate=0.0,
+        image_size=32, width_coefficient=0.25, depth_coefficient=0.1, hidden_dim=320, dropout_rate=0.0,
         drop_connect_rate=0.0, num_labels=7,
     )  # fmt: skip
     return Classifier(transformers.EfficientNetForImageClassification(config))
