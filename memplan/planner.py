@@ -66,14 +66,26 @@ class PlannerLibraries:
 
 
 @functools.cache
+def _pack_library() -> tuple[PackSearch | None, str]:
+    try:
+        return PackSearch(build_library(pack_search.SOURCE.read_text(), name="memplan_pack", openmp=False)), ""
+    except CompilerError as error:
+        return None, str(error).splitlines()[0]
+
+
+@functools.cache
+def _order_library() -> tuple[OrderSearch | None, str]:
+    try:
+        return OrderSearch(build_library(order_search.SOURCE.read_text(), name="memplan_order", openmp=False)), ""
+    except CompilerError as error:
+        return None, str(error).splitlines()[0]
+
+
 def planner_libraries() -> PlannerLibraries:
     """Build the searches, or take them from the cache; without a compiler the heuristics in Python have to do."""
-    try:
-        packed = build_library(pack_search.SOURCE.read_text(), name="memplan_pack", openmp=False)
-        ordered = build_library(order_search.SOURCE.read_text(), name="memplan_order", openmp=False)
-    except CompilerError as error:
-        return PlannerLibraries(None, None, str(error).splitlines()[0])
-    return PlannerLibraries(PackSearch(packed), OrderSearch(ordered))
+    packed, reason = _pack_library()
+    ordered, _ = _order_library()
+    return PlannerLibraries(packed, ordered, reason)
 
 
 def pack(
@@ -117,11 +129,9 @@ def pack(
         columns = tuple(zip(*rows, strict=True)) if rows else ((), (), ())
         lower, upper, size = (tuple(int(value) for value in column) for column in columns)
         buffers = PackProblem(lower, upper, size, align)
-    libraries = planner_libraries()
-    packing = pack_buffers(
-        buffers, work_limit=_UNLIMITED_WORK, capacity=capacity, seconds=time_limit, native=libraries.pack
-    )
-    return replace(packing, note=f"{packing.note} ({libraries.note})") if libraries.note else packing
+    native, reason = _pack_library()
+    packing = pack_buffers(buffers, work_limit=_UNLIMITED_WORK, capacity=capacity, seconds=time_limit, native=native)
+    return replace(packing, note=f"{packing.note} ({reason})") if reason else packing
 
 
 def order(graph: OrderGraph, *, time_limit: float = 5.0, tolerance: float = 1e-5) -> OrderResult:
@@ -146,16 +156,16 @@ def order(graph: OrderGraph, *, time_limit: float = 5.0, tolerance: float = 1e-5
     PlanningError
         The graph has a cycle.
     """
-    libraries = planner_libraries()
+    native, reason = _order_library()
     result = order_ops(
         graph,
         work_limit=_UNLIMITED_WORK,
         tolerance=tolerance,
         widest=_WIDEST_BEAM,
         seconds=time_limit,
-        native=libraries.order,
+        native=native,
     )
-    return replace(result, note=f"{result.note} ({libraries.note})") if libraries.note else result
+    return replace(result, note=f"{result.note} ({reason})") if reason else result
 
 
 def _integer(value: object, what: str) -> int:

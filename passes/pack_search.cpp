@@ -249,6 +249,7 @@ i64 lowest_floor(const Problem& problem, const std::vector<i32>& order, i64* off
 // ---------------------------------------------------------------------------------------------------------------
 // Exact search for one capacity.
 
+constexpr i64 kRoundsPerLength = 32;  // rounds of restarts before searches become longer
 constexpr i64 kSharePerBuffer = 160;  // work of the shortest search, per buffer: a few dives
 
 enum class Outcome { kFits, kImpossible, kUnknown };
@@ -589,21 +590,6 @@ class Search {
   }
 };
 
-// The restart schedule of Luby, Sinclair and Zuckerman: 1 1 2 1 1 2 4 ...
-i64 luby(i64 index) {
-  i64 size = 1, power = 1;
-  while (size < index + 1) {
-    size = 2 * size + 1;
-    power *= 2;
-  }
-  while (size - 1 != index) {
-    size = (size - 1) / 2;
-    power /= 2;
-    index %= size;
-  }
-  return power;
-}
-
 // Short searches over several orders in turn. What took part in contradictions comes earlier in the next search from
 // the same order (as in dom/wdeg, Boussemart et al., ECAI 2004), which mends early mistakes that one search would
 // only undo after exhausting everything below them.
@@ -616,7 +602,7 @@ Outcome search_with_restarts(const Problem& problem, const std::vector<std::vect
   *work = 0;
   for (i64 round = 0; *work < limit && !deadline.passed(); ++round) {
     for (size_t which = 0; which < orders.size() && *work < limit; ++which) {
-      Search search(problem, sequences[which], capacity, std::min(limit - *work, share * luby(round)), deadline);
+      Search search(problem, sequences[which], capacity, std::min(limit - *work, share * (1 + round / kRoundsPerLength)), deadline);
       const Outcome outcome = search.run();
       *work += search.used();
       if (outcome == Outcome::kFits) search.write(offsets);
