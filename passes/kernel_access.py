@@ -8,6 +8,7 @@ last word where it is asked.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import sympy
 
@@ -45,6 +46,8 @@ def may_take(op: Operation, old: str, new: str) -> str:
 
 def extern_reason(op: Extern, old: str, new: str) -> str:
     """Why an ATen call may not write its result over an argument."""
+    if op.target in ACCUMULATING:
+        return accumulation_reason(op, old, new)
     namespace, _, rest = op.target.partition(".")
     if namespace != "aten" or rest.partition(".")[0] not in ELEMENTWISE:
         return f"{op.target} is not known to work element by element"
@@ -54,6 +57,21 @@ def extern_reason(op: Extern, old: str, new: str) -> str:
     if not all(same_layout(a, r) for a in arguments for r in results):
         return "it reads another layout than it writes"
     return ""
+
+
+#: ``beta * first + a @ b``: BLAS reads each element of the first argument where it writes the result
+ACCUMULATING = frozenset({"aten.addmm.out", "aten.addmm.dtype_out", "aten.baddbmm.out"})
+
+
+def accumulation_reason(op: Extern, old: str, new: str) -> str:
+    """Why a product that is added to ``old`` may not be added in place."""
+    first, *factors = op.args
+    if not isinstance(first, View) or first.buffer != old:
+        return "it is read as a factor"
+    if any(v.buffer == old for v in argument_views(tuple(factors))):
+        return "it is read as a factor, too"
+    results = [v for v in op.results if v is not None and v.buffer == new]
+    return "" if all(same_layout(first, r) for r in results) else "it reads another layout than it writes"
 
 
 def same_layout(a: View, b: View) -> bool:
@@ -68,6 +86,7 @@ def kernel_safe(op: KernelOp, old: str, new: str) -> bool:
     return not kernel_reason(op.kernel, old, new)
 
 
+@lru_cache(maxsize=1 << 14)
 def kernel_reason(kernel: Kernel, old: str, new: str) -> str:
     """Why a kernel may not write ``new`` over ``old``; "" if it may."""
     stores = [s for s in kernel.stores if s.buffer == new]

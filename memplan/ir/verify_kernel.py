@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 
 import sympy
 import torch
@@ -67,23 +68,46 @@ def verify_kernel(
     VerificationError
         Naming the kernel, the node or store, the buffer, and the point at which it goes wrong.
     """
-    _Check(kernel, buffers, hints or {}, name, where).run()
+    names = dict.fromkeys((*kernel.read_buffers, *kernel.written_buffers))
+    known = tuple((b.name, b.dtype, b.nbytes) for n in names if (b := buffers.get(n)) is not None)
+    found = _fault(kernel, known, tuple((hints or {}).items()))
+    if found:
+        raise VerificationError(f"kernel {name!r}: {found}", where=where)
+
+
+@lru_cache(maxsize=1 << 15)
+def _fault(
+    kernel: Kernel,
+    buffers: tuple[tuple[str, torch.dtype, Size], ...],
+    hints: tuple[tuple[sympy.Symbol, int], ...],
+) -> str:
+    """What is wrong with the kernel, or "". Remembered: most kernels stay as they are from pass to pass."""
+    try:
+        _Check(kernel, {n: (dtype, nbytes) for n, dtype, nbytes in buffers}, dict(hints)).run()
+    except _FaultFound as fault:
+        return str(fault)
+    return ""
+
+
+class _FaultFound(Exception):
+    """Carries the text of the first rule broken."""
 
 
 class _Check:
     def __init__(
-        self, kernel: Kernel, buffers: Mapping[str, Buffer], hints: Mapping[sympy.Symbol, int], name: str, where: str
+        self,
+        kernel: Kernel,
+        buffers: Mapping[str, tuple[torch.dtype, Size]],
+        hints: Mapping[sympy.Symbol, int],
     ) -> None:
         self.kernel = kernel
         self.buffers = buffers
         self.hints = hints
-        self.name = name
-        self.where = where
         self.ranges = {r.symbol for r in (*kernel.outer, *kernel.row)}
         self.sizes: dict[sympy.Symbol, int] = {}
 
-    def fail(self, message: str) -> VerificationError:
-        return VerificationError(f"kernel {self.name!r}: {message}", where=self.where)
+    def fail(self, message: str) -> _FaultFound:
+        return _FaultFound(message)
 
     def run(self) -> None:
         self.check_ranges()
@@ -184,7 +208,7 @@ class _Check:
     def check_access(self, what: str, buffer: str, dtype: torch.dtype, index: sympy.Expr, position: int) -> None:
         if buffer not in self.buffers:
             raise self.fail(f"{what} names the buffer {buffer!r}, which does not exist")
-        known = self.buffers[buffer].dtype
+        known = self.buffers[buffer][0]
         if dtype.itemsize != known.itemsize:
             raise self.fail(f"{what} accesses {buffer!r} as {dtype}; the buffer's elements are {known}")
         self.check_symbols(what, index)
@@ -212,14 +236,14 @@ class _Check:
         ]
         accesses += [("it writes", s.buffer, s.index) for s in self.kernel.stores if s.mask is None]
         for what, name, index in accesses:
-            buffer = self.buffers[name]
-            elements = self.value_of(buffer.nbytes, f"the size of {name!r}") // buffer.dtype.itemsize
+            dtype, nbytes = self.buffers[name]
+            elements = self.value_of(nbytes, f"the size of {name!r}") // dtype.itemsize
             point = self.point_outside(sympy.sympify(index), elements)
             if point is not None:
                 position, at = point
                 raise self.fail(
                     f"{what} element {position} of {name!r}, which has {elements} "
-                    f"({elements * buffer.dtype.itemsize} bytes), at {at} of index {index}"
+                    f"({elements * dtype.itemsize} bytes), at {at} of index {index}"
                 )
 
     def point_outside(self, index: sympy.Expr, elements: int) -> tuple[int, str] | None:
