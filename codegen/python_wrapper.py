@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..ir.loops import Size
-from ..ir.plan import InPool, Pool
+from ..ir.plan import InPlaceOf, InPool, Pool
 from ..ir.program import (
     Argument,
     Buffer,
@@ -111,6 +111,10 @@ class _Printer:
                 f"{self.size(view.offset * itemsize)})"
             )
         return f"reinterpret({source}, {self.sizes(view.sizes)}, {self.sizes(view.strides)}, {self.size(view.offset)})"
+
+    def in_place(self, new: str, old: str) -> bool:
+        placement = self.program.plan.placements[new]
+        return isinstance(placement, InPlaceOf) and placement.buffer == old
 
     def need_tensor(self, name: str) -> None:
         """Make the tensor variable of a buffer that so far is only an address in a pool."""
@@ -228,8 +232,15 @@ class _Printer:
         name = self.operator(op.target)
         if op.contract is Contract.OUT:
             outs = [self.tensor(v) for v in op.results if v is not None]
+            first, result = op.args[0] if op.args else None, op.results[0]
+            if isinstance(first, View) and result is not None and self.in_place(result.buffer, first.buffer):
+                # one tensor for both: torch copies the first argument into another one
+                self.line(f"out = {outs[0]}")
+                args[0] = outs[0] = "out"
             names = ["out"] if len(outs) == 1 else [f"out{k}" for k in range(len(outs))]
             self.line(f"{name}({', '.join([*args, *(f'{n}={o}' for n, o in zip(names, outs, strict=True))])})")
+            if outs[0] == "out":
+                self.line("del out")
             return
         call = f"{name}({', '.join(args)})"
         mutated = set(op.mutates)

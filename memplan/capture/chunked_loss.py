@@ -30,6 +30,8 @@ Node = torch.fx.Node
 _MEAN, _SUM = 1, 2
 #: Fewest tokens of a slice: below, matrix products lose speed.
 MIN_ROWS = 1024
+#: Devices with a product of half-precision factors that gives float32.
+FLOAT32_PRODUCTS = ("cuda",)
 _TRANSPARENT = (
     aten.view.default,
     aten._unsafe_view.default,
@@ -375,23 +377,24 @@ def _slice(
 
 def _weight_gradient(write: _Writer, found: Loss, slices: list[_Slice]) -> Node:
     """The sum over slices of gradient.T @ hidden, in float32 over the slices, in the product's dtype at the end."""
-    dtype = found.linear.meta["val"].dtype
-    on_gpu = found.linear.meta["val"].device.type == "cuda"
+    value = found.linear.meta["val"]
     total: Node | None = None
     for s in slices:
         turned = write(aten.permute.default, s.gradient, [1, 0])
-        if dtype is torch.float32:
-            product = write(aten.mm.default, turned, s.hidden_rows)
-            total = product if total is None else write(aten.add.Tensor, total, product)
-        elif on_gpu:
+        if value.dtype is torch.float32:
+            plain = (turned, s.hidden_rows)
+            total = write(aten.mm.default, *plain) if total is None else write(aten.addmm.default, total, *plain)
+        elif value.device.type in FLOAT32_PRODUCTS:
             # float32 results of half-precision factors: the matrix units accumulate in float32 anyway
-            product = write(aten.mm.dtype, turned, s.hidden_rows, torch.float32)
-            total = product if total is None else write(aten.add.Tensor, total, product)
+            wide = (turned, s.hidden_rows, torch.float32)
+            total = write(aten.mm.dtype, *wide) if total is None else write(aten.addmm.dtype, total, *wide)
         else:
             product = write(aten._to_copy.default, write(aten.mm.default, turned, s.hidden_rows), dtype=torch.float32)
             total = product if total is None else write(aten.add.Tensor, total, product)
     assert total is not None
-    return total if dtype is torch.float32 else write(aten._to_copy.default, total, dtype=dtype)
+    if value.dtype is torch.float32:
+        return total
+    return write(aten._to_copy.default, total, dtype=value.dtype)
 
 
 def _added(write: _Writer, nodes: list[Node]) -> Node:

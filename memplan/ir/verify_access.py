@@ -234,7 +234,12 @@ def _rows_apart(kernel: Kernel, load: sympy.Expr, store: sympy.Expr, ranges: Ran
 def extern_hazard(op: Extern, old: str, new: str) -> str:
     """Why this ATen call may not write ``new`` over the bytes of ``old``; "" if it may."""
     parts = op.target.split(".")
-    if len(parts) < 2 or parts[0] != "aten" or parts[1].rstrip("_") not in POINTWISE_EXTERNS:
+    if op.target in ("aten.addmm.out", "aten.addmm.dtype_out", "aten.baddbmm.out"):
+        # c + a @ b: an element of c is read where the result's element is written, factors are read everywhere
+        factors = list(argument_views(tuple(op.args[1:])))
+        if any(v.buffer == old for v in factors):
+            return f"{op.target} reads {old!r} as a factor"
+    elif len(parts) < 2 or parts[0] != "aten" or parts[1].rstrip("_") not in POINTWISE_EXTERNS:
         return f"{op.target} is not known to work element by element"
     written = [v for v in op.results if v is not None and v.buffer == new]
     keyword = tuple(a for _, a in op.kwargs)

@@ -41,7 +41,10 @@ NATIVE_OUT_CPU: dict[str, str] = {
 }
 
 #: exist on a GPU only: half-precision factors, a float32 result
-NATIVE_OUT_CUDA: dict[str, str] = {"aten.mm.dtype": "aten.mm.dtype_out"}
+NATIVE_OUT_CUDA: dict[str, str] = {
+    "aten.mm.dtype": "aten.mm.dtype_out",
+    "aten.addmm.dtype": "aten.addmm.dtype_out",
+}
 
 #: views whose schemas do not say so
 UNMARKED_ALIASES = frozenset({"aten._unsafe_view.default", "aten._reshape_alias.default", "aten.lift_fresh.default"})
