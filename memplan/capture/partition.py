@@ -136,7 +136,7 @@ def keep_bytes(node: torch.fx.Node) -> float | None:
         return 0.0 if node.op == "placeholder" else None
     if node.op in ("placeholder", "get_attr"):
         return 0.0
-    if is_view(node):
+    if is_view(node) and not must_save(node):
         return None
     if node.meta.get("recompute") in (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE):
         return None
