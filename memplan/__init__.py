@@ -1,1 +1,21 @@
-"""memplan: a graph-level memory optimiser for PyTorch."""
+"""memplan: a graph-level memory optimiser for PyTorch.
+
+Names are imported when they are first used: ``memplan --help`` and reading a saved report need no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .recording import record as record
+    from .reports.shown import report as report
+
+_PUBLIC = {"record": ".recording", "report": ".reports.shown"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name], __name__), name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,9 @@ from .model import (
     WaterfallStep,
 )
 from .whole import Join, whole_step
+
+#: Dynamo's name for the module that was compiled, before the path inside it: ``L['self'].layers.0``.
+_ROOT = re.compile(r"^L\[['\"][^'\"]*['\"]\]\.?")
 
 
 def build_report(
@@ -175,7 +179,7 @@ def _origin(origin: ir.Origin) -> Origin:
     return Origin(
         node=origin.node,
         op=origin.op,
-        module=origin.module,
+        module=_ROOT.sub("", origin.module),
         file=origin.file,
         line=max(0, origin.line),
         code=origin.code,

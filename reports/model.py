@@ -12,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..ir.errors import ReportError
-from ..ir.plan import Plan
+
+if TYPE_CHECKING:
+    from ..ir.plan import Plan
 
 FORMAT = "memplan-report"
 VERSION = 1

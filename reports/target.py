@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from ..ir.errors import MemplanError
-from ..ir.plan import Plan
-from .build import report_of
 from .model import Measurement, Report, StepRecord, read_report
+
+if TYPE_CHECKING:
+    from ..ir.plan import Plan
 
 
 class TargetError(MemplanError):
@@ -181,6 +182,8 @@ def report_from(
     TargetError
         If there is no graph: the message says what to do.
     """
+    from .build import report_of  # brings torch, which reading a saved report does without
+
     groups: dict[int, list[CompiledGraph | Plan]] = {}
     for g in graphs:
         groups.setdefault(g.group if isinstance(g, CompiledGraph) else -1, []).append(g)

@@ -1,0 +1,162 @@
+"""The command line as a process: what it prints, where, and how it exits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from memplan.reports.build import build_report
+from memplan.reports.model import write_report
+from tests.reports import plans
+
+SCRIPT = """
+import sys, torch
+model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+step = torch.compile(model, backend={backend!r})
+step(torch.randn(32, 8)).sum().backward()
+print("arguments", sys.argv[1:])
+{end}
+"""
+
+
+def memplan(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "COLUMNS": "100", "MEMPLAN_CACHE_DIR": str(cwd / "cache"), **environment}
+    command = [sys.executable, "-m", "memplan.reports.cli", *arguments]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    forward, backward, joins = plans.training()
+    write_report(build_report([forward, backward], joins=joins, target="train"), tmp_path / "train.json")
+    write_report(build_report([plans.inference()], target="small"), tmp_path / "small.json")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (("report", "train.json"), 0, "Peak memory 1.81 MiB"),
+        (("report", "train.json", "--format", "md"), 0, "### Peak memory"),
+        (("peak", "train.json", "--at", "5"), 0, "backward0:buf1"),
+        (("buffers", "train.json", "--where", "kind=saved", "--format", "csv"), 0, "forward0:buf0,1048576,float32"),
+        (("diff", "small.json", "train.json"), 0, "+1.77 MiB"),
+        (("check", "train.json", "--max-peak", "2MiB"), 0, "pass peak"),
+        (("check", "train.json", "--max-peak", "1MiB"), 1, "FAIL peak: 1.81 MiB of at most 1.00 MiB"),
+        (("check", "train.json", "--baseline", "small.json", "--max-growth", "2%"), 1, "FAIL growth"),
+        (("fit", "train.json", "--budget", "1GiB"), 0, "It fits"),
+        (("fit", "train.json", "--budget", "1MiB"), 1, "does not fit"),
+        (("check", "train.json"), 2, "nothing to check"),
+        (("buffers", "train.json", "--where", "sise>1"), 2, "did you mean 'size'"),
+        (("report",), 2, "Missing argument"),
+        (("report", "train.json", "--top", "none"), 2, "Invalid value"),
+        (("report", "nowhere.json"), 4, "cannot read the report"),
+        (("check", "train.json", "--baseline", "nowhere.json"), 4, "--update"),
+        (("report", "train.json:thing"), 3, "cannot import"),
+        (("report", "no_such_module:make"), 3, "no_such_module"),
+        (("run", "nowhere.py"), 3, "no script"),
+    ],
+)
+def test_exit_codes(folder: Path, arguments: tuple[str, ...], code: int, expected: str) -> None:
+    done = memplan(*arguments, cwd=folder)
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr + done.stdout
+    assert expected in " ".join((done.stdout if code < 2 else done.stderr).split()), done.stdout + done.stderr
+
+
+def test_a_damaged_report(folder: Path) -> None:
+    text = (folder / "train.json").read_text()
+    (folder / "cut.json").write_text(text[: len(text) // 2])
+    done = memplan("report", "cut.json", cwd=folder)
+    assert done.returncode == 4
+    assert "damaged" in done.stderr
+
+
+def test_no_colours_where_nobody_wants_them(folder: Path) -> None:
+    plain = memplan("report", "train.json", cwd=folder)
+    assert "\x1b" not in plain.stdout
+    forced = memplan("report", "train.json", cwd=folder, FORCE_COLOR="1", TERM="xterm-256color")
+    assert "\x1b[" in forced.stdout
+    refused = memplan("report", "train.json", cwd=folder, FORCE_COLOR="1", NO_COLOR="1", TERM="xterm-256color")
+    assert "\x1b[3" not in refused.stdout
+
+
+def test_names_cannot_command_the_terminal(folder: Path) -> None:
+    origin = plans.Origin(node="\x1b]0;owned\x07", file="/tmp/\x1b[2J.py", line=3, code="\x1b[31m")
+    made = [plans.Made("\x1b[2J", 4096, plans.BufferKind.TEMPORARY, 0, 1, plans.Own(), origin)]
+    write_report(build_report([plans.make_plan("g", plans.Phase.INFERENCE, made, 1)]), folder / "evil.json")
+    for command in ("report", "peak", "buffers"):
+        assert "\x1b" not in memplan(command, "evil.json", cwd=folder).stdout
+
+
+@pytest.mark.parametrize("arguments", [("buffers", "train.json"), ("check", "train.json", "--max-peak", "1MiB")])
+def test_a_closed_pipe_is_no_error_and_changes_no_verdict(folder: Path, arguments: tuple[str, ...]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "memplan.reports.cli", *arguments]
+    done = subprocess.run(command, cwd=folder, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writing)
+    assert done.returncode == (1 if arguments[0] == "check" else 0), done.stderr
+    assert done.stderr == ""
+
+
+def test_the_baseline_is_updated(folder: Path) -> None:
+    assert memplan("check", "train.json", "--baseline", "base.json", "--update", cwd=folder).returncode == 0
+    assert memplan("check", "train.json", "--baseline", "base.json", cwd=folder).returncode == 0
+    assert memplan("check", "train.json", "--update", cwd=folder).returncode == 2
+
+
+def test_exports(folder: Path) -> None:
+    for to, start in [("html", b"<!doctype html>"), ("png", b"\x89PNG"), ("dot", b"digraph"), ("md", b"### Peak")]:
+        assert memplan("export", "train.json", "--to", to, "-o", f"out.{to}", cwd=folder).returncode == 0
+        assert (folder / f"out.{to}").read_bytes().startswith(start)
+    assert memplan("export", "train.json", "--to", "memviz", "-o", "-", cwd=folder).returncode == 2
+
+
+def test_help_has_an_example_for_every_command(folder: Path) -> None:
+    listed = memplan("--help", cwd=folder).stdout
+    for command in (
+        "report",
+        "peak",
+        "buffers",
+        "waterfall",
+        "export",
+        "run",
+        "diff",
+        "check",
+        "fit",
+        "verify",
+        "doctor",
+    ):
+        assert f" {command} " in listed
+        assert f"memplan {command}" in memplan(command, "--help", cwd=folder).stdout
+
+
+def test_a_script_is_run_and_reported(folder: Path) -> None:
+    (folder / "script.py").write_text(SCRIPT.format(backend="memplan", end=""))
+    done = memplan("run", "-o", "out.json", "script.py", "--epochs", "3", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "arguments ['--epochs', '3']" in done.stdout
+    report = json.loads((folder / "out.json").read_text())
+    assert [g["phase"] for g in report["graphs"]] == ["forward", "backward"]
+    assert report["whole"]["phase"] == "step"
+
+
+def test_a_script_that_fails_still_has_its_report(folder: Path) -> None:
+    (folder / "script.py").write_text(SCRIPT.format(backend="memplan", end="raise ValueError('late')"))
+    done = memplan("run", "script.py", cwd=folder)
+    assert done.returncode == 3
+    assert "ValueError: late" in done.stderr
+    assert "Peak memory" in done.stdout
+
+
+def test_every_compile_of_a_script_comes_here_if_asked(folder: Path) -> None:
+    (folder / "script.py").write_text(SCRIPT.format(backend="aot_eager", end=""))
+    nothing = memplan("run", "script.py", cwd=folder)
+    assert nothing.returncode == 3
+    assert "--backend-override" in nothing.stderr
+    assert "Peak memory" in memplan("run", "--backend-override", "script.py", cwd=folder).stdout
