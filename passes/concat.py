@@ -21,7 +21,7 @@ from typing import ClassVar
 from ..ir.config import Config
 from ..ir.index import Ranges, ranges_of
 from ..ir.loops import Kernel, Level, Store, StoreMode, value_references
-from ..ir.program import EXTERNAL_KINDS, Extern, KernelOp, Program
+from ..ir.program import EXTERNAL_KINDS, Extern, KernelOp, Operation, Program
 from .moving import Mover
 from .relocation import CopyForm, copy_form
 
@@ -46,21 +46,33 @@ class Concat:
                 copies.append((position, copy))
         copies.sort(key=lambda item: (-program.nbytes(item[1].source), item[0]))
         for position, _ in copies:
-            op = mover.operations[position]
-            copy = None if op is None else copy_form(op, mover.dtypes)  # its source may have moved since
+            left = mover.operations[position]
+            copy = None if left is None else copy_form(left, mover.dtypes)  # its source may have moved since
             if copy is None or not mover.may_move(copy):
                 continue
-            # a kernel's result that goes to an input is fusion's: it keeps what it reads again in registers
-            if program.buffers[copy.target].kind in EXTERNAL_KINDS and not _made_by_calls(mover, copy.source):
+            # a kernel's result that goes to an input and is read besides is fusion's: it keeps it in registers
+            outside = program.buffers[copy.target].kind in EXTERNAL_KINDS
+            by_calls = _made_by_calls(mover, copy)
+            if outside and not by_calls and not _only_for_this(mover, copy, position):
                 continue
             reason = mover.move(copy, position)
-            if reason:
+            if reason and (by_calls or not outside):
                 mover.notes.append((copy.source, f"copied into {copy.target!r}: {reason}"))
         return mover.result()
 
 
-def _made_by_calls(mover: Mover, buffer: str) -> bool:
-    return all(isinstance(mover.at(p), Extern) for p in mover.uses(buffer) if buffer in mover.at(p).writes)
+def _made_by_calls(mover: Mover, copy: CopyForm) -> bool:
+    return all(isinstance(op, Extern) for op in _writers(mover, copy))
+
+
+def _only_for_this(mover: Mover, copy: CopyForm, position: int) -> bool:
+    """Whether nothing but the copy reads its source."""
+    writers = _writers(mover, copy)
+    return [p for p in mover.uses(copy.source) if all(mover.at(p) is not w for w in writers)] == [position]
+
+
+def _writers(mover: Mover, copy: CopyForm) -> list[Operation]:
+    return [op for p in mover.uses(copy.source) if copy.source in (op := mover.at(p)).writes]
 
 
 @dataclass(frozen=True, slots=True)

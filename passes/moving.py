@@ -245,8 +245,8 @@ def _blas_takes(view: View) -> bool:
     """The last two strides are those of a matrix stored by rows, with room between rows."""
     if len(view.sizes) < 2 or not all(isinstance(n, int) for n in (*view.sizes, *view.strides)):
         return False
-    sizes: Sequence[int] = view.sizes  # type: ignore[assignment]
-    strides: Sequence[int] = view.strides  # type: ignore[assignment]
+    sizes: Sequence[int] = view.sizes
+    strides: Sequence[int] = view.strides
     return strides[-1] == 1 and strides[-2] >= max(1, sizes[-1]) and min(sizes) > 0
 
 

@@ -17,6 +17,8 @@ import bisect
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import sympy
+
 from ..ir.config import Config
 from ..ir.index import expand, simplify
 from ..ir.program import EXTERNAL_KINDS, Buffer, BufferKind, Operation, Program, TensorInput, View
@@ -216,10 +218,10 @@ class _Elimination:
         return ""
 
 
-def _count(relocation: Relocation) -> object:
-    out = 1
+def _count(relocation: Relocation) -> sympy.Expr:
+    out: sympy.Expr = sympy.Integer(1)
     for _, n in relocation.space:
-        out = out * n  # type: ignore[operator, assignment]
+        out = out * n
     return out
 
 

@@ -345,7 +345,7 @@ class _Check:
 
 
 def _is_value(symbol: sympy.Symbol) -> bool:
-    return symbol.name[0] == "v" and symbol.name[1:].isdigit()
+    return bool(symbol.name[0] == "v" and symbol.name[1:].isdigit())
 
 
 def evaluate_index(expr: Size, values: Mapping[sympy.Symbol, int]) -> int:

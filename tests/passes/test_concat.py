@@ -193,7 +193,7 @@ def test_what_changes_later() -> None:
     assert "'fill' (model.py:3) changes 'cat' while it is still read" in notes(concatenated(p.program(whole, y)))
 
 
-def test_an_input_is_not_written_early() -> None:
+def test_an_input_that_its_producer_reads_is_left_to_fusion() -> None:
     p = ProgramBuilder()
     x = p.input("x", (4, 6))
     a = p.pointwise("a", "neg", x)

@@ -7,9 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from memplan.passes.inplace import decide_in_place, plan_in_place
-from memplan.passes.kernel_access import kernel_reason
-from memplan.passes.schedule import make_plan
 
 from memplan.ir.errors import VerificationError
 from memplan.ir.loops import Call, Cast, Constant, Kernel, Load, Range, Reduce, Store, outer_symbol, row_symbol
@@ -17,6 +14,9 @@ from memplan.ir.plan import InPlaceOf
 from memplan.ir.program import BufferKind, Contract, KernelOp, Program, View
 from memplan.ir.verify import verify_program
 from memplan.ir.verify_plan import verify_plan
+from memplan.passes.inplace import decide_in_place, plan_in_place
+from memplan.passes.kernel_access import kernel_reason
+from memplan.passes.schedule import make_plan
 from tests.generated import Choice, choices, program_from
 from tests.program_runner import make_inputs
 from tests.programs import F32, ProgramBuilder, plan_of
