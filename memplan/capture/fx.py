@@ -39,6 +39,7 @@ from ..ir.program import (
     View,
 )
 from .origin import operator_name, origin_of
+from .random_state import fill_random_values
 from .sizes import convert, extent, size_of, sizes_of
 
 #: What an FX node stands for: a view, a size, a literal, or a nest of these.
@@ -426,6 +427,7 @@ def capture(
     UnsupportedError
         For a construct that has no meaning here, naming the FX node.
     """
+    fill_random_values(module)
     state = _Capture(module, phase, static_inputs, donated_inputs)
     program = state.run(name)
     if saved_outputs:
