@@ -14,7 +14,8 @@ from . import command_options as given
 from . import tables, terminal
 from .model import Report, dump_report, schema, write_report
 from .query import selected
-from .target import make, report_for
+from .target import Request, make, report_for
+from .text import size
 
 
 def register(app: typer.Typer) -> None:
@@ -57,7 +58,7 @@ def report(
             terminal.write(tables.groups_csv(found, group_by.value))
 
 
-def measured_report(target: str, request: given.Request) -> Report:
+def measured_report(target: str, request: Request) -> Report:
     """Compile, run one step, and report plan and measurement."""
     from .measure import measured
     from .target import is_saved
@@ -158,7 +159,7 @@ def export(
         terminal.write(data.decode())
         return
     path.write_bytes(data)
-    terminal.write(f"{path}: {terminal.size(len(data))}\n")
+    terminal.write(f"{path}: {size(len(data))}\n")
 
 
 def print_schema() -> None:

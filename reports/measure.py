@@ -79,7 +79,7 @@ def _compiled(made: Made, request: Request, backend: str) -> Callable[..., objec
         return made.model
     options = (dict(request.options) or None) if backend == "memplan" else None
     torch.compiler.reset()
-    return torch.compile(made.model, backend=backend, dynamic=request.dynamic or None, options=options)  # type: ignore[call-overload, no-any-return]
+    return torch.compile(made.model, backend=backend, dynamic=request.dynamic or None, options=options)  # type: ignore[arg-type]
 
 
 def _step(made: Made, compiled: Callable[..., object], backward: bool) -> Callable[[], None]:
@@ -158,7 +158,7 @@ def _measure_cpu(step: Callable[[], None]) -> Measurement:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()

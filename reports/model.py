@@ -167,9 +167,10 @@ class Graph(Model):
         names = {b.name for b in self.buffers}
         if len(names) != len(self.buffers) or len(pools) != len(self.pools):
             raise ValueError(f"graph {self.name!r}: two buffers or pools of one name")
-        for item in (*self.buffers, *self.pools):
-            if not item.birth < item.death <= count + 1:
-                raise ValueError(f"{item.name!r}: lifetime [{item.birth}, {item.death}) is not within {count} steps")
+        lives = [(b.name, b.birth, b.death) for b in self.buffers] + [(p.name, p.birth, p.death) for p in self.pools]
+        for name, birth, death in lives:
+            if not birth < death <= count + 1:
+                raise ValueError(f"{name!r}: lifetime [{birth}, {death}) is not within {count} steps")
         for b in self.buffers:
             if b.storage not in names or (b.in_place_of is not None and b.in_place_of not in names):
                 raise ValueError(f"buffer {b.name!r}: storage {b.storage!r} is not a buffer of the graph")

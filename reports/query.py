@@ -118,7 +118,7 @@ def selected(
         "line": lambda b: (b.origin.file, b.origin.line, -b.nbytes, b.name),
         "offset": lambda b: (b.pool or "~", b.offset or 0, b.birth, b.name),
     }
-    return sorted(found, key=orders[sort])  # type: ignore[arg-type]
+    return sorted(found, key=orders[sort])
 
 
 def condition(text: str) -> Callable[[Buffer], bool]:

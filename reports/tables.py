@@ -53,8 +53,8 @@ def markdown(report: Report, *, by: GroupBy = "line", top: int = 10) -> str:
         ]
         lines += [*_rows(("stage", "change", "peak"), rows, right={1, 2}), ""]
     graphs = (*report.graphs, *([report.whole] if report.whole is not None else []))
-    rows = [(escaped(g.name), PHASES[g.phase], str(len(g.steps)), str(len(g.buffers)), size(g.peak)) for g in graphs]
-    lines += _rows(("graph", "phase", "steps", "buffers", "peak"), rows, right={2, 3, 4})
+    table = [(escaped(g.name), PHASES[g.phase], str(len(g.steps)), str(len(g.buffers)), size(g.peak)) for g in graphs]
+    lines += _rows(("graph", "phase", "steps", "buffers", "peak"), table, right={2, 3, 4})
     return "\n".join(lines) + "\n"
 
 

@@ -12,7 +12,7 @@ from .page import module_source
 from .payload import Payload
 
 
-class MemoryView(anywidget.AnyWidget):  # type: ignore[misc]
+class MemoryView(anywidget.AnyWidget):
     """One or more graphs under one another; ``data`` holds their columns, ``headers`` says where each begins."""
 
     _esm = module_source()

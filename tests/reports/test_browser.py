@@ -1,0 +1,164 @@
+"""The page in a real headless Chromium: drawn, hovered, zoomed, selected, searched, by mouse and by keyboard."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from memplan.reports.allocation import allocated_bytes, live_bytes
+from memplan.reports.build import build_report
+from memplan.reports.model import Buffer, Graph, Origin, Report, Step
+from memplan.reports.page import html as page
+from tests.reports import plans
+from tests.reports.test_renderers import hostile_report
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (set CHROMIUM, or apt install chromium)")
+
+DRIVER = """
+<script type="module">
+const view = globalThis.memplan[0], canvas = view.canvas, seen = {};
+const at = (type, x, y, more = {}) => {
+  const box = canvas.getBoundingClientRect();
+  canvas.dispatchEvent(new PointerEvent(type, { clientX: box.left + x, clientY: box.top + y, bubbles: true, ...more }));
+};
+const key = (k) => canvas.dispatchEvent(new KeyboardEvent("keydown", { key: k, bubbles: true }));
+const settle = () => new Promise((done) => setTimeout(done, 60));
+canvas.setPointerCapture = () => {};
+try { %s } catch (error) { seen.error = String(error.stack || error); }
+const out = document.createElement("pre"); out.id = "seen"; out.textContent = JSON.stringify(seen);
+document.body.append(out);
+</script></body>"""
+
+
+def seen(report: Report, script: str, folder: Path) -> dict[str, object]:
+    """What a script, run in the page of a report, noted in ``seen``."""
+    file = folder / "page.html"
+    file.write_text(page(report).replace("</body>", DRIVER % script))
+    command = [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,900",
+        f"--user-data-dir={folder}/profile", "--virtual-time-budget=20000", "--dump-dom", file.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    match = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert match, done.stderr[-2000:]
+    found: dict[str, object] = json.loads(html.unescape(match.group(1)))
+    assert "error" not in found, found
+    return found
+
+
+def training() -> Report:
+    forward, backward, joins = plans.training()
+    return build_report([forward, backward], joins=joins, target="train.py:make")
+
+
+def test_it_is_drawn_in_the_colours_of_its_legend(tmp_path: Path) -> None:
+    found = seen(
+        training(),
+        """const pixels = view.image.data, colours = new Set();
+        for (let k = 0; k < pixels.length; k += 4) colours.add([pixels[k], pixels[k + 1], pixels[k + 2]].join());
+        seen.colours = [...colours]; seen.legend = view.legend.textContent;
+        seen.label = canvas.getAttribute("aria-label"); seen.focusable = canvas.tabIndex;""",
+        tmp_path,
+    )
+    assert {"213,94,0", "86,180,233", "0,158,115"} <= set(found["colours"])  # type: ignore[arg-type]
+    assert all(kind in str(found["legend"]) for kind in ("saved", "temporary", "output"))
+    assert "peak 1.81 MiB at step 2" in str(found["label"])
+    assert found["focusable"] == 0
+
+
+def test_the_pointer_and_the_keys(tmp_path: Path) -> None:
+    found = seen(
+        training(),
+        """at("pointermove", 200, 340); seen.tip = view.tip.innerText; seen.shown = !view.tip.hidden;
+        at("pointermove", 400, 40); seen.step = view.tip.innerText;
+        at("pointerdown", 200, 340); at("pointerup", 200, 340); seen.detail = view.detail.innerText;
+        const whole = view.x1 - view.x0;
+        canvas.dispatchEvent(new WheelEvent("wheel", { deltaY: -100, bubbles: true, cancelable: true }));
+        await settle(); seen.zoomed = (view.x1 - view.x0) < whole;
+        const left = view.x0; key("ArrowRight"); await settle(); seen.panned = view.x0 > left;
+        key("0"); await settle(); seen.reset = view.x0 === 0 && view.x1 === whole;
+        key("Escape"); seen.cleared = view.selected; key("]"); seen.largest = view.detail.innerText;
+        view.find("gelu"); seen.matched = [...view.matched].filter(Boolean).length; seen.count = view.count;
+        view.search.value = ""; view.find("");
+        seen.rows = view.contents.querySelectorAll("tr").length; seen.contents = view.contents.innerText;""",
+        tmp_path,
+    )
+    assert found["shown"]
+    assert "forward0:buf0" in str(found["tip"])
+    assert "/home/ann/train.py:12" in str(found["tip"])
+    assert "live" in str(found["step"])
+    assert "qkv = self.qkv(x)" in str(found["detail"])
+    assert "backward0:buf1" in str(found["detail"]), "the buffer written in place shares the storage"
+    assert (found["zoomed"], found["panned"], found["reset"], found["cleared"]) == (True, True, True, -1)
+    assert "1.00 MiB (1048576)" in str(found["largest"])
+    assert 0 < int(str(found["matched"])) < int(str(found["count"]))
+    assert found["rows"] == 1, "the click chose step 0, where one buffer is alive"
+
+
+def test_nothing_of_a_name_becomes_markup(tmp_path: Path) -> None:
+    found = seen(
+        hostile_report(),
+        """key("]"); at("pointermove", 300, 300);
+        seen.scripts = view.root.querySelectorAll("script,img,iframe,a").length; seen.text = view.detail.innerText;""",
+        tmp_path,
+    )
+    assert found["scripts"] == 0
+    assert "<script>alert(1)</script>" in str(found["text"])
+
+
+def test_a_graph_without_steps(tmp_path: Path) -> None:
+    report = build_report([plans.make_plan("empty", plans.Phase.INFERENCE, [], 0)])
+    found = seen(
+        report, 'key("]"); key("p"); at("pointermove", 300, 300); await settle(); seen.count = view.count;', tmp_path
+    )
+    assert found["count"] == 0
+
+
+def many(count: int) -> Report:
+    """A step of ``count`` operations, as a deep network's: most buffers short-lived, some kept for the backward."""
+    rng = random.Random(1)
+    steps, buffers = [], []
+    for k in range(count):
+        life = rng.choice((1, 2, 3, 8)) if rng.random() < 0.8 else max(2, 2 * (count // 2 - k))
+        nbytes = rng.choice((4096, 65536, 1 << 20, 3 << 20))
+        origin = Origin(node=f"n{k}", module=f"layers.{k % 48}.mlp", file="/m.py", line=k % 50)
+        steps.append(Step(name=f"op{k}", graph="g", kind="kernel", target="pointwise"))
+        kind = "saved" if life > 8 else "temporary"
+        buffers.append(
+            Buffer(
+                name=f"b{k}", nbytes=nbytes, dtype="float32", device="cuda:0", kind=kind, origin=origin, birth=k,
+                death=min(count, k + life), placement="own", storage=f"b{k}",
+            )
+        )  # fmt: skip
+    live, allocated = live_bytes(buffers, steps), allocated_bytes(buffers, (), steps)
+    graph = Graph(
+        name="g", phase="inference", steps=tuple(steps), buffers=tuple(buffers), live=live, allocated=allocated
+    )
+    return Report(graphs=(graph,))
+
+
+def test_a_hundred_thousand_buffers(tmp_path: Path) -> None:
+    found = seen(
+        many(100_000),
+        """const real = view.timings.slice(); seen.first = real[0];
+        const redraws = [];
+        for (const [a, b] of [[0, 100000], [20000, 60000], [50000, 51000], [49990, 50010]]) {
+          view.x0 = a; view.x1 = b; view.draw(); redraws.push(view.timings.at(-1));
+        }
+        seen.redraws = redraws; seen.count = view.count;""",
+        tmp_path,
+    )
+    assert found["count"] == 100_000
+    # virtual time stands still while a script runs, so performance.now() is the wall clock's; the bars have slack for
+    # a busy machine, not for a drawing that is slower by its nature
+    assert float(str(found["first"])) < 500
+    assert max(found["redraws"]) < 150  # type: ignore[call-overload]
