@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cmp_to_key, lru_cache
 from typing import ClassVar
 
 import sympy
@@ -82,7 +83,7 @@ def normalise(kernel: Kernel) -> Kernel:
     """The kernel with equal nodes shared, dead ones gone, index expressions simplified, ranges in simplest form.
 
     Ranges of size 1 go; a range that is only ever used split (``x // 8`` and ``x % 8``) becomes two; neighbours that
-    every access runs through as one become one. Ranges stay in their order.
+    every access runs through as one become one. Outer ranges are ordered as most accesses stride, largest first.
     """
     body = Body(kernel.outer, kernel.row)
     moved = body.embed(kernel, {r.symbol: _ZERO for r in (*kernel.outer, *kernel.row) if r.size == 1})
@@ -94,7 +95,7 @@ def normalise(kernel: Kernel) -> Kernel:
     # a reduction over one point is still a reduction: its row keeps one range
     row = tuple(r for r in kernel.row if r.size != 1) or kernel.row[:1]
     clean = Kernel(outer, row, clean.nodes, clean.stores)
-    clean = collapsed(split(clean))
+    clean = collapsed(ordered(split(clean)))
     return kernel if clean == kernel else clean
 
 
@@ -106,6 +107,42 @@ def with_ranges(
     moved = body.embed(kernel, mapping)
     body.stores = body.embed_stores(kernel, mapping, moved)
     return body.kernel()
+
+
+def ordered(kernel: Kernel) -> Kernel:
+    """Outer ranges in the order in which memory lies for most accesses, so that the innermost steps by one element.
+
+    Every index expression has a vote on every pair of ranges that it depends on; ties keep the order. The order of
+    outer points has no meaning.
+    """
+    if len(kernel.outer) < 2:
+        return kernel
+    votes = [_strides(e, tuple(r.symbol for r in kernel.outer)) for e in dict.fromkeys(_accesses(kernel))]
+
+    def compare(a: Range, b: Range) -> int:
+        both = [(v[a.symbol], v[b.symbol]) for v in votes if v.get(a.symbol) and v.get(b.symbol)]
+        return sum((y > x) - (x > y) for x, y in both)
+
+    outer = tuple(sorted(kernel.outer, key=cmp_to_key(compare)))
+    return kernel if outer == kernel.outer else Kernel(outer, kernel.row, kernel.nodes, kernel.stores)
+
+
+def _accesses(kernel: Kernel) -> Iterator[sympy.Expr]:
+    yield from (n.index for n in kernel.loads)
+    yield from (s.index for s in kernel.stores)
+
+
+@lru_cache(maxsize=1 << 14)
+def _strides(e: sympy.Expr, symbols: tuple[sympy.Symbol, ...]) -> dict[sympy.Symbol, int]:
+    """Elements that one step of each range moves an access, where that is a plain stride; sizes count as 97."""
+    out: dict[sympy.Symbol, int] = {}
+    for s in symbols:
+        stride = e.coeff(s, 1)
+        if stride != 0:
+            value = stride.xreplace({f: sympy.Integer(97) for f in stride.free_symbols})
+            if value.is_Integer:
+                out[s] = abs(int(value))
+    return out
 
 
 def collapsed(kernel: Kernel) -> Kernel:

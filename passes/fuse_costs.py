@@ -31,6 +31,8 @@ _EXPENSIVE = frozenset(
 #: expensive functions that may be evaluated a second time instead of storing their result
 _MOST_EXPENSIVE = 3
 _MOST_LOADS = 4
+#: bytes that move in less time than a launch takes
+SMALL = 1 << 14
 _MOST_COPIED = 32
 
 
@@ -124,6 +126,8 @@ def pays_together(first: Kernel, second: Kernel, merged: Kernel, program: Progra
     if first.row and second.row and row_is_contiguous(first) != row_is_contiguous(second):
         return False
     before = load_bytes(first, program), load_bytes(second, program)
+    if not first.row and not second.row and max(before) <= SMALL:
+        return True
     return 4 * (sum(before) - load_bytes(merged, program)) >= min(before)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import sympy
@@ -17,6 +18,8 @@ from memplan.ir.program import EXTERNAL_KINDS, Extern, KernelOp, Operation, Prog
 
 from .fuse_mapping import count
 
+#: live bytes of consecutive slots
+Bytes: TypeAlias = np.ndarray[tuple[int], np.dtype[np.int64]]
 #: groups looked at to see whether a path leads from a producer to a consumer around the edge between them
 _MOST_VISITED = 4000
 #: slots that a merge may reorder
@@ -176,7 +179,7 @@ class FusionGraph:
 
     # --- live bytes --------------------------------------------------------------------------------------------
 
-    def _timeline(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def _timeline(self) -> Bytes:
         change = np.zeros(len(self.order) + 1, dtype=np.int64)
         for b in self.program.buffers:
             span = self.span(b, {})
@@ -216,7 +219,7 @@ class FusionGraph:
         spans: Iterable[tuple[int, tuple[int, int] | None, tuple[int, int] | None]],
         *,
         ceiling: int,
-    ) -> tuple[int, np.ndarray[tuple[int], np.dtype[np.int64]]] | None:
+    ) -> tuple[int, Bytes] | None:
         """The new live bytes of a stretch of slots (its first slot, the values), or None if memory forbids it.
 
         ``spans`` are (bytes, old span, new span). Refused is what rises anywhere, and there above ``ceiling``.
@@ -314,6 +317,6 @@ class FusionGraph:
         del self.before[number], self.after[number]
         self.order[self.slot.pop(number)] = None
 
-    def accept(self, low: int, values: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
+    def accept(self, low: int, values: Bytes) -> None:
         """Take over the live bytes that `try_change` computed."""
         self.live[low : low + len(values)] = values

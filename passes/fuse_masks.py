@@ -37,8 +37,10 @@ def assume(nodes: Sequence[Node], mask: int, ranges: Ranges) -> Assumption | Non
     for expr, (low, high) in _intervals(nodes, mask, ranges).items():
         size = expand(high - low + 1)
         pivot = next((s for s in _sorted(expr) if s in symbols and s not in forward and expr.coeff(s, 1) == 1), None)
-        rest = None if pivot is None else expand(expr - pivot)
-        if rest is None or pivot in rest.free_symbols or rest.free_symbols & set(forward):
+        if pivot is None:
+            continue
+        rest = expand(expr - pivot)
+        if pivot in rest.free_symbols or rest.free_symbols & set(forward):
             continue
         if not is_nonnegative(expand(size - 1)):
             continue  # the mask may be false everywhere

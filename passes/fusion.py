@@ -19,11 +19,11 @@ from typing import ClassVar
 
 from memplan.ir.config import Config
 from memplan.ir.loops import Kernel
-from memplan.ir.program import KernelOp, Origin, Program, evaluate
+from memplan.ir.program import KernelOp, Operation, Origin, Program, evaluate
 
 from .cleanup import normalise
-from .fuse_costs import Limits, inline_gain, keeps_parallel, pays_together, row_is_contiguous
-from .fuse_graph import FusionGraph, Group, Placement
+from .fuse_costs import SMALL, Limits, inline_gain, keeps_parallel, pays_together, row_is_contiguous
+from .fuse_graph import Bytes, FusionGraph, Group, Placement
 from .fuse_kernels import MergeRules, inline, merge, stored_value, without_stores
 
 #: of a buffer's many readers, those considered as partners: the nearest ones in program order
@@ -66,7 +66,7 @@ class Fusion:
         return program.with_operations(tuple(_normalised(op) for op in fuser.graph.operations()))
 
 
-def _normalised(op: object) -> object:
+def _normalised(op: Operation) -> Operation:
     return replace(op, kernel=normalise(op.kernel)) if isinstance(op, KernelOp) else op
 
 
@@ -88,20 +88,18 @@ class Fuser:
         ``strict``: nothing may rise above what the two steps hold now; ``dropping``: only producers and consumers
         whose merging ends a buffer.
         """
-        heap: list[tuple[int, int, int, int, int]] = []
+        heap: list[tuple[int, ...]] = []
         seen: set[tuple[int, int]] = set()
         for number in self.graph.ordered(self.graph.groups):
             self._propose(number, heap, seen, dropping)
         while heap:
-            _, _, _, producer, consumer = heapq.heappop(heap)
+            *_, producer, consumer = heapq.heappop(heap)
             if producer in self.graph.groups and consumer in self.graph.groups:
                 merged = self._merge(producer, consumer, strict=strict)
                 if merged is not None:
                     self._propose(merged.number, heap, seen, dropping)
 
-    def _propose(
-        self, number: int, heap: list[tuple[int, int, int, int, int]], seen: set[tuple[int, int]], dropping: bool
-    ) -> None:
+    def _propose(self, number: int, heap: list[tuple[int, ...]], seen: set[tuple[int, int]], dropping: bool) -> None:
         group = self.graph.groups[number]
         if group.points is None:
             return
@@ -118,7 +116,9 @@ class Fuser:
                 continue
             gain = self._merge_gain(first, second)
             if gain > 0:
-                heapq.heappush(heap, (-gain, slot[pair[1]] - slot[pair[0]], slot[pair[0]], *pair))
+                # what changes a buffer in place fits into no row kernel any more, so it is taken last
+                late = int(bool(first.mutates or second.mutates))
+                heapq.heappush(heap, (late, -gain, slot[pair[1]] - slot[pair[0]], slot[pair[0]], *pair))
 
     def _partners(self, group: Group) -> list[int]:
         """Kernels that read what this one writes, write what it reads, or read and write the same buffers."""
@@ -129,6 +129,10 @@ class Fuser:
         for b in sorted(group.reads):
             found.update(dict.fromkeys(self._nearest(self.graph.writers.get(b, ()), group)))
             found.update(dict.fromkeys(self._nearest(self.graph.readers.get(b, ()), group)))
+            if self.graph.nbytes(b) <= SMALL:
+                for w in sorted(self.graph.writers.get(b, ())):
+                    for sibling in sorted(self.graph.groups[w].changes):
+                        found.update(dict.fromkeys(self._nearest(self.graph.readers.get(sibling, ()), group)))
         found.pop(group.number, None)
         return [g for g in found if self.graph.groups[g].points is not None]
 
@@ -148,7 +152,12 @@ class Fuser:
             gain += min(self.traffic(b, first), self.traffic(b, second))
         for b in first.writes & second.writes:
             gain += 1 if b in self.graph.droppable else 0
-        return gain + _LAUNCH_BYTES if gain else 0
+        small = first.rows == second.rows == 1 and self._is_small(first) and self._is_small(second)
+        return gain + _LAUNCH_BYTES if gain or small else 0
+
+    def _is_small(self, group: Group) -> bool:
+        """Whether the launch costs more than the work."""
+        return all(self.traffic(b, group) <= SMALL for b in group.reads | group.changes)
 
     def traffic(self, buffer: str, group: Group) -> int:
         """Bytes that a kernel moves to or from a buffer: no more than an element a point."""
@@ -192,7 +201,7 @@ class Fuser:
 
     def _affordable(
         self, producer: int, consumer: int, places: list[Placement], dropped: frozenset[str], *, strict: bool
-    ) -> tuple[Placement, int, object] | None:
+    ) -> tuple[Placement, int, Bytes] | None:
         graph = self.graph
         if strict:
             ceiling = int(max(graph.live[graph.slot[producer]], graph.live[graph.slot[consumer]]))
@@ -208,7 +217,8 @@ class Fuser:
         a, b = _kernel(first), _kernel(second)
         if len(a.nodes) + len(b.nodes) > self.limits.max_nodes:
             return None
-        if not dropped and bool(a.row) != bool(b.row) and any(k.row and not row_is_contiguous(k) for k in (a, b)):
+        along_row = bool(a.row) != bool(b.row) and first.points != second.points
+        if not dropped and along_row and any(k.row and not row_is_contiguous(k) for k in (a, b)):
             return None  # stores along a strided row, in a reduction that wants to be cut along it
         kernel = merge(a, b, MergeRules(first.mutates | second.mutates, dropped))
         if kernel is None or not keeps_parallel(kernel, first.op.device, self.limits, (a, b)):
@@ -258,11 +268,11 @@ class Fuser:
         self.changes += 1
         for consumer, new in zip(consumers, replaced, strict=True):
             graph.inherit(number, consumer.number)
-            graph.update(consumer.number, replace(consumer.op, kernel=new, origins=_origins(group, consumer)))
+            graph.update(consumer.number, replace(_op(consumer), kernel=new, origins=_origins(group, consumer)))
         if vanishes:
             graph.remove(number)
         elif whole:
-            return graph.update(number, replace(group.op, kernel=without_stores(kernel, frozenset({buffer})))).number
+            return graph.update(number, replace(_op(group), kernel=without_stores(kernel, frozenset({buffer})))).number
         return number
 
     def _inlined_kernels(self, kernel: Kernel, buffer: str, consumers: list[Group]) -> list[Kernel] | None:
@@ -305,9 +315,13 @@ class Fuser:
         return spans
 
 
-def _kernel(group: Group) -> Kernel:
+def _op(group: Group) -> KernelOp:
     assert isinstance(group.op, KernelOp)
-    return group.op.kernel
+    return group.op
+
+
+def _kernel(group: Group) -> Kernel:
+    return _op(group).kernel
 
 
 def _same_space(a: Group, b: Group) -> bool:

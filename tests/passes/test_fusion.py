@@ -273,3 +273,23 @@ def test_normalise_collapses_and_splits() -> None:
     single = reduction("o", 1, 8, "a", R0).kernel
     assert normalise(single).outer == ()
     assert normalise(reduction("o", 3, 1, "a", X0).kernel).row != ()
+
+
+def test_outer_ranges_follow_memory() -> None:
+    """Channels last, iterated in the order of the sizes: the channel becomes the innermost range, then all is one."""
+    at = 96 * X0 + X1 + 8 * X2
+    kernel = pointwise("o", (2, 8, 12), {"a": at}, "neg", at).kernel
+    assert [r.size for r in normalise(kernel).outer] == [192]
+    with_bias = pointwise("o", (2, 8, 12), {"a": at, "b": X1}, "add", at).kernel
+    assert [r.size for r in normalise(with_bias).outer] == [24, 8]
+
+
+def test_epilogue_of_a_strided_reduction() -> None:
+    after = fused(
+        program(
+            [reduction("s", 4, 8, "a", 4 * R0 + X0), pointwise("o", (4,), {"s": X0}, "exp")],
+            {"a": 32, "s": 4, "o": 4},
+            ("s", "o"),
+        )
+    )
+    assert len(after.operations) == 1
