@@ -26,8 +26,8 @@ from .passes.padding import pad_rows
 from .passes.pipeline import PASSES as PIPELINE
 from .passes.pipeline import run_pipeline
 from .passes.pools import Pooled, choose_pools
-from .passes.reinplace import Reinplace
 from .passes.reorder import reorder
+from .passes.split_reductions import SplitReductions
 from .passes.schedule import lifetimes, make_plan, storages
 from .planner import planner_libraries
 from .runtime.python_runtime import namespace
@@ -66,7 +66,7 @@ class Lowering:
         return with_contracts(lower_program(program, self.config))
 
 
-PASSES = (Reinplace, Lowering, *(p for p in PIPELINE if p is not Reinplace))
+PASSES = (Lowering, *PIPELINE, SplitReductions)
 #: names that ``options={"disable": [...]}`` accepts
 PASS_NAMES = ("attention", "chunked_loss", "rematerialize", "padding", *(p.name for p in PASSES), "reorder", "inplace", "pools")
 

@@ -140,8 +140,6 @@ def _sink_side(
     residual.data[residual.data < 0] = 0
     residual.eliminate_zeros()
     reached = np.zeros(n, dtype=np.bool_)
-    order = scipy.sparse.csgraph.breadth_first_order(
-        residual.T.tocsr(), sink, directed=True, return_predecessors=False
-    )
+    order = scipy.sparse.csgraph.breadth_first_order(residual.T.tocsr(), sink, directed=True, return_predecessors=False)
     reached[order] = True
     return reached

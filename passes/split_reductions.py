@@ -46,6 +46,8 @@ _COLUMNS = 32
 #: fewest elements of the row that a part must keep: contiguous ones, and strided ones
 _CONTIGUOUS_PART = 2048
 _STRIDED_PART = 64
+#: fewest elements that a kernel must read: below, a second launch costs more than idle multiprocessors
+_LEAST_ELEMENTS = 1 << 20
 #: bytes of partial results above which splitting is not worth its memory
 _LARGEST_PARTIALS = 4 << 20
 
@@ -129,6 +131,8 @@ def _parts(kernel: Kernel) -> tuple[int, int] | None:
         return None
     outer = math.prod(int(r.size) for r in kernel.outer)
     row = math.prod(int(r.size) for r in kernel.row)
+    if outer * row < _LEAST_ELEMENTS:
+        return None
     contiguous = _row_contiguous(kernel)
     instances = outer if contiguous else -(-outer // _COLUMNS)
     wanted = -(-_MULTIPROCESSORS * _INSTANCES // instances)

@@ -288,6 +288,13 @@ class _Writer:
         return call_node(self.graph, target, args, kwargs, self.like, keep_policy=False)
 
 
+    def like_first(self, target: object, first: Node, *args: object) -> Node:
+        """A call whose result is a fresh tensor like its first argument."""
+        node = self(aten.empty_like.default, first, pin_memory=False)
+        node.target, node.args, node.kwargs = target, (first, *args), {}  # type: ignore[assignment]
+        return node
+
+
 def _rewrite(graph: torch.fx.Graph, found: Loss, rows: int) -> None:
     tokens = found.linear.meta["val"].shape[0]
     with graph.inserting_before(found.nll):
@@ -387,7 +394,11 @@ def _weight_gradient(write: _Writer, found: Loss, slices: list[_Slice]) -> Node:
         elif value.device.type in FLOAT32_PRODUCTS:
             # float32 results of half-precision factors: the matrix units accumulate in float32 anyway
             wide = (turned, s.hidden_rows, torch.float32)
-            total = write(aten.mm.dtype, *wide) if total is None else write(aten.addmm.dtype, total, *wide)
+            if total is None:
+                total = write(aten.mm.dtype, *wide)
+            else:
+                # torch 2.11 takes the wide form apart wrongly on fake tensors, so its value is given
+                total = write.like_first(aten.addmm.dtype, total, *wide)
         else:
             product = write(aten._to_copy.default, write(aten.mm.default, turned, s.hidden_rows), dtype=torch.float32)
             total = product if total is None else write(aten.add.Tensor, total, product)

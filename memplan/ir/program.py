@@ -158,8 +158,9 @@ class Extern:
 
     ``target`` is ``namespace.name.overload`` (``aten.mm.default``), or ``callable:<key>`` for a higher-order operator
     held in `Program.callables`. ``results`` are the views that the call's flat results become (None: unused or no
-    tensor); ``symbols`` the size symbols that its integer results define. ``scratch`` is the bytes it takes while it
-    runs and gives back.
+    tensor). ``symbols`` are the size symbols that become known by the call: (accessor, symbol) with the accessor a
+    suffix to the call's flat results list ``r``, for example ``[0].size(0)`` or ``[0]``. ``scratch`` is the bytes it
+    takes while it runs and gives back. ``effect``: keeps its order among such (random numbers, side effects).
     """
 
     name: str
@@ -172,7 +173,7 @@ class Extern:
     origins: tuple[Origin, ...] = ()
     mutates: tuple[str, ...] = ()
     scratch: Size = 0
-    symbols: tuple[tuple[int, sympy.Symbol], ...] = ()
+    symbols: tuple[tuple[str, sympy.Symbol], ...] = ()
     effect: bool = False
 
     @property
