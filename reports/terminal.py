@@ -106,36 +106,36 @@ def peak_groups(graph: Graph, *, step: int | None = None, by: GroupBy = "line", 
     at = graph.peak_step if step is None else step
     rows = grouped(graph, graph.alive_at(at), at, by)
     total = graph.allocated[at] if at < len(graph.steps) else 0
-    table = _table("bytes", "share", by if by != "line" else "your line", "what", justify={0: "right", 1: "right"})
+    kind = "your line" if by == "line" else by
+    table = _table("bytes", "share", kind, "what", justify={0: "right", 1: "right"}, fixed=(2,))
     table.title = Text("Alive at the peak" if at == graph.peak_step else f"Alive at step {at}", style="bold")
     for row in rows[:top]:
         table.add_row(
             size(row.nbytes),
             percent(row.nbytes, total),
-            Text(clean(row.key), overflow="fold"),
+            clean(row.key, 48),
             _what(row.largest, row.count),
         )
     rest = rows[top:]
     if rest:
         nbytes = sum(r.nbytes for r in rest)
         table.add_row(size(nbytes), percent(nbytes, total), f"{len(rest)} more", "", style="dim")
-    _remainder(table, graph, at, total, columns=4)
+    _remainder(table, graph, at, total)
     return table
 
 
-def _remainder(table: Table, graph: Graph, at: int, total: int, columns: int) -> None:
+def _remainder(table: Table, graph: Graph, at: int, total: int) -> None:
     """Scratch of the running operation, and room in pools, so that the rows sum to what is allocated."""
-    pad = [""] * (columns - 3)
     if at < len(graph.steps) and graph.steps[at].scratch:
         scratch = graph.steps[at].scratch
-        table.add_row(size(scratch), percent(scratch, total), f"scratch of {step_title(graph.steps[at])}", *pad)
+        table.add_row(size(scratch), percent(scratch, total), "scratch of this step")
     spare = room(graph, at)
     if spare:
-        table.add_row(size(spare), percent(spare, total), "rounding, and room in pools", *pad, style="dim")
+        table.add_row(size(spare), percent(spare, total), "rounding, and room in pools", style="dim")
 
 
 def _what(largest: Buffer, count: int) -> Text:
-    text = Text(overflow="fold")
+    text = Text(no_wrap=True, overflow="ellipsis")
     if code(largest.origin):
         text.append(code(largest.origin), style="cyan")
         text.append("  ")
@@ -146,7 +146,7 @@ def _what(largest: Buffer, count: int) -> Text:
 
 
 def peak(graph: Graph, *, step: int | None = None, top: int = 20) -> RenderableType:
-    """Every buffer alive at the peak, or at a step, the user's line first."""
+    """Every buffer alive at the peak, or at a step, with the user's line."""
     at = graph.peak_step if step is None else step
     title = Text(f"Step {at} of {len(graph.steps)}", style="bold")
     if at < len(graph.steps):
@@ -154,35 +154,37 @@ def peak(graph: Graph, *, step: int | None = None, top: int = 20) -> RenderableT
         title.append(f"\n{size(graph.allocated[at])} allocated, {size(graph.live[at])} live", style="")
     alive = graph.alive_at(at)
     total = graph.allocated[at] if at < len(graph.steps) else 0
-    table = _table("your line", "bytes", "share", "buffer", "shape", "kind", "steps", justify={1: "right", 2: "right"})
+    table = _table("bytes", "share", "your line", "buffer, steps", justify={0: "right", 1: "right"})
     for s in alive[:top]:
         b = graph.shown_at(s, at)
-        table.add_row(
-            _place(b), size(s.nbytes), percent(s.nbytes, total), _fold(b.name), shape(b), clean(b.kind), _life(graph, b)
-        )
+        table.add_row(size(s.nbytes), percent(s.nbytes, total), _place(b), _buffer(graph, b))
     rest = alive[top:]
     if rest:
         nbytes = sum(s.nbytes for s in rest)
-        table.add_row(f"{len(rest)} more", size(nbytes), percent(nbytes, total), style="dim")
-    if at < len(graph.steps) and graph.steps[at].scratch:
-        scratch = graph.steps[at].scratch
-        table.add_row("scratch of this step", size(scratch), percent(scratch, total))
-    if room(graph, at):
-        table.add_row(
-            "rounding, and room in pools", size(room(graph, at)), percent(room(graph, at), total), style="dim"
-        )
+        table.add_row(size(nbytes), percent(nbytes, total), f"{len(rest)} more", style="dim")
+    _remainder(table, graph, at, total)
     return Group(title, table)
 
 
-def _place(b: Buffer) -> Text:
-    text = Text(whereabouts(b.origin), overflow="fold")
-    if code(b.origin):
-        text.append(f"\n  {code(b.origin)}", style="cyan")
+def _one_line(*lines: tuple[str, str]) -> Text:
+    """Lines of (text, style), each cut with an ellipsis where the column is too narrow."""
+    text = Text(no_wrap=True, overflow="ellipsis")
+    for k, (line_text, style) in enumerate(lines):
+        text.append(("\n" if k else "") + line_text, style=style)
     return text
 
 
-def _fold(name: str) -> Text:
-    return Text(clean(name), overflow="fold")
+def _place(b: Buffer, limit: int = 200) -> Text:
+    """The user's line, at most ``limit`` characters of it: what is cut is the start of the path, never the line."""
+    place = whereabouts(b.origin)
+    rows = [(place if len(place) <= limit else f"…{place[1 - limit :]}", "")]
+    if code(b.origin):
+        rows.append((f"  {code(b.origin)}", "cyan"))
+    return _one_line(*rows)
+
+
+def _buffer(graph: Graph, b: Buffer) -> Text:
+    return _one_line((clean(b.name), ""), (f"  {_life(graph, b)} {clean(b.kind)} {shape(b)}", "dim"))
 
 
 def _life(graph: Graph, b: Buffer) -> str:
@@ -191,12 +193,10 @@ def _life(graph: Graph, b: Buffer) -> str:
 
 def buffers(graph: Graph, rows: Sequence[Buffer], *, top: int = 40) -> RenderableType:
     """A table of buffers: where they lie, how long, made by what."""
-    table = _table("buffer", "bytes", "shape", "kind", "steps", "place", "made by", "your line", justify={1: "right"})
+    table = _table("bytes", "buffer, steps", "place", "your line", justify={0: "right"})
     for b in rows[:top]:
-        table.add_row(
-            _fold(b.name), size(b.nbytes), shape(b), clean(b.kind), _life(graph, b), _fold(placed(b)),
-            short(b.origin.op), Text(line(b.origin) or clean(b.origin.module), overflow="fold"),
-        )  # fmt: skip
+        place = _one_line((clean(placed(b)), ""), (f"  by {short(b.origin.op) or '-'}", "dim"))
+        table.add_row(size(b.nbytes), _buffer(graph, b), place, _place(b, 24))
     count = Text(f"{len(rows)} buffers, {size(sum(b.nbytes for b in rows))}", style="dim")
     if len(rows) > top:
         count.append(f"; the first {top} are shown (--top)")
@@ -267,7 +267,7 @@ def graph_table(report: Report) -> RenderableType:
     for g in (*report.graphs, *([report.whole] if report.whole is not None else [])):
         in_place = sum(b.placement == "in_place" for b in g.buffers)
         counts = [str(n) for n in (len(g.steps), len(g.buffers), in_place, len(g.pools))]
-        table.add_row(_fold(g.name), PHASES[g.phase], *counts, size(g.peak))
+        table.add_row(clean(g.name), PHASES[g.phase], *counts, size(g.peak))
     return table
 
 
@@ -289,9 +289,10 @@ def certificates(report: Report) -> list[Text]:
     return lines
 
 
-def _table(*columns: str, justify: dict[int, str] | None = None) -> Table:
+def _table(*columns: str, justify: dict[int, str] | None = None, fixed: tuple[int, ...] = ()) -> Table:
+    """A table without lines; numbers (and ``fixed`` columns) keep their width, the others give way."""
     table = Table(box=None, pad_edge=False, title_justify="left", header_style="dim", collapse_padding=True)
     for k, title in enumerate(columns):
         right = (justify or {}).get(k) == "right"
-        table.add_column(title, justify="right" if right else "left", no_wrap=right)
+        table.add_column(title, justify="right" if right else "left", no_wrap=right or k in fixed)
     return table

@@ -1,0 +1,35 @@
+"""The plan in torch's structured trace (``TORCH_TRACE=folder``), so that tlparse shows it beside the graphs."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+from torch._logging._internal import trace_structured
+
+from ..ir.plan import Plan
+from .build import graph_of
+from .model import Graph
+from .terminal import buffers, curve, peak
+from .text import clean
+
+
+def trace_plan(plan: Plan) -> None:
+    """Add the plan as an artifact named ``memplan_<graph>``. Costs nothing where no trace is being written."""
+    name = f"memplan_{clean(plan.program.name)}"
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=lambda: plan_text(graph_of(plan)),
+    )
+
+
+def plan_text(graph: Graph) -> str:
+    """A plan as plain text: the curve, what is alive at the peak, every buffer with its life and place."""
+    out = io.StringIO()
+    console = Console(file=out, width=160, markup=False, emoji=False, highlight=False, no_color=True)
+    by_birth = sorted(graph.buffers, key=lambda b: (b.birth, b.name))
+    for part in (curve(graph), peak(graph), buffers(graph, by_birth, top=len(by_birth))):
+        console.print(part)
+        console.print()
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
