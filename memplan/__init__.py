@@ -9,10 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .analysis import analyze as analyze
+    from .planner import order as order
+    from .planner import pack as pack
     from .recording import record as record
     from .reports.shown import report as report
 
-_PUBLIC = {"record": ".recording", "report": ".reports.shown"}
+_PUBLIC = {
+    "analyze": ".analysis",
+    "order": ".planner",
+    "pack": ".planner",
+    "record": ".recording",
+    "report": ".reports.shown",
+}
 
 
 def __getattr__(name: str) -> object:

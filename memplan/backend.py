@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch._functorch.config as functorch_config
 import torch.fx
+from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext
 
@@ -20,7 +21,7 @@ from . import recording
 from .capture.attention import simplify_masks
 from .capture.fx import capture
 from .capture.partition import Chooser, Partitioned, partitioner
-from .compilation import PASS_NAMES, compile_program
+from .compilation import PASS_NAMES, compile_program, plan_program
 from .ir.config import Config
 from .ir.errors import UnsupportedError
 from .ir.plan import Plan
@@ -64,7 +65,7 @@ class Region:
     hooked: bool = False
 
     def compile_forward(self, module: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
-        return self.watch_hooks(self.finish(self.capture_forward(module), inputs))
+        return self.watch_hooks(self.finish(self.capture_forward(module), module))
 
     def watch_hooks(self, call: Callable[..., object]) -> Callable[..., object]:
         """The forward, which notes whether saved-tensor hooks (offload, for example) were active."""
@@ -94,8 +95,8 @@ class Region:
     def compile_backward(self, module: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
         leave_donation_to_us()
         program = self.capture_backward(module)
-        donating = self.finish(program, inputs)
-        if not any(b.donated for b in program.buffers.values()):
+        donating = self.finish(program, module)
+        if self.config.plan_only or not any(b.donated for b in program.buffers.values()):
             return donating
         return backward_call(donating, lambda: compile_program(without_donation(program), self.config).call, self)
 
@@ -130,9 +131,14 @@ class Region:
 
     def compile_inference(self, module: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
         program = capture(module, Phase.INFERENCE, name=f"inference{self.group}", static_inputs=static_inputs())
-        return self.finish(program, inputs)
+        return self.finish(program, module)
 
-    def finish(self, program: Program, inputs: Sequence[object]) -> Callable[..., object]:
+    def finish(self, program: Program, module: torch.fx.GraphModule) -> Callable[..., object]:
+        if self.config.plan_only:
+            planned = plan_program(program, self.config)
+            joins = self.joins(planned.plan)
+            recording.tell(recording.CompiledGraph(planned.plan, self.group, joins, planned.waterfall))
+            return make_boxed_func(module.forward)  # type: ignore[no-any-return]
         compiled = compile_program(program, self.config)
         recording.tell(
             recording.CompiledGraph(

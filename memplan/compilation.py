@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -28,7 +28,7 @@ from .passes.pipeline import run_pipeline
 from .passes.pools import Pooled, choose_pools
 from .passes.reorder import reorder
 from .passes.split_reductions import SplitReductions
-from .passes.schedule import lifetimes, make_plan, storages
+from .passes.schedule import lifetimes, make_plan, storages, timeline
 from .planner import planner_libraries
 from .runtime.python_runtime import namespace
 
@@ -71,9 +71,23 @@ PASSES = (Lowering, *PIPELINE, SplitReductions)
 PASS_NAMES = ("attention", "chunked_loss", "rematerialize", "padding", *(p.name for p in PASSES), "reorder", "inplace", "pools")
 
 
-def plan_program(program: Program, config: Config) -> Plan:
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and what each decision did: (name, peak of live bytes after it), the captured program first."""
+
+    plan: Plan
+    waterfall: tuple[tuple[str, int], ...]
+
+
+def plan_program(program: Program, config: Config) -> Planned:
     """All passes and the planner; nothing is built."""
-    program = run_pipeline(program, config, verify_program, passes=PASSES)
+    stages = [("captured", _unplanned_peak(program, {}))]
+
+    def on_pass(name: str, before: Program, after: Program) -> None:
+        if after is not before:
+            stages.append((name, _unplanned_peak(after, {})))
+
+    program = run_pipeline(program, config, verify_program, on_pass, passes=PASSES)
     libraries = planner_libraries()
     order: tuple[str, ...] = tuple(op.name for op in program.operations)
     bound, program_peak, note = 0, None, libraries.note
@@ -81,8 +95,10 @@ def plan_program(program: Program, config: Config) -> Plan:
         pairs = decide_in_place(program, order, kernel_safe=_safe_in_place) if config.enabled("inplace") else {}
         ordered = reorder(program, pairs, libraries.order)
         order, bound, program_peak = ordered.order, ordered.lower_bound, ordered.program_peak
+        stages.append(("reorder", _unplanned_peak(program, {}, order)))
     taken = plan_in_place(program, order, kernel_safe=_safe_in_place) if config.enabled("inplace") else None
     in_place = dict(taken.taken) if taken is not None else {}
+    stages.append(("inplace", _unplanned_peak(program, in_place, order)))
     pooled = Pooled()
     if config.enabled("pools") and config.pools != "never" and order:
         stores = storages(program, lifetimes(program, order), in_place)
@@ -98,9 +114,17 @@ def plan_program(program: Program, config: Config) -> Plan:
         notes=taken.notes if taken is not None else (),
         note=note,
     )
+    stages.append(("pools", max(plan.timeline)))
     if config.verify:
         verify_plan(plan, check_program=False)
-    return plan
+    return Planned(plan, tuple(stages))
+
+
+def _unplanned_peak(program: Program, in_place: Mapping[str, str], order: Sequence[str] | None = None) -> int:
+    """Peak of live bytes with every storage its own allocation."""
+    names = [op.name for op in program.operations] if order is None else order
+    stores = storages(program, lifetimes(program, names), in_place)
+    return max(timeline(program, names, stores, (), frozenset()))
 
 
 def with_contracts(program: Program) -> Program:
@@ -137,7 +161,8 @@ def _safe_in_place(op: KernelOp, old: str, new: str) -> bool:
 
 def compile_program(program: Program, config: Config) -> CompiledProgram:
     """Plan, print, build and load."""
-    plan = plan_program(program, config)
+    planned = plan_program(program, config)
+    plan = planned.plan
     found = kernel_sets.collect(plan.program)
     callables, kernel_source = kernel_sets.build(found, plan.program, config)
     arguments = {n: (a.source, a.buffers, a.symbols) for n, a in found.arguments.items()}
@@ -152,4 +177,4 @@ def compile_program(program: Program, config: Config) -> CompiledProgram:
     exec(code, names)
     call = names["call"]
     call._boxed_call = True  # type: ignore[attr-defined]
-    return CompiledProgram(plan, call, wrapper.source)  # type: ignore[arg-type]
+    return CompiledProgram(plan, call, wrapper.source, planned.waterfall)  # type: ignore[arg-type]

@@ -75,6 +75,8 @@ class Config:
     loss_chunk: int = 2**28
     pools: str = "auto"
     cache_dir: str | None = None
+    #: make the plan and run the traced graph as it is; nothing is built (`memplan.analyze`)
+    plan_only: bool = False
     #: passes that exist; filled in by the caller of `from_options` for the check of `disable`
     known_passes: tuple[str, ...] = ()
 
@@ -95,7 +97,7 @@ class Config:
                 raise OptionError(f"unknown mode {mode!r}{_nearest(mode, MODES)}; modes are {', '.join(MODES)}")
             config = replace(config, **MODES[mode])  # type: ignore[arg-type]
         values: dict[str, object] = {}
-        names = [f.name for f in fields(cls) if f.name != "known_passes"]
+        names = [f.name for f in fields(cls) if f.name not in ("known_passes", "plan_only")]
         for name, value in (options or {}).items():
             if name not in names:
                 raise OptionError(f"unknown option {name!r}{_nearest(name, names)}; options are {', '.join(names)}")
