@@ -13,6 +13,7 @@ Among all minimum cuts the one nearest the backward is taken: it recomputes leas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -73,10 +74,12 @@ def choose_kept(values: Sequence[Value]) -> Kept:
     relevant = _ancestors(values)
     if not relevant:
         return Kept((), (), 0.0)
+    _check_possible(values)
     number = {v: k for k, v in enumerate(relevant)}
     source, sink = 2 * len(relevant), 2 * len(relevant) + 1
     total = sum((values[v].keep or 0.0) + (values[v].again or 0.0) for v in relevant)
-    scale = min(1.0, (_LIMIT - len(relevant) * 4) / max(1.0, total))
+    # a power of two, so that whole bytes stay whole
+    scale = 2.0 ** (math.frexp((_LIMIT - len(relevant) * 4) / max(1.0, total))[1] - 1)
     tails: list[int] = []
     heads: list[int] = []
     capacities: list[int] = []
@@ -84,7 +87,7 @@ def choose_kept(values: Sequence[Value]) -> Kept:
     def edge(tail: int, head: int, capacity: float | None) -> None:
         tails.append(tail)
         heads.append(head)
-        capacities.append(_LIMIT if capacity is None else int(capacity * scale) + (1 if capacity > 0 else 0))
+        capacities.append(_LIMIT if capacity is None else math.ceil(capacity * scale))
 
     for v in relevant:
         k = number[v]
@@ -105,12 +108,21 @@ def choose_kept(values: Sequence[Value]) -> Kept:
     for v in relevant:
         inside, outside = side[2 * number[v]], side[2 * number[v] + 1]
         if outside and not inside:
-            if values[v].keep is None:
-                raise ValueError(f"{values[v].name} is needed by the backward, but can neither be kept nor recomputed")
+            assert values[v].keep is not None, f"the cut goes through {values[v].name}, which cannot be kept"
             kept.append(v)
         elif inside:
             recomputed.append(v)
     return Kept(tuple(kept), tuple(recomputed), sum(values[v].keep or 0.0 for v in kept))
+
+
+def _check_possible(values: Sequence[Value]) -> None:
+    """Raise ValueError if the backward needs what it cannot have even if all that can be kept is kept."""
+    had: list[bool] = []
+    for value in values:
+        again = value.again is not None and all(had[i] for i in value.inputs)
+        had.append(value.keep is not None or again)
+        if value.needed and not had[-1]:
+            raise ValueError(f"{value.name} is needed by the backward, but can neither be kept nor recomputed")
 
 
 def _ancestors(values: Sequence[Value]) -> list[int]:

@@ -13,6 +13,7 @@ the tangent's scale inside). The idea of computing the gradient in the forward i
 
 from __future__ import annotations
 
+import functools
 import logging
 import operator
 from dataclasses import dataclass, field
@@ -63,6 +64,12 @@ class Loss:
     hidden_gradients: list[Node] = field(default_factory=list)
     weight_gradients: list[tuple[Node, bool]] = field(default_factory=list)  # (node, is it (features, vocabulary))
     bias_gradients: list[Node] = field(default_factory=list)
+
+    @property
+    def wide(self) -> torch.dtype:
+        """What losses and gradients are computed in: float32, or the wider one that the model uses."""
+        used = (self.linear.meta["val"].dtype, _getitem(self.nll, 0).meta["val"].dtype)
+        return functools.reduce(torch.promote_types, used, torch.float32)
 
 
 def chunk_losses(module: torch.fx.GraphModule, chunk_bytes: int) -> int:
@@ -302,10 +309,11 @@ def _rewrite(graph: torch.fx.Graph, found: Loss, rows: int) -> None:
         target = _all_targets(write, found, tokens)
         valid = write(aten.ne.Scalar, target, found.ignore_index)
         safe = write(aten.where.ScalarOther, valid, target, 0)
-        weights = write(aten._to_copy.default, valid, dtype=torch.float32)
+        wide = found.wide
+        weights = write(aten._to_copy.default, valid, dtype=wide)
         if found.class_weight is not None:
             chosen = write(aten.index.Tensor, found.class_weight, [safe])
-            weights = write(aten.mul.Tensor, write(aten._to_copy.default, chosen, dtype=torch.float32), weights)
+            weights = write(aten.mul.Tensor, write(aten._to_copy.default, chosen, dtype=wide), weights)
         total = write(aten.sum.default, weights)
         scale = write(aten.reciprocal.default, total) if found.reduction == _MEAN else None
         slices = [
@@ -316,7 +324,7 @@ def _rewrite(graph: torch.fx.Graph, found: Loss, rows: int) -> None:
         if scale is not None:
             loss = write(aten.mul.Tensor, loss, scale)
         value = _getitem(found.nll, 0).meta["val"]
-        if value.dtype is not torch.float32:
+        if value.dtype is not wide:
             loss = write(aten._to_copy.default, loss, dtype=value.dtype)
         hidden = _saved(write(aten.cat.default, [s.hidden for s in slices])) if found.hidden_gradients else None
         weight = _saved(_weight_gradient(write, found, slices)) if found.weight_gradients else None
@@ -350,7 +358,8 @@ def _slice(
         logits = write(aten.mm.default, hidden, found.weight_t)
     else:
         logits = write(aten.addmm.default, found.bias, hidden, found.weight_t)
-    x = logits if dtype is torch.float32 else write(aten._to_copy.default, logits, dtype=torch.float32)
+    wide = found.wide
+    x = logits if dtype is wide else write(aten._to_copy.default, logits, dtype=wide)
     shifted = write(aten.sub.Tensor, x, write(aten.amax.default, x, [1], True))
     powers = write(aten.exp.default, shifted)
     norm = write(aten.sum.dim_IntList, powers, [1], True)
@@ -360,17 +369,17 @@ def _slice(
         aten.arange.default, vocabulary, dtype=torch.int64, device=found.linear.meta["val"].device, pin_memory=False
     )
     hit = write(aten.eq.Tensor, positions, row_target)
-    zero = write(aten.full.default, [], 0.0, dtype=torch.float32, device=x.meta["val"].device, pin_memory=False)
+    zero = write(aten.full.default, [], 0.0, dtype=wide, device=x.meta["val"].device, pin_memory=False)
     picked = write(aten.sum.dim_IntList, write(aten.where.self, hit, shifted, zero), [1], True)
     row_loss = write(aten.sub.Tensor, write(aten.log.default, norm), picked)
     # where the weight is zero (ignored tokens) an infinite logit must not turn into NaN
     used = write(aten.ne.Scalar, row_weight, 0)
     row_loss = write(aten.where.self, used, write(aten.mul.Tensor, row_loss, row_weight), zero)
     factor = row_weight if scale is None else write(aten.mul.Tensor, row_weight, scale)
-    hit_number = write(aten._to_copy.default, hit, dtype=torch.float32)
+    hit_number = write(aten._to_copy.default, hit, dtype=wide)
     difference = write(aten.sub.Tensor, write(aten.div.Tensor, powers, norm), hit_number)
     gradient = write(aten.where.self, used, write(aten.mul.Tensor, difference, factor), zero)
-    if dtype is not torch.float32:
+    if dtype is not wide:
         gradient = write(aten._to_copy.default, gradient, dtype=dtype)
     weight = write(aten.permute.default, found.weight_t, [1, 0])
     return _Slice(
@@ -378,32 +387,32 @@ def _slice(
         gradient=gradient,
         hidden_rows=hidden,
         hidden=write(aten.mm.default, gradient, weight) if found.hidden_gradients else None,
-        bias=write(aten.sum.dim_IntList, gradient, [0], False, dtype=torch.float32) if found.bias_gradients else None,
+        bias=write(aten.sum.dim_IntList, gradient, [0], False, dtype=wide) if found.bias_gradients else None,
     )
 
 
 def _weight_gradient(write: _Writer, found: Loss, slices: list[_Slice]) -> Node:
-    """The sum over slices of gradient.T @ hidden, in float32 over the slices, in the product's dtype at the end."""
+    """The sum over slices of gradient.T @ hidden, in at least float32 over the slices, in the product's dtype at the end."""
     value = found.linear.meta["val"]
     total: Node | None = None
     for s in slices:
         turned = write(aten.permute.default, s.gradient, [1, 0])
-        if value.dtype is torch.float32:
+        if value.dtype is found.wide:
             plain = (turned, s.hidden_rows)
             total = write(aten.mm.default, *plain) if total is None else write(aten.addmm.default, total, *plain)
-        elif value.device.type in FLOAT32_PRODUCTS:
+        elif value.device.type in FLOAT32_PRODUCTS and found.wide is torch.float32 and value.dtype.itemsize == 2:
             # float32 results of half-precision factors: the matrix units accumulate in float32 anyway
-            wide = (turned, s.hidden_rows, torch.float32)
+            widened = (turned, s.hidden_rows, found.wide)
             if total is None:
-                total = write(aten.mm.dtype, *wide)
+                total = write(aten.mm.dtype, *widened)
             else:
                 # torch 2.11 takes the wide form apart wrongly on fake tensors, so its value is given
-                total = write.like_first(aten.addmm.dtype, total, *wide)
+                total = write.like_first(aten.addmm.dtype, total, *widened)
         else:
-            product = write(aten._to_copy.default, write(aten.mm.default, turned, s.hidden_rows), dtype=torch.float32)
+            product = write(aten._to_copy.default, write(aten.mm.default, turned, s.hidden_rows), dtype=found.wide)
             total = product if total is None else write(aten.add.Tensor, total, product)
     assert total is not None
-    if value.dtype is torch.float32:
+    if value.dtype is found.wide:
         return total
     return write(aten._to_copy.default, total, dtype=value.dtype)
 
