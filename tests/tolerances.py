@@ -15,30 +15,39 @@ TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
     torch.complex128: (1e-9, 1e-10),
     torch.float32: (2e-4, 2e-5),
     torch.complex64: (2e-4, 2e-5),
+    torch.complex32: (1e-2, 1e-3),
     torch.float16: (1e-2, 1e-3),
     torch.bfloat16: (4e-2, 4e-3),
+    torch.float8_e4m3fn: (0.13, 2e-3),
+    torch.float8_e5m2: (0.26, 2e-3),
 }
 
 
+class Differs(AssertionError):
+    """An answer is not eager's."""
+
+
 def assert_near(actual: Tensor, expected: Tensor, what: str = "result", *, dtype: torch.dtype | None = None) -> None:
-    """Raise AssertionError unless shape, dtype, device and strides' order agree and the values are near.
+    """Raise `Differs` unless shape, dtype, device and strides' order agree and the values are near.
 
     The absolute tolerance is scaled by the largest finite value expected (sums of many terms cancel); ``dtype`` is the
     one whose tolerance holds, where the computation was in a narrower one than the result's (autocast).
     """
     if actual.shape != expected.shape or actual.dtype != expected.dtype or actual.device != expected.device:
-        raise AssertionError(f"{what}: {_kind(actual)} where eager has {_kind(expected)}")
+        raise Differs(f"{what}: {_kind(actual)} where eager has {_kind(expected)}")
     if expected.layout is not torch.strided:
         actual, expected = actual.to_dense(), expected.to_dense()
-    if not (expected.is_floating_point() or expected.is_complex()):
-        torch.testing.assert_close(actual, expected, rtol=0, atol=0, msg=lambda m: f"{what}: {m}")
-        return
-    relative, absolute = TOLERANCES[dtype or expected.dtype]
-    finite = expected.detach()[torch.isfinite(expected.detach())]
-    scale = max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
-    torch.testing.assert_close(
-        actual, expected, rtol=relative, atol=absolute * scale, equal_nan=True, msg=lambda m: f"{what}: {m}"
-    )
+    relative, absolute = 0.0, 0.0
+    if expected.is_floating_point() or expected.is_complex():
+        relative, absolute = TOLERANCES[dtype or expected.dtype]
+        if expected.dtype.itemsize == 1:
+            actual, expected = actual.float(), expected.float()
+        finite = expected.detach()[torch.isfinite(expected.detach())]
+        absolute *= max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
+    try:
+        torch.testing.assert_close(actual, expected, rtol=relative, atol=absolute, equal_nan=True)
+    except AssertionError as error:
+        raise Differs(f"{what}: {error}") from None
 
 
 def _kind(t: Tensor) -> str:
