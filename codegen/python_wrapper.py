@@ -237,7 +237,7 @@ class _Printer:
                 # one tensor for both: torch copies the first argument into another one
                 self.line(f"out = {outs[0]}")
                 args[0] = outs[0] = "out"
-            names = ["out"] if len(outs) == 1 else [f"out{k}" for k in range(len(outs))]
+            names = _out_names(op.target)
             self.line(f"{name}({', '.join([*args, *(f'{n}={o}' for n, o in zip(names, outs, strict=True))])})")
             if outs[0] == "out":
                 self.line("del out")
@@ -340,3 +340,10 @@ def _origin_text(node: str, op: str, location: str, code: str) -> str:
 
 
 __all__ = ["PythonWrapper", "literal", "print_python"]
+
+
+def _out_names(target: str) -> list[str]:
+    """What an ``out=`` overload calls the tensors that it writes: ``out``, ``out0``, ``indices``, ..."""
+    namespace, name, overload = target.split(".")
+    schema = getattr(getattr(getattr(torch.ops, namespace), name), overload)._schema
+    return [a.name for a in schema.arguments if a.is_out]
