@@ -12,6 +12,7 @@ from . import kernels as kernel_sets
 from .codegen import cpp_kernel, triton_kernel
 from .codegen.python_wrapper import print_python
 from .codegen.wrapper_lines import wrapper_lines
+from .fallback import with_fallback
 from .ir.config import Config
 from .ir.loops import Size
 from .ir.plan import Plan
@@ -20,15 +21,15 @@ from .ir.verify import verify_program
 from .ir.verify_plan import verify_plan
 from .lowering.call_site import LOWERINGS
 from .lowering.contracts import contract
-from .lowering.lower import lower_program
+from .lowering.lower import NOTHING_KEPT, Kept, lower_program
 from .passes.inplace import decide_in_place, plan_in_place
 from .passes.padding import pad_rows
 from .passes.pipeline import PASSES as PIPELINE
 from .passes.pipeline import run_pipeline
 from .passes.pools import Pooled, choose_pools
 from .passes.reorder import reorder
-from .passes.split_reductions import SplitReductions
 from .passes.schedule import lifetimes, make_plan, storages, timeline
+from .passes.split_reductions import SplitReductions
 from .planner import planner_libraries
 from .runtime.python_runtime import namespace
 
@@ -55,15 +56,17 @@ class Lowering:
     name: ClassVar[str] = "lowering"
     requires: ClassVar[tuple[str, ...]] = ()
     config: Config = Config()
+    #: what stays a call though there is a lowering
+    kept: Kept = NOTHING_KEPT
 
     @classmethod
     def configured(cls, config: Config) -> Lowering:
         return cls(config)
 
     def run(self, program: Program) -> Program:
-        if self.config.enabled("padding"):
+        if self.config.enabled("padding") and not self.kept.devices:
             program = pad_rows(program, LOWERINGS.__contains__)
-        return with_contracts(lower_program(program, self.config))
+        return with_contracts(lower_program(program, self.config, self.kept))
 
 
 PASSES = (Lowering, *PIPELINE, SplitReductions)
@@ -79,15 +82,15 @@ class Planned:
     waterfall: tuple[tuple[str, int], ...]
 
 
-def plan_program(program: Program, config: Config) -> Planned:
-    """All passes and the planner; nothing is built."""
+def plan_program(program: Program, config: Config, kept: Kept = NOTHING_KEPT) -> Planned:
+    """All passes and the planner; nothing is built. What is ``kept`` stays a call."""
     stages = [("captured", _unplanned_peak(program, {}))]
 
     def on_pass(name: str, before: Program, after: Program) -> None:
         if after is not before:
             stages.append((name, _unplanned_peak(after, {})))
 
-    program = run_pipeline(program, config, verify_program, on_pass, passes=PASSES)
+    program = run_pipeline(program, config, verify_program, on_pass, passes=(Lowering(config, kept), *PASSES[1:]))
     libraries = planner_libraries()
     order: tuple[str, ...] = tuple(op.name for op in program.operations)
     bound, program_peak, note = 0, None, libraries.note
@@ -160,8 +163,19 @@ def _safe_in_place(op: KernelOp, old: str, new: str) -> bool:
 
 
 def compile_program(program: Program, config: Config) -> CompiledProgram:
-    """Plan, print, build and load."""
-    planned = plan_program(program, config)
+    """Plan, print, build and load; what no kernel can be built for runs as calls, with a warning."""
+    return with_fallback(program, lambda kept: _compile(program, config, kept))
+
+
+def _compile(program: Program, config: Config, kept: Kept) -> CompiledProgram:
+    """`compile_program` for what is left to calls so far.
+
+    Raises
+    ------
+    LoweringError, KernelBuildError
+        Naming the operations that no kernel can be had for.
+    """
+    planned = plan_program(program, config, kept)
     plan = planned.plan
     found = kernel_sets.collect(plan.program)
     callables, kernel_source = kernel_sets.build(found, plan.program, config)

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 
 import sympy
 import torch
 
-from .codegen.cpp_kernel import BUILD_FLAGS, emit_cpp_library
-from .codegen.printers import pexpr
+from .codegen.cpp_kernel import BUILD_FLAGS, emit_cpp, emit_cpp_library
 from .codegen.triton_kernel import TritonKernel, emit_triton
+from .fallback import Failure, KernelBuildError, NoCompilerError
 from .ir.canonical import CanonicalKernel, canonicalize
 from .ir.config import Config
+from .ir.errors import CacheError, CompilerError, MemplanError
 from .ir.loops import Kernel
 from .ir.program import KernelOp, Program
-from .runtime.build import build_library
+from .runtime.build import build_library, load_library
 from .runtime.cache import Cache
 from .runtime.cpp_launch import load_kernels
-from .runtime.triton_build import Target, compile_kernels
-from .runtime.triton_launch import Launcher
+from .runtime.toolchain import available_cpus, find_toolchain
+from .runtime.triton_build import Build, Target, compile_builds
+from .runtime.triton_launch import IndexLimitError, Launcher, make_launcher
 
 Callables = Mapping[str, Callable[..., object]]
 
@@ -72,21 +76,80 @@ def _describe(op: KernelOp) -> str:
     return text[:60]
 
 
+#: what an emitter may raise: that it cannot, or (our own mistakes) that it did not expect this kernel
+_EMITTER_ERRORS = (MemplanError, TypeError, ValueError, KeyError, IndexError, AssertionError, AttributeError)
+
+
 def build_cpu(kernels: KernelSet, program: Program, config: Config) -> tuple[Callables, str]:
     """Build and load the CPU kernels; returns them and their source.
 
     Raises
     ------
-    CompilerError
-        Without a working compiler, or if it refuses the source.
+    NoCompilerError
+        Without a working compiler, or a place to write to.
+    KernelBuildError
+        If kernels cannot be emitted, or the compiler refuses them.
     """
     mine = [(n, k) for n, (device, k) in kernels.sources.items() if device == "cpu"]
     if not mine:
         return {}, ""
-    source = emit_cpp_library(mine, program.hints, deterministic=torch.are_deterministic_algorithms_enabled())
-    cache = Cache(config.cache_dir) if config.cache_dir else None
-    path = build_library(source, name=program.name, flags=BUILD_FLAGS, cache=cache)
-    return load_kernels(path, {n: (len(k.buffers), len(k.symbols)) for n, k in mine}), source
+    store = Cache(config.cache_dir) if config.cache_dir else Cache()
+    try:
+        find_toolchain(cache=store)
+    except (CompilerError, CacheError) as error:
+        raise NoCompilerError("cpu", error) from error
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        source = emit_cpp_library(mine, program.hints, deterministic=deterministic)
+    except _EMITTER_ERRORS as error:
+        failures = _cpp_emission_failures(kernels, mine, program, deterministic)
+        if not failures:
+            raise
+        raise KernelBuildError(failures) from error
+    try:
+        path = build_library(source, name=program.name, flags=BUILD_FLAGS, cache=store)
+        loaded = load_kernels(path, {n: (len(k.buffers), len(k.symbols)) for n, k in mine})
+    except CacheError as error:
+        raise NoCompilerError("cpu", error) from error
+    except CompilerError as error:
+        raise KernelBuildError(_cpp_build_failures(kernels, mine, program, deterministic, store, error)) from error
+    return loaded, source
+
+
+def _cpp_emission_failures(
+    kernels: KernelSet, mine: Sequence[tuple[str, CanonicalKernel]], program: Program, deterministic: bool
+) -> tuple[Failure, ...]:
+    failures = []
+    for name, kernel in mine:
+        try:
+            emit_cpp(kernel, name=name, hints=program.hints, deterministic=deterministic)
+        except _EMITTER_ERRORS as error:
+            failures.append(Failure(kernels.users[name], error))
+    return tuple(failures)
+
+
+def _cpp_build_failures(
+    kernels: KernelSet,
+    mine: Sequence[tuple[str, CanonicalKernel]],
+    program: Program,
+    deterministic: bool,
+    store: Cache,
+    error: CompilerError,
+) -> tuple[Failure, ...]:
+    """Which kernels of a library that does not build are to blame: each is built alone. All, if none fails alone."""
+
+    def alone(entry: tuple[str, CanonicalKernel]) -> CompilerError | None:
+        source = emit_cpp_library([entry], program.hints, deterministic=deterministic)
+        try:
+            load_library(build_library(source, name=entry[0], flags=BUILD_FLAGS, cache=store))
+        except CompilerError as refused:
+            return refused
+        return None
+
+    with ThreadPoolExecutor(min(len(mine), available_cpus()), thread_name_prefix="memplan-build") as pool:
+        results = list(pool.map(alone, mine))
+    failures = tuple(Failure(kernels.users[n], e) for (n, _), e in zip(mine, results, strict=True) if e is not None)
+    return failures or (Failure(tuple(u for n, _ in mine for u in kernels.users[n]), error),)
 
 
 def build_cuda(kernels: KernelSet, program: Program, config: Config) -> tuple[Callables, str]:
@@ -94,31 +157,57 @@ def build_cuda(kernels: KernelSet, program: Program, config: Config) -> tuple[Ca
 
     Raises
     ------
-    CompilerError
-        If Triton refuses a kernel.
+    KernelBuildError
+        If kernels cannot be emitted, or Triton refuses them.
     """
-    found = [
-        emit_triton(k, name=n, hints=program.hints, deterministic=torch.are_deterministic_algorithms_enabled())
-        for n, (device, k) in kernels.sources.items()
-        if device == "cuda"
-    ]
-    if not found:
+    mine = [(n, k) for n, (device, k) in kernels.sources.items() if device == "cuda"]
+    if not mine:
         return {}, ""
-    compiled = compile_kernels(found, Target.current())
+    hints, deterministic = program.hints, torch.are_deterministic_algorithms_enabled()
+    failures: list[Failure] = []
+    found: list[TritonKernel] = []
+    for name, kernel in mine:
+        try:
+            found.append(emit_triton(kernel, name=name, hints=hints, deterministic=deterministic))
+        except _EMITTER_ERRORS as error:
+            failures.append(Failure(kernels.users[name], error))
+    target = Target.current()
     launchers: dict[str, Callable[..., object]] = {}
-    for kernel, built in zip(found, compiled, strict=True):
-        launchers[kernel.name] = Launcher(built, _grid(kernel), kernel.pointers)
+    for emitted, built in zip(found, compile_builds([Build.of(k, k.configs[0]) for k in found], target), strict=True):
+        if isinstance(built, CompilerError):
+            failures.append(Failure(kernels.users[emitted.name], built))
+            continue
+        launcher = make_launcher(emitted, built)
+        if emitted.index_limit:
+            canonical = kernels.sources[emitted.name][1]
+            launchers[emitted.name] = _widening(launcher, canonical, emitted.name, hints, deterministic)
+        else:
+            launchers[emitted.name] = launcher
+    if failures:
+        raise KernelBuildError(tuple(failures))
     return launchers, "\n".join(k.source for k in found)
 
 
-def _grid(kernel: TritonKernel) -> int | Callable[..., int]:
-    """The number of program instances: a number, or a function of the kernel's size arguments."""
-    size = kernel.grid(kernel.configs[0])
-    if isinstance(size, int) or size.is_Integer:
-        return int(size)
-    names = ", ".join(str(s) for s in kernel.symbols)
-    code = compile(f"lambda {names}: {pexpr(size)}", f"<memplan grid of {kernel.name}>", "eval")
-    return eval(code)  # type: ignore[no-any-return]
+def _widening(
+    narrow: Launcher, kernel: CanonicalKernel, name: str, hints: Mapping[sympy.Symbol, int], deterministic: bool
+) -> Callable[..., None]:
+    """A launcher of a kernel that counts in 32 bits, until sizes come for which it has to be built to count in 64."""
+
+    @cache
+    def wide() -> Launcher:
+        emitted = emit_triton(kernel, name=name, hints=hints, deterministic=deterministic, wide=True)
+        built = compile_builds([Build.of(emitted, emitted.configs[0])], Target.current())[0]
+        if isinstance(built, CompilerError):
+            raise built
+        return make_launcher(emitted, built)
+
+    def launch(stream: int, *arguments: int) -> None:
+        try:
+            narrow(stream, *arguments)
+        except IndexLimitError:
+            wide()(stream, *arguments)
+
+    return launch
 
 
 def build(kernels: KernelSet, program: Program, config: Config) -> tuple[dict[str, Callable[..., object]], str]:

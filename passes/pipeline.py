@@ -41,7 +41,7 @@ PASSES: tuple[type[Pass], ...] = (Reinplace, Concat, Cleanup, Fusion, SingleStor
 PASS_NAMES: tuple[str, ...] = tuple(p.name for p in PASSES)
 
 
-def check_requirements(passes: tuple[type[Pass], ...]) -> None:
+def check_requirements(passes: tuple[type[Pass] | Pass, ...]) -> None:
     """Raise if a pass stands before one that it needs, or if two have the same name.
 
     Raises
@@ -67,7 +67,7 @@ def run_pipeline(
     config: Config,
     verify: Callable[[Program], None] | None = None,
     on_pass: Callable[[str, Program, Program], None] | None = None,
-    passes: tuple[type[Pass], ...] = PASSES,
+    passes: tuple[type[Pass] | Pass, ...] = PASSES,
 ) -> Program:
     """Run the passes that ``config`` leaves enabled.
 
@@ -77,6 +77,8 @@ def run_pipeline(
         Called with the program before the first pass and after every pass that changed it; raises where it is wrong.
     on_pass:
         Called with a pass's name, the program before and the program after it.
+    passes:
+        Kinds of passes, which get their options from ``config``, or passes with options of their own.
 
     Raises
     ------
@@ -91,7 +93,8 @@ def run_pipeline(
     for number, kind in enumerate(passes, 1):
         before = program
         if config.enabled(kind.name):
-            program = kind.configured(config).run(program)
+            ready = kind.configured(config) if isinstance(kind, type) else kind
+            program = ready.run(program)
         changed = program is not before
         if changed and verify is not None and config.verify:
             try:

@@ -39,7 +39,14 @@ class CacheError(MemplanError):
 
 
 class LoweringError(MemplanError):
-    """An operation could not be lowered; it runs as its ATen call instead."""
+    """An operation could not be lowered; it runs as its ATen call instead.
+
+    ``operation`` names the operation of the program, where the failure is one operation's alone.
+    """
+
+    def __init__(self, message: str, *, where: str = "", operation: str = "") -> None:
+        super().__init__(message, where=where)
+        self.operation = operation
 
 
 class VerificationError(MemplanError):

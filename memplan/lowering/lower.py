@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ..ir.config import Config
 from ..ir.errors import LoweringError
@@ -29,18 +29,42 @@ from .builder import KernelBuilder
 from .call_site import LOWERINGS, SUPPORTED, CallSite, Context
 
 
-def lower_program(program: Program, config: Config) -> Program:
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Operations that stay calls though there is a lowering: those of some FX nodes, and all of some devices.
+
+    ``devices`` are types (``"cpu"``), without an index.
+    """
+
+    nodes: frozenset[str] = frozenset()
+    devices: frozenset[str] = frozenset()
+
+    def __contains__(self, op: Operation) -> bool:
+        if op.device.partition(":")[0] in self.devices:
+            return True
+        return op.name in self.nodes or any(o.node in self.nodes for o in op.origins)
+
+
+NOTHING_KEPT = Kept()
+
+
+def lower_program(program: Program, config: Config, kept: Kept = NOTHING_KEPT) -> Program:
     """The same program with kernels wherever there is a lowering.
+
+    Parameters
+    ----------
+    kept:
+        Operations that stay as they are.
 
     Returns
     -------
     A program whose results, buffers and order are the same; temporaries between the kernels of one call are added.
     """
     context = Context.of(program, config)
-    context.kernel_readers = _kernel_readers(program)
+    context.kernel_readers = _kernel_readers(program, kept)
     operations: list[Operation] = []
     for op in program.operations:
-        operations.extend(lower_one(op, context))
+        operations.extend((op,) if op in kept else lower_one(op, context))
     buffers = {**program.buffers, **context.added}
     return replace(program, buffers=buffers).with_operations(tuple(operations))
 
@@ -77,7 +101,8 @@ def lower_operation(op: Extern, context: Context) -> tuple[Operation, ...] | Non
         return None if found == () and any(v is not None for v in op.results) else found
     except (TypeError, ValueError, KeyError, IndexError, AssertionError, AttributeError) as error:
         where = op.origins[0].location if op.origins else ""
-        raise LoweringError(f"{op.target} ({op.name}) cannot be lowered: {error!r}", where=where) from error
+        message = f"{op.target} ({op.name}) cannot be lowered: {error!r}"
+        raise LoweringError(message, where=where, operation=op.name) from error
 
 
 def _is_plain(op: Extern, context: Context) -> bool:
@@ -108,11 +133,11 @@ def lower_copy(op: Copy, context: Context) -> tuple[Operation, ...] | None:
     return (KernelOp(op.name, builder.build(), op.device, op.origins, op.mutates),)
 
 
-def _kernel_readers(program: Program) -> dict[str, bool]:
+def _kernel_readers(program: Program, kept: Kept) -> dict[str, bool]:
     """For each buffer that is read, whether all that reads it has a lowering and it does not leave the program."""
     found: dict[str, bool] = {}
     for op in program.operations:
-        lowered = not isinstance(op, Extern) or op.target in LOWERINGS
+        lowered = not isinstance(op, Extern) or (op.target in LOWERINGS and op not in kept)
         for buffer in op.reads:
             found[buffer] = found.get(buffer, True) and lowered
     for output in program.outputs:

@@ -22,6 +22,10 @@ from .triton_build import Compiled
 _INT32_LIMIT = 2**31 - 1
 
 
+class IndexLimitError(MemplanError):
+    """The sizes of a launch are more than the kernel can count; build it to count in 64 bits."""
+
+
 class GridKernel(Protocol):
     """What launching needs to know of an emitted kernel."""
 
@@ -143,7 +147,7 @@ def _function(
     """The grid as a Python function of the size symbols; it refuses sizes that the kernel cannot count."""
 
     def too_large(*values: int) -> int:
-        raise MemplanError(f"{name} counts in 32 bits, which is too little for the sizes {values}; build it wide")
+        raise IndexLimitError(f"{name} counts in 32 bits, which is too little for the sizes {values}; build it wide")
 
     known = {"FloorDiv": operator.floordiv, "Mod": operator.mod, "too_large": too_large}
     names = ", ".join(s.name for s in symbols)

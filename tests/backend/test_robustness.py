@@ -1,0 +1,162 @@
+"""Kernels that cannot be built, and no compiler at all: one warning each, and the model runs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from memplan import kernels as kernel_sets
+from memplan.codegen import cpp_kernel
+from memplan.fallback import FallbackWarning, with_fallback
+from memplan.ir.errors import CompilerError, LoweringError, UnsupportedError
+from memplan.ir.loops import Call
+from memplan.ir.program import Phase, Program
+from memplan.lowering import call_site
+from memplan.runtime.build import build_library
+from tests.models.against_eager import check
+
+
+class Sines(nn.Module):
+    """Two kernels that a matmul keeps apart: one with a sine, one with a hyperbolic tangent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = torch.sin(x) + 1.5
+        out: Tensor = torch.tanh(self.linear(first)) * 2.0
+        return out
+
+
+def fallback_warnings(run: Callable[[], object]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    return [str(w.message) for w in caught if issubclass(w.category, FallbackWarning)]
+
+
+def inputs() -> list[object]:
+    return [torch.randn(4, 16, requires_grad=True)]
+
+
+def refuse_kernels_with(monkeypatch: pytest.MonkeyPatch, operation: str, error: Exception) -> None:
+    """The C++ emitter fails on kernels that call ``operation``."""
+    emit = cpp_kernel.emit_cpp
+
+    def broken(kernel: object, **options: object) -> str:
+        nodes = kernel.kernel.nodes  # type: ignore[attr-defined]
+        if any(isinstance(n, Call) and n.op == operation for n in nodes):
+            raise error
+        return emit(kernel, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cpp_kernel, "emit_cpp", broken)
+    monkeypatch.setattr(kernel_sets, "emit_cpp", broken)
+
+
+@pytest.mark.parametrize("error", [UnsupportedError("no sines"), LoweringError("no sines"), KeyError("no sines")])
+def test_a_kernel_that_cannot_be_emitted_runs_as_calls(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    refuse_kernels_with(monkeypatch, "sin", error)
+    told = fallback_warnings(lambda: check(Sines(), inputs(), training=False))
+    assert len(told) == 1
+    assert "aten.sin.default" in told[0] and "no sines" in told[0]
+    assert f"{__file__}:" in told[0] and "torch.sin(x)" in told[0]
+
+
+def test_what_is_left_as_calls_is_only_the_broken_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_kernels_with(monkeypatch, "sin", UnsupportedError("no sines"))
+    built: list[str] = []
+    collect = kernel_sets.collect
+
+    def watched(program: Program) -> object:
+        built.extend(found := list(collect(program).sources))
+        return found and collect(program)
+
+    monkeypatch.setattr(kernel_sets, "collect", watched)
+    fallback_warnings(lambda: check(Sines(), inputs(), training=False))
+    assert sum("tanh" in name for name in built) == 2  # in both rounds
+    assert sum("sin" in name for name in built) == 1  # in the first one only
+
+
+def test_a_kernel_that_the_compiler_refuses_runs_as_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward: each library has one function that does not compile."""
+    emit = cpp_kernel.emit_cpp
+
+    def broken(kernel: object, **options: object) -> str:
+        text = emit(kernel, **options)  # type: ignore[arg-type]
+        nodes = kernel.kernel.nodes  # type: ignore[attr-defined]
+        return text + "this is no C++;\n" if any(isinstance(n, Call) and n.op in ("sin", "cos") for n in nodes) else text
+
+    monkeypatch.setattr(cpp_kernel, "emit_cpp", broken)
+    told = fallback_warnings(lambda: check(Sines(), inputs()))
+    assert len(told) == 2
+    assert "aten.sin.default" in told[0] and "aten.cos.default" in told[1]
+    assert all("the C++ compiler refused" in t and "torch.sin(x)" in t for t in told), told
+
+
+def test_everything_broken_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(kernel: object, **options: object) -> str:
+        raise AssertionError("broken on purpose")
+
+    monkeypatch.setattr(cpp_kernel, "emit_cpp", broken)
+    monkeypatch.setattr(kernel_sets, "emit_cpp", broken)
+    told = fallback_warnings(lambda: check(Sines(), inputs()))
+    assert told and all("broken on purpose" in t for t in told)
+
+
+def test_a_lowering_that_fails_leaves_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(site: object) -> None:
+        raise KeyError("broken on purpose")
+
+    monkeypatch.setitem(call_site.LOWERINGS, "aten.tanh.default", broken)
+    told = fallback_warnings(lambda: check(Sines(), inputs(), training=False))
+    assert len(told) == 1
+    assert "aten.tanh.default" in told[0] and "broken on purpose" in told[0] and "torch.tanh" in told[0]
+
+
+@pytest.mark.parametrize("compiler", ["/bin/false", "/nowhere/g++"])
+def test_without_a_compiler_everything_is_a_call(monkeypatch: pytest.MonkeyPatch, compiler: str) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    told = fallback_warnings(lambda: check(Sines(), inputs(), training=False))
+    assert len(told) == 1
+    assert "apt install g++" in told[0] and compiler in told[0]
+
+
+def test_training_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random numbers, norms, losses and in-place changes of buffers: all of it as torch's calls."""
+    monkeypatch.setenv("CXX", "/bin/false")
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.GELU(), nn.Flatten(), nn.Linear(144, 5), nn.LayerNorm(5))
+    model.append(nn.Dropout(0.5))
+    told = fallback_warnings(lambda: check(model, [torch.randn(2, 3, 8, 8, requires_grad=True)], random="eager"))
+    assert 1 <= len(told) <= 2  # forward and backward
+
+
+def test_an_attempt_that_never_succeeds_ends() -> None:
+    """Not one warning after the other for ever: the error itself, once there is nothing left to leave alone."""
+    program = Program("p", Phase.INFERENCE, {}, (), (), ())
+    attempts = 0
+
+    def attempt(kept: object) -> None:
+        nonlocal attempts
+        attempts += 1
+        raise LoweringError("always", operation="nothing")
+
+    with pytest.raises(LoweringError, match="always"):
+        with_fallback(program, attempt)
+    assert attempts <= 2
+
+
+def test_a_missing_tool_in_the_middle_is_no_endless_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that passes the probe and then refuses every library."""
+
+    def refuse(*arguments: object, **options: object) -> object:
+        raise CompilerError("the disk is on fire")
+
+    assert kernel_sets.build_library is build_library
+    monkeypatch.setattr(kernel_sets, "build_library", refuse)
+    told = fallback_warnings(lambda: check(Sines(), inputs(), training=False))
+    assert 1 <= len(told) <= 3 and all("on fire" in t for t in told)
