@@ -7,7 +7,7 @@ import heapq
 from dataclasses import dataclass
 
 from .allocation import rounded
-from .model import Graph, Storage
+from .model import Buffer, Graph, Storage
 
 #: An address beyond all that can be asked for.
 _END = 1 << 80
@@ -57,6 +57,31 @@ def layout(graph: Graph) -> Layout:
         placed += [Placed(s, len(lanes), offset) for s, offset in zip(mine, offsets, strict=True)]
         lanes.append(Lane(f"own allocations on {device}", device, top, 0, end, False))
     return Layout(tuple(lanes), tuple(placed))
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """One buffer over the steps in which its storage is its own: until it dies or is written over in place."""
+
+    buffer: Buffer
+    storage: int
+    lane: int
+    offset: int
+    nbytes: int
+    birth: int
+    death: int
+
+
+def boxes(graph: Graph, plan: Layout) -> list[Box]:
+    """What is drawn, in the order of ``plan.placed``; ``storage`` numbers those. No two boxes overlap in a lane."""
+    found: list[Box] = []
+    for number, item in enumerate(plan.placed):
+        members = [graph.by_name[m] for m in item.storage.members]
+        ends = [m.birth for m in members[1:]] + [item.storage.death]
+        for b, end in zip(members, ends, strict=True):
+            if end > b.birth:  # else taken over in the step that made it: there is nothing to see
+                found.append(Box(b, number, item.lane, item.offset, item.storage.nbytes, b.birth, end))
+    return found
 
 
 class FreeList:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-
-from rich.console import Console
 
 from ..ir.plan import Plan
 from .build import graph_of
 from .fit import Attempt
 from .model import Graph
-from .terminal import peak_groups
+from .terminal import peak_groups, rendered
 from .text import clean, code, line, size, step_title, whereabouts
 
 
@@ -62,10 +59,8 @@ def largest_lines(graph: Graph) -> str:
 
 
 def _table(graph: Graph, step: int) -> str:
-    out = io.StringIO()
-    console = Console(file=out, width=110, markup=False, emoji=False, highlight=False, no_color=True)
-    console.print(peak_groups(graph, step=step, top=6))
-    return "\n".join(f"  {row}".rstrip() for row in out.getvalue().splitlines())
+    rows = rendered(peak_groups(graph, step=step, top=6), width=110).splitlines()
+    return "\n".join(f"  {row}" for row in rows)
 
 
 def _peak(graph: Graph, step: int) -> str:

@@ -7,7 +7,7 @@ import re
 import sys
 from dataclasses import dataclass
 
-from .layout import Layout, layout
+from .layout import Layout, boxes, layout
 from .model import Buffer, Graph, Report
 from .terminal import placed
 from .text import clean, code, line, shape, short, step_title
@@ -107,20 +107,13 @@ def _boxes(graph: Graph, plan: Layout, strings: Strings) -> Columns:
             "graph",
         )
     }
-    for number, item in enumerate(plan.placed):
-        members = [graph.by_name[m] for m in item.storage.members]
-        ends = [m.birth for m in members[1:]] + [item.storage.death]
-        for b, end in zip(members, ends, strict=True):
-            if end <= b.birth and b is not members[-1]:
-                continue  # taken over in the step that made it: there is nothing to see
-            whole["birth"].append(b.birth)
-            whole["death"].append(max(end, b.birth + 1))
-            whole["lane"].append(item.lane)
-            whole["storage"].append(number)
-            real["offset"].append(float(item.offset))
-            real["nbytes"].append(float(item.storage.nbytes))
-            for name, value in _texts(b).items():
-                text[name].append(strings(value))
+    for box in boxes(graph, plan):
+        for name in whole:
+            whole[name].append(getattr(box, name))
+        real["offset"].append(float(box.offset))
+        real["nbytes"].append(float(box.nbytes))
+        for name, value in _texts(box.buffer).items():
+            text[name].append(strings(value))
     columns: Columns = {name: ("i4", values) for name, values in (*whole.items(), *text.items())}
     return {**columns, **{name: ("f8", values) for name, values in real.items()}}
 

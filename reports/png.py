@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .colours import colour_of, rgb
-from .layout import layout
+from .layout import boxes, layout
 from .model import Graph
 
 Image = npt.NDArray[np.uint8]
@@ -61,13 +61,11 @@ def _lanes(image: Image, graph: Graph) -> None:
         left, right = _column(lane.birth, steps), _column(lane.death, steps)
         image[round(y) : round(y + height), left:right] = 240
         y += height + GAP
-    for item in plan.placed:
-        s = item.storage
-        bottom = tops[item.lane] + (item.offset + s.nbytes) * scale
-        top = tops[item.lane] + item.offset * scale
-        left, right = _column(s.birth, steps), max(_column(s.death, steps), _column(s.birth, steps) + 1)
-        a, b = round(top), max(round(bottom), round(top) + 1)
-        image[a:b, left:right] = rgb(colour_of(graph.by_name[s.name].kind))
+    for box in boxes(graph, plan):
+        top = tops[box.lane] + box.offset * scale
+        left, right = _column(box.birth, steps), max(_column(box.death, steps), _column(box.birth, steps) + 1)
+        a, b = round(top), max(round(top + box.nbytes * scale), round(top) + 1)
+        image[a:b, left:right] = rgb(colour_of(box.buffer.kind))
         if b - a > 3 and right - left > 3:
             image[a, left:right] = 255
             image[a:b, left] = 255

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import importlib.util
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,11 +42,7 @@ class ShownReport:
         yield terminal.summary(self.report)
 
     def __repr__(self) -> str:
-        out = io.StringIO()
-        Console(file=out, width=100, markup=False, emoji=False, highlight=False, no_color=True).print(
-            terminal.summary(self.report)
-        )
-        return "\n".join(row.rstrip() for row in out.getvalue().splitlines())
+        return terminal.rendered(terminal.summary(self.report)).rstrip()
 
     def _repr_mimebundle_(
         self, include: object = None, exclude: object = None

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
-
-from rich.console import Console
 from torch._logging._internal import trace_structured
 
 from ..ir.plan import Plan
 from .build import graph_of
 from .model import Graph
-from .terminal import buffers, curve, peak
+from .terminal import buffers, curve, peak, rendered
 from .text import clean
 
 
@@ -26,10 +23,5 @@ def trace_plan(plan: Plan) -> None:
 
 def plan_text(graph: Graph) -> str:
     """A plan as plain text: the curve, what is alive at the peak, every buffer with its life and place."""
-    out = io.StringIO()
-    console = Console(file=out, width=160, markup=False, emoji=False, highlight=False, no_color=True)
     by_birth = sorted(graph.buffers, key=lambda b: (b.birth, b.name))
-    for part in (curve(graph), peak(graph), buffers(graph, by_birth, top=len(by_birth))):
-        console.print(part)
-        console.print()
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+    return rendered(curve(graph), peak(graph), buffers(graph, by_birth, top=len(by_birth)), width=160)

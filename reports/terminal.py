@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import sys
@@ -41,6 +42,18 @@ def silence() -> None:
 def console(width: int | None = None) -> Console:
     """The console that all commands print to; rich itself honours ``NO_COLOR`` and plain files."""
     return PlainConsole(markup=False, emoji=False, highlight=False, width=width)
+
+
+def rendered(*parts: RenderableType, width: int = 100) -> str:
+    """Plain text, whatever the surroundings: in a notebook rich would show it at once instead of giving it back."""
+    out = io.StringIO()
+    plain = Console(
+        file=out, width=width, markup=False, emoji=False, highlight=False, no_color=True, force_jupyter=False,
+        force_terminal=False,
+    )  # fmt: skip
+    for part in parts:
+        plain.print(part)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
 def write(text: str) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.cuda import _memory_viz
 
-from memplan.reports import memviz
+from memplan.reports import memviz, structured
 from memplan.reports.build import build_report
 from memplan.reports.model import Graph
 from memplan.reports.oom import explain_oom
@@ -152,3 +152,17 @@ def test_a_report_shows_and_saves_itself(tmp_path: object) -> None:
     assert memplan.report(folder / "r.json").report == shown.report
     with pytest.raises(ValueError, match=r"\.txt"):
         shown.save(folder / "r.txt")
+
+
+def test_the_plan_goes_into_the_structured_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, str, str]] = []
+
+    def note(kind: str, metadata_fn: object, payload_fn: object) -> None:
+        seen.append((kind, metadata_fn()["name"], payload_fn()))  # type: ignore[operator]
+
+    monkeypatch.setattr(structured, "trace_structured", note)
+    structured.trace_plan(plans.inference())
+    kind, name, text = seen[0]
+    assert (kind, name) == ("artifact", "memplan_inference0")
+    assert "buf1" in text
+    assert "/home/ann/train.py:13" in text

@@ -37,9 +37,7 @@ def training_report() -> Report:
 
 
 def rendered(item: RenderableType, width: int = 110) -> str:
-    out = io.StringIO()
-    Console(file=out, width=width, markup=False, emoji=False, highlight=False, no_color=True).print(item)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+    return terminal.rendered(item, width=width)
 
 
 def test_summary(golden: Golden) -> None:
