@@ -9,6 +9,7 @@ computed here, once, on the CPU: all true is dropped, lower triangular becomes `
 from __future__ import annotations
 
 import logging
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -149,7 +150,14 @@ def _ancestors(module: torch.fx.GraphModule, node: torch.fx.Node) -> list[torch.
 def _is_in_place(node: torch.fx.Node) -> bool:
     """Whether a node changes one of its inputs (then the order of execution matters, which is not looked at)."""
     name = _name(node.target)
-    return name == "setitem" or (name.endswith("_") and not name.endswith("__")) or "out" in node.kwargs
+    if node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator":
+        # `and_`, `or_` and `not_` change nothing
+        return name == "setitem" or (name.startswith("i") and hasattr(operator, f"__{name}__") and name not in _PURE)
+    return (name.endswith("_") and not name.endswith("__")) or "out" in node.kwargs
+
+
+#: functions of `operator` that begin with an i and change nothing
+_PURE = ("index", "invert", "inv", "is_", "is_not", "itemgetter")
 
 
 def _is_forbidden(node: torch.fx.Node) -> bool:
