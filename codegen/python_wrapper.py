@@ -24,14 +24,15 @@ from ..ir.program import (
     Literal,
     OpaqueInput,
     ProgramOutput,
-    SymbolInput,
     Symbolic,
+    SymbolInput,
     TensorInput,
     Tuple,
     View,
 )
 from .printers import pexpr
 from .wrapper_lines import (
+    Align,
     Allocate,
     AllocatePool,
     CallExtern,
@@ -41,6 +42,7 @@ from .wrapper_lines import (
     Forget,
     Free,
     FreePool,
+    GiveBack,
     Launch,
     Line,
     Place,
@@ -185,6 +187,11 @@ class _Printer:
                     self.tensors.discard(buffer.name)
             case Return(outputs):
                 self.returns(outputs)
+            case Align(buffers, changed):
+                self.align(buffers, changed)
+            case GiveBack(changed):
+                for name in changed:
+                    self.line(f"if given_{name} is not {name}: given_{name}.copy_({name})")
 
     def device(self, device: str) -> str:
         return repr(device)
@@ -199,6 +206,15 @@ class _Printer:
         self.tensors.add(buffer.name)
         if self.poison:
             self.line(f"poison_tensor({buffer.name})")
+
+    def align(self, buffers: tuple[str, ...], changed: tuple[str, ...]) -> None:
+        """One test for all, true once in a blue moon; what is changed is known under its old name until the end."""
+        for name in changed:
+            self.line(f"given_{name} = {name}")
+        for group in (buffers[k : k + 8] for k in range(0, len(buffers), 8)):
+            self.line(f"if ({' | '.join(f'{b}.data_ptr()' for b in group)}) & 15:")
+            for name in group:
+                self.line(f"    {name} = aligned({name})")
 
     def place(self, buffer: Buffer, pool: Pool, offset: Size) -> None:
         base = self.program.base[buffer.name]
@@ -245,18 +261,20 @@ class _Printer:
         call = f"{name}({', '.join(args)})"
         mutated = set(op.mutates)
         fresh = [(k, v) for k, v in enumerate(op.results) if v is not None and v.buffer not in mutated]
+        # torch's own operators return allocations of their own; others may return a slice that starts anywhere
+        laid_out = "laid_out" if op.target.startswith(("aten.", "prims.", "memplan.")) else "laid_out_aligned"
         if not fresh and not op.symbols:
             self.line(call)
             return
         if len(op.results) == 1 and not op.symbols and not op.target.startswith("callable:"):
             view = fresh[0][1]
-            self.line(f"{view.buffer} = laid_out({call}, {self.sizes(view.sizes)}, {self.sizes(view.strides)})")
+            self.line(f"{view.buffer} = {laid_out}({call}, {self.sizes(view.sizes)}, {self.sizes(view.strides)})")
         else:
             self.line(f"r = flatten({call})")
             for text, symbol in op.symbols:
                 self.line(f"{symbol} = r{text}")
             for k, view in fresh:
-                self.line(f"{view.buffer} = laid_out(r[{k}], {self.sizes(view.sizes)}, {self.sizes(view.strides)})")
+                self.line(f"{view.buffer} = {laid_out}(r[{k}], {self.sizes(view.sizes)}, {self.sizes(view.strides)})")
             self.line("del r")
         self.tensors.update(view.buffer for _, view in fresh)
 

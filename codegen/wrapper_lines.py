@@ -128,9 +128,28 @@ class Return:
     outputs: tuple[ProgramOutput, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Align:
+    """Inputs that GPU kernels use must start at multiples of 16 bytes, as the kernels are built to expect.
+
+    One that does not is replaced by a copy of itself; ``changed`` are those of ``buffers`` that the program changes and
+    its caller keeps: `GiveBack` copies them back.
+    """
+
+    buffers: tuple[str, ...]
+    changed: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GiveBack:
+    """What was changed in copies that `Align` made goes to the inputs themselves."""
+
+    changed: tuple[str, ...]
+
+
 Line = (
     Comment | AllocatePool | FreePool | Allocate | Place | Reuse | Zero | Launch | CallExtern | CopyInto | Free | End
-    | Forget | Return
+    | Forget | Return | Align | GiveBack
 )  # fmt: skip
 
 
@@ -166,7 +185,8 @@ def wrapper_lines(plan: Plan, kernels: Mapping[str, tuple[str, tuple[str, ...], 
         stops.setdefault(life.stop, []).append(name)
     pool_by_name = {p.name: p for p in plan.pools}
     taken = {p.buffer for p in plan.placements.values() if isinstance(p, InPlaceOf)}
-    lines: list[Line] = []
+    align = alignment_check(plan)
+    lines: list[Line] = [align] if align.buffers else []
     for k, op_name in enumerate(plan.order):
         op = program.by_name[op_name]
         lines.append(Comment(op.origins))
@@ -182,10 +202,26 @@ def wrapper_lines(plan: Plan, kernels: Mapping[str, tuple[str, tuple[str, ...], 
         for name in stops.get(k + 1, ()):
             lines.extend(_death(plan, name, taken, pool_by_name))
         lines.extend(FreePool(p) for p in plan.pools if p.lifetime.stop == k + 1)
+    if align.changed:
+        lines.append(GiveBack(align.changed))
     lines.append(Return(program.outputs))
     return WrapperProgram(
         program.name, program.inputs, tuple(lines), base, plan, _tensors_needed(plan, frozenset(base))
     )
+
+
+def alignment_check(plan: Plan) -> Align:
+    """The inputs that GPU kernels read or write."""
+    program = plan.program
+    used: set[str] = set()
+    changed: set[str] = set()
+    for op in program.operations:
+        changed.update(plan.storage_of(b) for b in (*op.mutates, *op.writes))
+        if isinstance(op, KernelOp) and op.device.startswith("cuda"):
+            used.update(op.kernel.read_buffers, op.kernel.written_buffers)
+    inputs = [i.view.buffer for i in program.inputs if isinstance(i, TensorInput)]
+    checked = tuple(dict.fromkeys(b for b in inputs if b in used))
+    return Align(checked, tuple(b for b in checked if b in changed and not program.buffers[b].donated))
 
 
 def _returned(op: Operation) -> frozenset[str]:

@@ -53,6 +53,24 @@ def laid_out(tensor: torch.Tensor, sizes: tuple[int, ...], strides: tuple[int, .
     return out.copy_(tensor)
 
 
+#: What GPU kernels are built to expect of every address, in bytes: Triton then loads 16 bytes at once.
+ALIGNMENT = 16
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy with the same sizes and strides if its first element is not at a multiple of 16 bytes."""
+    if tensor.data_ptr() % ALIGNMENT == 0 or tensor.numel() == 0:
+        return tensor
+    extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    flat = torch.as_strided(tensor.detach(), (extent,), (1,)).clone()  # gaps and overlaps are kept
+    return torch.as_strided(flat, tensor.shape, tensor.stride(), 0)
+
+
+def laid_out_aligned(tensor: torch.Tensor, sizes: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
+    """`laid_out` for results that may start anywhere in somebody's allocation."""
+    return aligned(laid_out(tensor, sizes, strides))
+
+
 def poison_tensor(tensor: torch.Tensor) -> None:
     """Overwrite every byte of the tensor's own elements."""
     if tensor.numel() == 0:
@@ -95,13 +113,15 @@ def namespace(
         "in_pool": in_pool,
         "reinterpret": _reinterpret_tensor,
         "reinterpret_as": reinterpret_as,
+        "aligned": aligned,
         "laid_out": laid_out,
+        "laid_out_aligned": laid_out_aligned,
         "poison_tensor": poison_tensor,
         "poison_range": poison_range,
         "flatten": flatten,
         "empty_cpu": _empty_strided_cpu,
         **{name: find_operator(target, callables) for name, target in operators.items()},
-        **constants,
+        **{name: aligned(constant) for name, constant in constants.items()},
         **kernels,
     }
     if torch.cuda.is_available():

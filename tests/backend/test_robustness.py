@@ -89,7 +89,8 @@ def test_a_kernel_that_the_compiler_refuses_runs_as_calls(monkeypatch: pytest.Mo
     def broken(kernel: object, **options: object) -> str:
         text = emit(kernel, **options)  # type: ignore[arg-type]
         nodes = kernel.kernel.nodes  # type: ignore[attr-defined]
-        return text + "this is no C++;\n" if any(isinstance(n, Call) and n.op in ("sin", "cos") for n in nodes) else text
+        bad = any(isinstance(n, Call) and n.op in ("sin", "cos") for n in nodes)
+        return text + "this is no C++;\n" if bad else text
 
     monkeypatch.setattr(cpp_kernel, "emit_cpp", broken)
     told = fallback_warnings(lambda: check(Sines(), inputs()))
@@ -129,8 +130,8 @@ def test_without_a_compiler_everything_is_a_call(monkeypatch: pytest.MonkeyPatch
 def test_training_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random numbers, norms, losses and in-place changes of buffers: all of it as torch's calls."""
     monkeypatch.setenv("CXX", "/bin/false")
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.GELU(), nn.Flatten(), nn.Linear(144, 5), nn.LayerNorm(5))
-    model.append(nn.Dropout(0.5))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.GELU(), nn.Flatten())
+    model.extend((nn.Linear(144, 5), nn.LayerNorm(5), nn.Dropout(0.5)))
     told = fallback_warnings(lambda: check(model, [torch.randn(2, 3, 8, 8, requires_grad=True)], random="eager"))
     assert 1 <= len(told) <= 2  # forward and backward
 
