@@ -165,8 +165,11 @@ class _Printer:
             case Zero(buffer):
                 self.need_tensor(buffer.name)
                 self.line(f"{buffer.name}.zero_()")
-            case Launch(_, kernel, buffers, symbols, device):
-                args = [self.address(b) for b in buffers] + [pexpr(s) for s in symbols]
+            case Launch(_, kernel, buffers, symbols, device, offsets):
+                args = [self.address(b) for b in buffers]
+                for k, offset in enumerate(offsets):
+                    args[k] += f" + {offset}" if offset else ""
+                args += [pexpr(s) for s in symbols]
                 stream = [] if device == "cpu" else [f"stream{_index(device)}"]
                 self.line(f"{kernel}({', '.join(stream + args)})")
             case CallExtern(op):

@@ -81,13 +81,17 @@ class Zero:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Run one of our kernels: ``kernel`` names the source, ``buffers`` and ``symbols`` are its arguments."""
+    """Run one of our kernels: ``kernel`` names the source, ``buffers`` and ``symbols`` are its arguments.
+
+    ``offsets`` are bytes to add to each buffer's address; empty for none.
+    """
 
     operation: str
     kernel: str
     buffers: tuple[str, ...]
     symbols: tuple[sympy.Symbol, ...]
     device: str
+    offsets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,14 +170,21 @@ class WrapperProgram:
     tensors: frozenset[str]
 
 
-def wrapper_lines(plan: Plan, kernels: Mapping[str, tuple[str, tuple[str, ...], tuple[sympy.Symbol, ...]]]) -> WrapperProgram:
+def wrapper_lines(
+    plan: Plan,
+    kernels: Mapping[str, tuple[str, tuple[str, ...], tuple[sympy.Symbol, ...]]],
+    offsets: Mapping[str, tuple[int, ...]] | None = None,
+) -> WrapperProgram:
     """The plan as lines.
 
     Parameters
     ----------
     kernels:
         For each kernel operation: (name of its source, its buffers in argument order, its size symbols).
+    offsets:
+        For kernel operations that want them, bytes to add to the address of each of those buffers.
     """
+    offsets = offsets or {}
     program = plan.program
     base = base_views(plan)
     starts: dict[int, list[str]] = {}
@@ -198,7 +209,7 @@ def wrapper_lines(plan: Plan, kernels: Mapping[str, tuple[str, tuple[str, ...], 
                 lines.append(line)
             if program.buffers[name].zero_fill:
                 lines.append(Zero(program.buffers[name]))
-        lines.append(_run(op, kernels))
+        lines.append(_run(op, kernels, offsets.get(op_name, ())))
         for name in stops.get(k + 1, ()):
             lines.extend(_death(plan, name, taken, pool_by_name))
         lines.extend(FreePool(p) for p in plan.pools if p.lifetime.stop == k + 1)
@@ -259,12 +270,14 @@ def _death(plan: Plan, name: str, taken: set[str], pools: Mapping[str, Pool]) ->
 
 
 def _run(
-    op: Operation, kernels: Mapping[str, tuple[str, tuple[str, ...], tuple[sympy.Symbol, ...]]]
+    op: Operation,
+    kernels: Mapping[str, tuple[str, tuple[str, ...], tuple[sympy.Symbol, ...]]],
+    offsets: tuple[int, ...],
 ) -> Line:
     match op:
         case KernelOp():
             source, buffers, symbols = kernels[op.name]
-            return Launch(op.name, source, buffers, symbols, op.device)
+            return Launch(op.name, source, buffers, symbols, op.device, offsets)
         case Extern():
             return CallExtern(op)
         case Copy():

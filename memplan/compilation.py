@@ -180,7 +180,7 @@ def _compile(program: Program, config: Config, kept: Kept) -> CompiledProgram:
     found = kernel_sets.collect(plan.program)
     callables, kernel_source = kernel_sets.build(found, plan.program, config)
     arguments = {n: (a.source, a.buffers, a.symbols) for n, a in found.arguments.items()}
-    wrapper = print_python(wrapper_lines(plan, arguments), poison=config.poison)
+    wrapper = print_python(wrapper_lines(plan, arguments, {n: a.offsets for n, a in found.arguments.items()}), poison=config.poison)
     if config.dump:
         folder = Path(config.dump)
         folder.mkdir(parents=True, exist_ok=True)

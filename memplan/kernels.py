@@ -14,7 +14,7 @@ import torch
 from .codegen.cpp_kernel import BUILD_FLAGS, emit_cpp, emit_cpp_library
 from .codegen.triton_kernel import TritonKernel, emit_triton
 from .fallback import Failure, KernelBuildError, NoCompilerError
-from .ir.canonical import CanonicalKernel, canonicalize
+from .ir.canonical import CanonicalKernel, canonicalize, hoist_offsets
 from .ir.config import Config
 from .ir.errors import CacheError, CompilerError, MemplanError
 from .ir.loops import Kernel
@@ -31,11 +31,15 @@ Callables = Mapping[str, Callable[..., object]]
 
 @dataclass(frozen=True)
 class KernelArguments:
-    """How one kernel operation is called: its source's name, buffers and size symbols in argument order."""
+    """How one kernel operation is called: its source's name, buffers and size symbols in argument order.
+
+    ``offsets``: bytes to add to each buffer's address; empty for none.
+    """
 
     source: str
     buffers: tuple[str, ...]
     symbols: tuple[sympy.Symbol, ...]
+    offsets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,14 +61,14 @@ def collect(program: Program) -> KernelSet:
     for op in program.operations:
         if not isinstance(op, KernelOp):
             continue
-        canonical = canonicalize(op.kernel)
+        canonical = hoist_offsets(canonicalize(op.kernel))
         device = op.device.partition(":")[0]
         key = (device, canonical.kernel)
         if key not in names:
             names[key] = f"k{len(names)}_{_describe(op)}"
             sources[names[key]] = (device, canonical)
         name = names[key]
-        arguments[op.name] = KernelArguments(name, canonical.buffers, canonical.symbols)
+        arguments[op.name] = KernelArguments(name, canonical.buffers, canonical.symbols, canonical.offsets)
         users.setdefault(name, []).append(op)
     return KernelSet(arguments, sources, {k: tuple(v) for k, v in users.items()})
 

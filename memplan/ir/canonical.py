@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import sympy
 
@@ -14,12 +15,14 @@ class CanonicalKernel:
     """A kernel over buffers ``b0, b1, ...`` with outer ranges ``x0, ...`` and row ranges ``r0, ...``.
 
     ``buffers[k]`` is what ``b<k>`` was called; ``symbols`` the size symbols that the kernel takes as int64 arguments,
-    after the buffers, in this order. Emitters print ``kernel`` and nothing of the rest.
+    after the buffers, in this order. Emitters print ``kernel`` and nothing of the rest. ``offsets`` are the bytes that
+    the caller adds to each buffer's address (see `hoist_offsets`); empty for none.
     """
 
     kernel: Kernel
     buffers: tuple[str, ...]
     symbols: tuple[sympy.Symbol, ...]
+    offsets: tuple[int, ...] = ()
 
 
 def canonicalize(kernel: Kernel) -> CanonicalKernel:
@@ -44,6 +47,51 @@ def canonicalize(kernel: Kernel) -> CanonicalKernel:
     stores = tuple(replace(s, buffer=renamed[s.buffer], index=index(s.index)) for s in kernel.stores)
     out = Kernel(outer, row, tuple(nodes), stores)
     return CanonicalKernel(out, names, size_symbols(out))
+
+
+#: Bytes that every offset is a multiple of, so that addresses stay aligned as kernels expect.
+OFFSET_UNIT = 16
+
+
+def hoist_offsets(canonical: CanonicalKernel) -> CanonicalKernel:
+    """The kernel with what all indices of a buffer have in common as an offset of the buffer's address.
+
+    Slices of one tensor then run one kernel. Each access reaches the same byte as before, so what was known about
+    overlaps, races and bounds of the kernel still holds.
+    """
+    body = canonical.kernel
+    offsets = {f"b{k}": 0 for k in range(len(canonical.buffers))}
+    for name in offsets:
+        accesses = [a for a in (*body.loads, *body.stores) if a.buffer == name]
+        itemsizes = {a.dtype.itemsize for a in accesses}
+        if len(itemsizes) == 1:
+            (itemsize,) = itemsizes
+            common = min(_constant_part(a.index) for a in accesses)
+            offsets[name] = common * itemsize // OFFSET_UNIT * OFFSET_UNIT
+    if not any(offsets.values()):
+        return canonical
+
+    def moved(index: sympy.Expr, buffer: str, itemsize: int) -> sympy.Expr:
+        return index - offsets[buffer] // itemsize if offsets[buffer] else index
+
+    nodes = tuple(
+        replace(n, index=moved(n.index, n.buffer, n.dtype.itemsize)) if isinstance(n, Load) else n for n in body.nodes
+    )
+    stores = tuple(replace(s, index=moved(s.index, s.buffer, s.dtype.itemsize)) for s in body.stores)
+    return replace(
+        canonical, kernel=Kernel(body.outer, body.row, nodes, stores), offsets=tuple(offsets[b] for b in offsets)
+    )
+
+
+@lru_cache(maxsize=1 << 14)
+def _constant_part(index: sympy.Expr) -> int:
+    """The constant of a sum whose other terms only add to it; 0 where there is none or something is subtracted."""
+    constant, rest = index.as_coeff_Add()
+    if not constant.is_Integer or constant <= 0:
+        return 0
+    if any(term.as_coeff_Mul()[0] < 0 for term in sympy.Add.make_args(rest)):
+        return 0
+    return int(constant)
 
 
 def size_symbols(kernel: Kernel) -> tuple[sympy.Symbol, ...]:

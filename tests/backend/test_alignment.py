@@ -33,7 +33,8 @@ def test_aligned_keeps_layout_and_values(strides: tuple[int, int]) -> None:
     store = at_byte(4, 64)
     tensor = torch.as_strided(store, (3, 4), strides, store.storage_offset())
     copy = aligned(tensor)
-    assert copy.data_ptr() % 16 == 0 and copy.stride() == tensor.stride()
+    assert copy.data_ptr() % 16 == 0
+    assert copy.stride() == tensor.stride()
     assert torch.equal(copy, tensor)
     assert aligned(copy) is copy
 

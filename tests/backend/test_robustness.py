@@ -6,18 +6,24 @@ import warnings
 from collections.abc import Callable
 
 import pytest
+import sympy
 import torch
 from torch import Tensor, nn
 
 from memplan import kernels as kernel_sets
 from memplan.codegen import cpp_kernel
+from memplan.codegen.triton_kernel import TritonKernel
 from memplan.fallback import FallbackWarning, with_fallback
+from memplan.ir.canonical import canonicalize
 from memplan.ir.errors import CompilerError, LoweringError, UnsupportedError
 from memplan.ir.loops import Call
 from memplan.ir.program import Phase, Program
 from memplan.lowering import call_site
 from memplan.runtime.build import build_library
+from memplan.runtime.triton_build import Target
+from memplan.runtime.triton_launch import IndexLimitError
 from tests.models.against_eager import check
+from tests.sample_kernels import add_relu
 
 
 class Sines(nn.Module):
@@ -63,8 +69,10 @@ def test_a_kernel_that_cannot_be_emitted_runs_as_calls(monkeypatch: pytest.Monke
     refuse_kernels_with(monkeypatch, "sin", error)
     told = fallback_warnings(lambda: check(Sines(), inputs(), training=False))
     assert len(told) == 1
-    assert "aten.sin.default" in told[0] and "no sines" in told[0]
-    assert f"{__file__}:" in told[0] and "torch.sin(x)" in told[0]
+    assert "aten.sin.default" in told[0]
+    assert "no sines" in told[0]
+    assert f"{__file__}:" in told[0]
+    assert "torch.sin(x)" in told[0]
 
 
 def test_what_is_left_as_calls_is_only_the_broken_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +103,8 @@ def test_a_kernel_that_the_compiler_refuses_runs_as_calls(monkeypatch: pytest.Mo
     monkeypatch.setattr(cpp_kernel, "emit_cpp", broken)
     told = fallback_warnings(lambda: check(Sines(), inputs()))
     assert len(told) == 2
-    assert "aten.sin.default" in told[0] and "aten.cos.default" in told[1]
+    assert "aten.sin.default" in told[0]
+    assert "aten.cos.default" in told[1]
     assert all("the C++ compiler refused" in t and "torch.sin(x)" in t for t in told), told
 
 
@@ -106,7 +115,8 @@ def test_everything_broken_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpp_kernel, "emit_cpp", broken)
     monkeypatch.setattr(kernel_sets, "emit_cpp", broken)
     told = fallback_warnings(lambda: check(Sines(), inputs()))
-    assert told and all("broken on purpose" in t for t in told)
+    assert told
+    assert all("broken on purpose" in t for t in told)
 
 
 def test_a_lowering_that_fails_leaves_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +126,9 @@ def test_a_lowering_that_fails_leaves_its_call(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(call_site.LOWERINGS, "aten.tanh.default", broken)
     told = fallback_warnings(lambda: check(Sines(), inputs(), training=False))
     assert len(told) == 1
-    assert "aten.tanh.default" in told[0] and "broken on purpose" in told[0] and "torch.tanh" in told[0]
+    assert "aten.tanh.default" in told[0]
+    assert "broken on purpose" in told[0]
+    assert "torch.tanh" in told[0]
 
 
 @pytest.mark.parametrize("compiler", ["/bin/false", "/nowhere/g++"])
@@ -124,7 +136,8 @@ def test_without_a_compiler_everything_is_a_call(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CXX", compiler)
     told = fallback_warnings(lambda: check(Sines(), inputs(), training=False))
     assert len(told) == 1
-    assert "apt install g++" in told[0] and compiler in told[0]
+    assert "apt install g++" in told[0]
+    assert compiler in told[0]
 
 
 def test_training_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,4 +173,32 @@ def test_a_missing_tool_in_the_middle_is_no_endless_loop(monkeypatch: pytest.Mon
     assert kernel_sets.build_library is build_library
     monkeypatch.setattr(kernel_sets, "build_library", refuse)
     told = fallback_warnings(lambda: check(Sines(), inputs(), training=False))
-    assert 1 <= len(told) <= 3 and all("on fire" in t for t in told)
+    assert 1 <= len(told) <= 3
+    assert all("on fire" in t for t in told)
+
+
+def test_sizes_beyond_32_bits_get_a_kernel_that_counts_in_64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first such launch builds it; smaller ones still use the quick one."""
+    launched: list[tuple[str, int]] = []
+
+    class Recorder:
+        def __init__(self, kernel: TritonKernel, compiled: object) -> None:
+            self.kind = "wide" if "tl.int64" in kernel.source else "narrow"
+
+        def __call__(self, stream: int, *arguments: int) -> None:
+            launched.append((self.kind, arguments[-1]))
+
+    class Narrow:
+        def __call__(self, stream: int, *arguments: int) -> None:
+            if arguments[-1] >= 2**31:
+                raise IndexLimitError("too large")
+            launched.append(("narrow", arguments[-1]))
+
+    monkeypatch.setattr(kernel_sets, "make_launcher", Recorder)
+    monkeypatch.setattr(Target, "current", staticmethod(Target))
+    size = sympy.Symbol("s0", integer=True, positive=True)
+    canonical = canonicalize(add_relu(size))
+    launch = kernel_sets._widening(Narrow(), canonical, "k", {size: 64}, False)  # type: ignore[arg-type]
+    for n in (64, 2**31, 128, 2**32):
+        launch(0, 0, 0, 0, n)
+    assert launched == [("narrow", 64), ("wide", 2**31), ("narrow", 128), ("wide", 2**32)]
