@@ -63,6 +63,9 @@ def choose_pools(
     best_peak = None if always else base
     for cuts in (0, 1, 3, 7, 15, 31):
         found = _stretches(program, order, movable, cuts, native)
+        if not found.pools:
+            # cut so often that nothing lies between two cuts: the same as no pool, which is `base`
+            continue
         peak = max(timeline(program, order, stores, found.pools, frozenset(found.offsets or {})))
         allowed = base * (1 + TOLERANCE) if best_peak == base else best_peak
         if best_peak is None or allowed is None or peak < best_peak or (best is not None and not best.pools and peak <= allowed):

@@ -60,6 +60,9 @@ def order_graph(program: Program, in_place: Mapping[str, str]) -> OrderGraph:
         external = b.kind in EXTERNAL_KINDS
         if (external and not b.donated) or (not external and b.name not in producer):
             continue
+        if external and b.name not in uses and b.name not in leaving:
+            # freed before anything could be put in another order: the planner would keep it to the end
+            continue
         numbers[b.name] = len(buffers)
         consumers = tuple(sorted(uses.get(b.name, ())))
         size = rounded(program.nbytes(b.name), b.device)
