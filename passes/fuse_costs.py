@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 import sympy
 
 from memplan.ir.index import ranges_of
-from memplan.ir.loops import Call, Kernel, Level, Load, Random, Reduce, operands
+from memplan.ir.loops import Call, Kernel, Level, Load, Random, Reduce, free_symbols, operands
 from memplan.ir.program import Program, evaluate
 
 from .fuse_body import needed, store_operands
@@ -162,11 +163,22 @@ def _uses_result_along_row(kernel: Kernel) -> bool:
 
 
 def row_is_contiguous(kernel: Kernel) -> bool:
-    """Whether most accesses along the row step by one element."""
-    symbols = [r.symbol for r in kernel.row if r.size != 1]
-    if not symbols:
+    """Whether the bytes loaded along the row come mostly from accesses that step by one element along it.
+
+    A value for each row or column (a mean, a weight) counts by its few elements, so that it does not decide. Sizes that
+    are not known count as 64.
+    """
+    row = {r.symbol for r in kernel.row if r.size != 1}
+    if not row:
         return True
-    inner = symbols[-1]
-    along = [n.index for n in kernel.loads if n.index.free_symbols & set(symbols)]
-    unit = sum(1 for e in along if e.coeff(inner, 1) == 1)
-    return 2 * unit >= len(along)
+    sizes = {r.symbol: r.size if isinstance(r.size, int) else 64 for r in (*kernel.outer, *kernel.row)}
+    balance = 0
+    for index, itemsize in {n.index: n.dtype.itemsize for n in kernel.loads}.items():
+        symbols = [s for s in free_symbols(index) if s in sizes]
+        if not row.intersection(symbols):
+            continue
+        inner = [s for s in symbols if index.coeff(s, 1) == 1]
+        if inner:
+            nbytes = itemsize * math.prod(sizes[s] for s in symbols)
+            balance += nbytes if row.intersection(inner) else -nbytes
+    return balance >= 0

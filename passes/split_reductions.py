@@ -38,6 +38,8 @@ from memplan.ir.loops import (
 )
 from memplan.ir.program import Buffer, BufferKind, KernelOp, Operation, Origin, Program
 
+from .fuse_costs import row_is_contiguous
+
 _MULTIPROCESSORS = 132
 #: program instances that a kernel should have for each multiprocessor
 _INSTANCES = 4
@@ -46,7 +48,6 @@ _COLUMNS = 32
 #: fewest elements of the row that a part must keep: contiguous ones, and strided ones
 _CONTIGUOUS_PART = 2048
 _STRIDED_PART = 64
-#: fewest elements that a kernel must read: below, a second launch costs more than idle multiprocessors
 _LEAST_ELEMENTS = 1 << 20
 #: bytes of partial results above which splitting is not worth its memory
 _LARGEST_PARTIALS = 4 << 20
@@ -57,10 +58,15 @@ _PARTS = {"welford": 3, "welford_combine": 3}
 
 @dataclass(frozen=True, slots=True)
 class SplitReductions:
-    """The pass. It comes after fusion, which would not find its pattern in split kernels."""
+    """The pass. It comes after fusion, which would not find its pattern in split kernels.
+
+    ``least_elements``: fewest elements that a kernel must read; below, a second launch costs more than idle
+    multiprocessors.
+    """
 
     name: ClassVar[str] = "split_reductions"
     requires: ClassVar[tuple[str, ...]] = ("fusion",)
+    least_elements: int = _LEAST_ELEMENTS
 
     @classmethod
     def configured(cls, config: Config) -> SplitReductions:
@@ -70,7 +76,9 @@ class SplitReductions:
         operations: list[Operation] = []
         buffers = dict(program.buffers)
         for op in program.operations:
-            found = split(op, buffers) if isinstance(op, KernelOp) and op.device.startswith("cuda") else None
+            found = None
+            if isinstance(op, KernelOp) and op.device.startswith("cuda"):
+                found = split(op, buffers, self.least_elements)
             if found is None:
                 operations.append(op)
                 continue
@@ -82,10 +90,12 @@ class SplitReductions:
         return replace(program, operations=tuple(operations), buffers=buffers)
 
 
-def split(op: KernelOp, buffers: dict[str, Buffer]) -> tuple[KernelOp, KernelOp, tuple[Buffer, ...]] | None:
+def split(
+    op: KernelOp, buffers: dict[str, Buffer], least_elements: int = _LEAST_ELEMENTS
+) -> tuple[KernelOp, KernelOp, tuple[Buffer, ...]] | None:
     """The two kernels and the buffers between them, or None where splitting is impossible or does not pay."""
     kernel = op.kernel
-    parts = _parts(kernel)
+    parts = _parts(kernel, least_elements)
     if parts is None or not _splittable(kernel):
         return None
     chosen, count = parts
@@ -125,15 +135,15 @@ def _splittable(kernel: Kernel) -> bool:
     return all(kernel.store_level(s) is not Level.POINT and s.mode is StoreMode.SET for s in kernel.stores)
 
 
-def _parts(kernel: Kernel) -> tuple[int, int] | None:
+def _parts(kernel: Kernel, least_elements: int) -> tuple[int, int] | None:
     """Which row range to split, and into how many parts; None where there are instances enough."""
     if not all(isinstance(r.size, int) for r in (*kernel.outer, *kernel.row)) or not kernel.row:
         return None
     outer = math.prod(int(r.size) for r in kernel.outer)
     row = math.prod(int(r.size) for r in kernel.row)
-    if outer * row < _LEAST_ELEMENTS:
+    if outer * row < least_elements:
         return None
-    contiguous = _row_contiguous(kernel)
+    contiguous = row_is_contiguous(kernel)
     instances = outer if contiguous else -(-outer // _COLUMNS)
     wanted = -(-_MULTIPROCESSORS * _INSTANCES // instances)
     most = row // (_CONTIGUOUS_PART if contiguous else _STRIDED_PART)
@@ -154,15 +164,6 @@ def _parts(kernel: Kernel) -> tuple[int, int] | None:
 def _divisors(n: int) -> list[int]:
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})
-
-
-def _row_contiguous(kernel: Kernel) -> bool:
-    """Whether the largest loads run along the row."""
-    row = {r.symbol for r in kernel.row}
-    outer = {r.symbol for r in kernel.outer}
-    along_row = sum(any(n.index.coeff(s, 1) == 1 for s in row) for n in kernel.loads if n.index.free_symbols & row)
-    along_outer = sum(any(n.index.coeff(s, 1) == 1 for s in outer) for n in kernel.loads if n.index.free_symbols & row)
-    return along_row >= along_outer
 
 
 Slot = tuple[int, int, torch.dtype]

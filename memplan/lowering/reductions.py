@@ -211,7 +211,7 @@ def argument_kernel(
             out.append((indices, builder.reduce(arg, comparable(value), index)))  # type: ignore[arg-type]
         return out
 
-    split = choose_split(site, source, reduced, exact_only=True)
+    split = choose_split(site, source, reduced, exact_only=True, after_fusion=False)
     if split is not None:
         return reduce_in_two(site, source, reduced, split, first, second)
     space = row_space(source.sizes, reduced)

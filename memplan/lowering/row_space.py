@@ -3,6 +3,10 @@
 On a GPU a reduction with few outer points leaves most of the device idle. Then the row is cut into chunks: a first
 kernel has the chunk as one more outer dimension and writes partial results, a second one reduces these. The cut is
 decided by sizes alone, so the result is the same in every run.
+
+The pass `split_reductions` does the same after fusion, which finds more to fuse in whole reductions. So a reduction is
+split here only where that pass cannot: sizes known at run time, rows that divide into no equal parts, arguments of
+extrema.
 """
 
 from __future__ import annotations
@@ -80,8 +84,13 @@ def row_space(sizes: Sequence[Size], reduced: frozenset[int], split: Split | Non
     return RowSpace(builder, tuple(where[d] for d in range(len(sizes))), outer, inside)
 
 
-def choose_split(site: CallSite, source: View, reduced: frozenset[int], *, exact_only: bool = False) -> Split | None:
-    """How to cut the row of a reduction of ``source``, or None where it is busy enough as it is."""
+def choose_split(
+    site: CallSite, source: View, reduced: frozenset[int], *, exact_only: bool = False, after_fusion: bool = True
+) -> Split | None:
+    """How to cut the row of a reduction of ``source``, or None where it is busy enough as it is.
+
+    ``after_fusion``: the pass after fusion knows this reduction, and cuts it where the sizes allow that.
+    """
     if not site.device.startswith("cuda") or not reduced:
         return None
     context = site.context
@@ -101,6 +110,9 @@ def choose_split(site: CallSite, source: View, reduced: frozenset[int], *, exact
     per_program = row if along_row else row * min(outer, COLUMNS)
     chunks = min(-(-PROGRAMS // programs), per_program // ELEMENTS)
     if chunks < 4:
+        return None
+    static = all(isinstance(s, int) for s in source.sizes)
+    if after_fusion and static and any(row % c == 0 for c in range(max(chunks // 2, 2), 2 * chunks + 1)):
         return None
     return _cut(source, sizes, sorted(reduced), chunks, exact_only)
 

@@ -201,7 +201,7 @@ def milliseconds(run: Callable[[], object]) -> float:
 
 def pieces(kernel: Kernel, buffers: Buffers) -> list[CanonicalKernel]:
     """The kernel, or the two that it is split into, with the partial results' buffers made."""
-    found = split(KernelOp("op", kernel, "cuda:0"), {})
+    found = split(KernelOp("op", kernel, "cuda:0"), {}, least_elements=0)
     if found is None:
         return [canonicalize(kernel)]
     first, second, made = found

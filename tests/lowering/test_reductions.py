@@ -14,7 +14,7 @@ from tests.lowering.harness import check, check_call
 aten = torch.ops.aten
 INF, NAN = math.inf, math.nan
 
-#: what splits on a GPU: column sums, few long rows, batch statistics
+#: what is split on a GPU, here or after fusion: column sums, few long rows, batch statistics
 LONG = {
     "columns": (torch.Size([4096, 24]), [0]),
     "rows": (torch.Size([4, 30000]), [1]),
@@ -39,7 +39,7 @@ def on_gpu(overload: torch._ops.OpOverload, *args: object) -> tuple[KernelOp, ..
 @pytest.mark.parametrize("shape", LONG)
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_split_in_two_on_a_gpu(shape: str, call: str, channels_last: bool) -> None:
+def test_only_unequal_parts_are_split_before_fusion(shape: str, call: str, channels_last: bool) -> None:
     torch.manual_seed(0)
     size, dims = LONG[shape]
     x = torch.rand(size)
@@ -48,8 +48,8 @@ def test_split_in_two_on_a_gpu(shape: str, call: str, channels_last: bool) -> No
     overload, args = CALLS[call](x, dims)
     kernels = on_gpu(overload, *args)
     assert kernels is not None
-    # a prime row length has no exact cut, which Welford's recurrence needs
-    assert len(kernels) == (1 if shape == "prime" and call == "var_mean" else 2)
+    # what divides into equal parts is split after fusion; Welford's recurrence needs equal parts
+    assert len(kernels) == (2 if shape == "prime" and call != "var_mean" else 1)
     if len(kernels) == 2:
         assert kernels[0].name != kernels[1].name
     assert len(check(overload, *args)) == 1  # type: ignore[arg-type]
@@ -59,7 +59,7 @@ def test_enough_rows_are_not_split() -> None:
     assert len(on_gpu(aten.sum.dim_IntList, torch.randn(2048, 64), [1])) == 1  # type: ignore[arg-type]
 
 
-def test_argmax_of_a_long_row_splits() -> None:
+def test_argmax_of_a_long_row_is_split() -> None:
     x = torch.randn(3, 40000)
     x[1, 20000] = x[1, 30000] = 9.0
     x[2, 777] = NAN

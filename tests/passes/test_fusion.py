@@ -37,9 +37,11 @@ from memplan.ir.program import (
 )
 from memplan.ir.verify import verify_program
 from memplan.passes.cleanup import Cleanup, normalise
+from memplan.passes.fuse_costs import row_is_contiguous
 from memplan.passes.fuse_graph import FusionGraph
 from memplan.passes.fuse_kernels import MergeRules, merge
 from memplan.passes.fusion import Fusion
+from memplan.passes.split_reductions import split
 from tests.passes.test_fusion_generated import assert_same
 
 F32 = torch.float32
@@ -293,3 +295,37 @@ def test_epilogue_of_a_strided_reduction() -> None:
         )
     )
     assert len(after.operations) == 1
+
+
+def column_sum(out: str, rows: int, columns: int, loads: dict[str, IndexExpr], op: str = "") -> KernelOp:
+    """``out[x] = sum over r of op(loads...)``, the columns contiguous."""
+    nodes: list[Node] = [Load(b, e, F32) for b, e in loads.items()]
+    if op:
+        nodes.append(Call(op, tuple(range(len(loads))), F32))
+    nodes.append(Reduce("sum", (len(nodes) - 1,), F32))
+    stores = (Store(out, X0, len(nodes) - 1, F32),)
+    return KernelOp(out, Kernel((Range(X0, columns),), (Range(R0, rows),), tuple(nodes), stores), "cpu")
+
+
+def test_column_sums_of_one_gradient_are_one_kernel() -> None:
+    """As LayerNorm's weight and bias: values for each row that one of them loads do not make it a row-wise kernel."""
+    at = 8 * R0 + X0
+    after = fused(
+        program(
+            [
+                column_sum("weight", 64, 8, {"g": at, "mean": R0, "scale": R0}, "fma"),
+                column_sum("bias", 64, 8, {"g": at}),
+            ],
+            {"g": 512, "mean": 64, "scale": 64, "weight": 8, "bias": 8},
+            ("weight", "bias"),
+        )
+    )
+    assert len(after.operations) == 1
+
+
+def test_a_column_sum_is_split_though_it_loads_along_its_row() -> None:
+    whole = column_sum("o", 4096, 8, {"g": 8 * R0 + X0, "mean": R0, "scale": R0}, "fma")
+    assert not row_is_contiguous(whole.kernel)
+    parts = split(replace(whole, device="cuda:0"), {}, least_elements=0)
+    assert parts is not None
+    assert parts[0].kernel.outer[0].size == 64
