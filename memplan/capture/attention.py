@@ -140,11 +140,23 @@ def _ancestors(module: torch.fx.GraphModule, node: torch.fx.Node) -> list[torch.
             stack.append(n)
     if _is_forbidden(node) or any(_is_in_place(user) for n in wanted for user in n.users):
         return None
+    # a change through a view that is itself no part of the mask's computation changes the mask all the same
+    storages = {_storage(n) for n in wanted} - {None}
+    if any(_is_in_place(n) and storages & {_storage(i) for i in n.all_input_nodes} for n in module.graph.nodes):
+        return None
     levels = [n for n in module.graph.nodes if n.op == "call_function" and _is_vmap(n.target)]
     nested = any(_is_batching(n.target) for n in wanted)
     if nested:
         wanted.update(levels)
     return [n for n in module.graph.nodes if n in wanted]
+
+
+def _storage(node: torch.fx.Node) -> int | None:
+    """Identity of the storage of a node's traced value; None where it has none (vmap's wrappers)."""
+    value = node.meta.get("example_value")
+    if not isinstance(value, torch.Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return None
+    return int(value.untyped_storage()._cdata)
 
 
 def _is_in_place(node: torch.fx.Node) -> bool:
