@@ -202,7 +202,7 @@ def swept(kernel: Kernel) -> Kernel:
     for k, node in enumerate(kernel.nodes):
         if k in live:
             moved[k] = len(nodes)
-            nodes.append(_moved(node, moved))
+            nodes.append(moved_node(node, moved))
     stores = tuple(
         replace(
             s,
@@ -215,7 +215,8 @@ def swept(kernel: Kernel) -> Kernel:
     return Kernel(kernel.outer, kernel.row, tuple(nodes), stores)
 
 
-def _moved(node: Node, moved: list[int]) -> Node:
+def moved_node(node: Node, moved: list[int]) -> Node:
+    """The node with its operands, indirect indices and mask at their new positions."""
     if isinstance(node, Load):
         mask = None if node.mask is None else moved[node.mask]
         index = renamed_values(node.index, moved)

@@ -14,6 +14,7 @@ from memplan.ir.program import Program
 from .cleanup import Cleanup
 from .concat import Concat, SingleStore
 from .fusion import Fusion
+from .narrowing import Narrowing
 from .reinplace import Reinplace
 
 
@@ -35,7 +36,7 @@ class Pass(Protocol):
     def run(self, program: Program) -> Program: ...
 
 
-PASSES: tuple[type[Pass], ...] = (Reinplace, Concat, Cleanup, Fusion, SingleStore)
+PASSES: tuple[type[Pass], ...] = (Reinplace, Concat, Cleanup, Fusion, Narrowing, SingleStore)
 
 #: names that ``options={"disable": [...]}`` accepts, in the order in which the passes run
 PASS_NAMES: tuple[str, ...] = tuple(p.name for p in PASSES)

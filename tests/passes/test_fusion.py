@@ -10,6 +10,7 @@ import torch
 from memplan.ir.index import FloorDiv, flat_index
 from memplan.ir.loops import (
     Call,
+    Cast,
     Constant,
     IndexExpr,
     Kernel,
@@ -41,6 +42,7 @@ from memplan.passes.fuse_costs import row_is_contiguous
 from memplan.passes.fuse_graph import FusionGraph
 from memplan.passes.fuse_kernels import MergeRules, merge
 from memplan.passes.fusion import Fusion
+from memplan.passes.narrowing import Narrowing
 from memplan.passes.split_reductions import split
 from tests.passes.test_fusion_generated import assert_same
 
@@ -329,3 +331,37 @@ def test_a_column_sum_is_split_though_it_loads_along_its_row() -> None:
     parts = split(replace(whole, device="cuda:0"), {}, least_elements=0)
     assert parts is not None
     assert parts[0].kernel.outer[0].size == 64
+
+
+def converting(out: str, source: str, index: IndexExpr, *, also_plain: bool = False) -> KernelOp:
+    """``out = float(bfloat16(source)) + 1`` (or plus the source as it is)."""
+    one: Node = Load(source, index, F32) if also_plain else Constant(1.0, F32)
+    nodes: tuple[Node, ...] = (Load(source, index, F32), Cast(0, torch.bfloat16), Cast(1, F32), one)
+    nodes += (Call("add", (2, 3), F32),)
+    return KernelOp(out, Kernel((Range(X0, 32),), (), nodes, (Store(out, X0, 4, F32),)), "cpu")
+
+
+def test_what_all_readers_round_is_stored_rounded() -> None:
+    operations: list[Operation] = [pointwise("t", (32,), {"a": X0}, "exp"), converting("o", "t", X0)]
+    operations += [converting("q", "t", 31 - X0)]
+    sizes = {"a": 32, "t": 32, "o": 32, "q": 32}
+    before = program(operations, sizes, ("o", "q"))
+    after = Narrowing().run(before)
+    verify_program(after)
+    assert_same(before, after)
+    assert after.buffers["t"].dtype is torch.bfloat16
+    assert after.buffers["t"].nbytes == 64
+    reader = after.operations[1]
+    assert isinstance(reader, KernelOp)
+    assert Cast(0, torch.bfloat16) not in reader.kernel.nodes
+
+
+@pytest.mark.parametrize("reason", ["output", "read as it is", "read by a call"])
+def test_what_somebody_needs_unrounded_stays(reason: str) -> None:
+    operations: list[Operation] = [pointwise("t", (32,), {"a": X0}, "exp"), converting("o", "t", X0)]
+    operations += [converting("q", "t", 31 - X0, also_plain=reason == "read as it is")]
+    operations += [extern("r", "t", 32)] if reason == "read by a call" else []
+    sizes = {"a": 32, "t": 32, "o": 32, "q": 32, "r": 32}
+    outputs = ("o", "q", *(("t",) if reason == "output" else ()), *(("r",) if reason == "read by a call" else ()))
+    before = program(operations, sizes, outputs)
+    assert Narrowing().run(before) is before
