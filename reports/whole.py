@@ -51,7 +51,7 @@ def whole_step(graphs: Sequence[Graph], joins: Sequence[Join]) -> Graph:
         for b in g.buffers:
             name = timeline.names[g.name, b.name]
             rows[name] = _received(rows[name], b, g, timeline) if name in rows else _moved(b, g, timeline)
-    buffers = tuple(rows.values())
+    buffers = tuple(b.model_copy(update={"storage": _root(b, rows)}) for b in rows.values())
     pools = _lasting(tuple(_moved_pool(p, g, timeline) for g in graphs for p in g.pools), buffers)
     steps = tuple(_moved_step(s, g, timeline) for g in graphs for s in g.steps)
     unexplained = [value for g in graphs for value in residue(g)]
@@ -72,6 +72,14 @@ def whole_step(graphs: Sequence[Graph], joins: Sequence[Join]) -> Graph:
         predicted_peak=predicted,
         notes=tuple(n for g in graphs for n in g.notes),
     )
+
+
+def _root(b: Buffer, rows: Mapping[str, Buffer]) -> str:
+    """The storage of a buffer across graphs: a backward may work in place on what the forward made in place."""
+    name = b.storage
+    while name in rows and rows[name].storage != name:
+        name = rows[name].storage
+    return name
 
 
 def _timeline(graphs: Sequence[Graph], joins: Sequence[Join]) -> _Timeline:
