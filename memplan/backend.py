@@ -28,6 +28,7 @@ from .ir.plan import Plan
 from .ir.program import BufferKind, Phase, Program, View
 from .lowering.decompositions import decomposition_table
 from .passes.rematerialize import Value, choose_kept
+from .runtime import cuda_graphs
 
 log = logging.getLogger(__name__)
 _groups = itertools.count()
@@ -63,9 +64,15 @@ class Region:
     forward: Program | None = None
     #: a forward of this region ran under saved-tensor hooks: what is saved may be somebody else's tensor then
     hooked: bool = False
+    #: the forward is recorded as a CUDA graph
+    recorded: bool = False
 
     def compile_forward(self, module: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
-        return self.watch_hooks(self.finish(self.capture_forward(module), module))
+        program = self.capture_forward(module)
+        if self.records(program):
+            self.recorded = True
+            return self.watch_hooks(self.finish_recorded(program, module, inputs))
+        return self.watch_hooks(self.finish(program, module))
 
     def watch_hooks(self, call: Callable[..., object]) -> Callable[..., object]:
         """The forward, which notes whether saved-tensor hooks (offload, for example) were active."""
@@ -95,6 +102,11 @@ class Region:
     def compile_backward(self, module: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
         leave_donation_to_us()
         program = self.capture_backward(module)
+        if self.recorded:
+            if self.records(program):
+                return self.finish_recorded(program, module, inputs)
+            plain = self.finish(without_donation(program), module)  # what the forward saved is in its recording's pool
+            return cuda_graphs.beside_recordings(plain, cuda_graphs.gpu_of(program) or 0)
         donating = self.finish(program, module)
         if self.config.plan_only or not any(b.donated for b in program.buffers.values()):
             return donating
@@ -131,7 +143,28 @@ class Region:
 
     def compile_inference(self, module: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
         program = capture(module, Phase.INFERENCE, name=f"inference{self.group}", static_inputs=static_inputs())
+        if self.records(program):
+            return self.finish_recorded(program, module, inputs)
         return self.finish(program, module)
+
+    def records(self, program: Program) -> bool:
+        """Whether the program becomes a CUDA graph; what was asked for and cannot be had is said."""
+        if not self.config.cuda_graphs or self.config.plan_only or not torch.cuda.is_available():
+            return False
+        if cuda_graphs.gpu_of(program) is None:
+            return False
+        found = cuda_graphs.obstacle(program)
+        if found is not None:
+            warnings.warn(f"{program.name} runs without CUDA graphs: {found}", stacklevel=2)
+        return found is None
+
+    def finish_recorded(
+        self, program: Program, module: torch.fx.GraphModule, inputs: Sequence[object]
+    ) -> Callable[..., object]:
+        """`finish`, recorded. Nothing is donated: a result in place of an input would be a part of its recording."""
+        static = cuda_graphs.static_positions(program)
+        kept = without_donation(program)
+        return cuda_graphs.recorded(self.finish(kept, module), inputs, kept, module, static)
 
     def finish(self, program: Program, module: torch.fx.GraphModule) -> Callable[..., object]:
         if self.config.plan_only:
