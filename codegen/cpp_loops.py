@@ -16,6 +16,7 @@ from memplan.ir.index import FloorDiv, Mod, Ranges, expand, ranges_of, simplify
 from memplan.ir.loops import (
     Call,
     Cast,
+    Constant,
     Index,
     IndexExpr,
     Item,
@@ -71,13 +72,23 @@ def share(kernel: Kernel) -> Kernel:
         if k not in needed:
             continue
         node = renumber(node, moved)
-        # repr tells -0.0 from 0.0 and 1 from True, which compare equal
-        position = seen.setdefault((repr(node), node), len(nodes))
+        position = seen.setdefault((_scalar_text(node), node), len(nodes))
         if position == len(nodes):
             nodes.append(node)
         moved[k] = position
     stores = tuple(renumber_store(s, moved) for s in kernel.stores)
     return Kernel(kernel.outer, kernel.row, tuple(nodes), stores)
+
+
+def _scalar_text(node: Node) -> str:
+    """The scalar of a node as text, which tells -0.0 from 0.0 and 1 from True: they compare equal."""
+    match node:
+        case Constant(value):
+            return repr(value)
+        case Load(other=other):
+            return repr(other)
+        case _:
+            return ""
 
 
 def store_operands(store: Store) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,8 +14,9 @@ from .codegen import cpp_kernel, triton_kernel
 from .codegen.python_wrapper import print_python
 from .codegen.wrapper_lines import wrapper_lines
 from .fallback import with_fallback
+from .ir.canonical import canonicalize
 from .ir.config import Config
-from .ir.loops import Size
+from .ir.loops import Kernel, Size
 from .ir.plan import Plan
 from .ir.program import Contract, Extern, KernelOp, Operation, Program
 from .ir.verify import verify_program
@@ -158,8 +160,18 @@ def _takes_out(op: Extern) -> bool:
 
 def _safe_in_place(op: KernelOp, old: str, new: str) -> bool:
     """Whether the kernel as emitted for its device may write ``new`` over ``old``."""
-    emitter = cpp_kernel if op.device == "cpu" else triton_kernel
-    return emitter.safe_in_place(op.kernel, old, new)
+    canonical = canonicalize(op.kernel)
+    names = {name: f"b{k}" for k, name in enumerate(canonical.buffers)}
+    if old not in names or new not in names:
+        return False
+    return _safe_canonical(op.device == "cpu", canonical.kernel, names[old], names[new])
+
+
+@lru_cache(maxsize=4096)
+def _safe_canonical(cpu: bool, kernel: Kernel, old: str, new: str) -> bool:
+    """`_safe_in_place` of all kernels that are equal but for their names: the layers of a model."""
+    emitter = cpp_kernel if cpu else triton_kernel
+    return emitter.safe_in_place(kernel, old, new)
 
 
 def compile_program(program: Program, config: Config) -> CompiledProgram:

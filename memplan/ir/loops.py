@@ -64,12 +64,23 @@ class Index:
     dtype: torch.dtype = torch.int64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Constant:
-    """A literal (infinities and NaN are allowed for floating dtypes)."""
+    """A literal (infinities and NaN are allowed for floating dtypes).
+
+    Equal are literals of one text: -0.0 is not 0.0, True is not 1, and a NaN is a NaN.
+    """
 
     value: Scalar
     dtype: torch.dtype
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Constant):
+            return NotImplemented
+        return self.dtype is other.dtype and repr(self.value) == repr(other.value)
+
+    def __hash__(self) -> int:
+        return hash((repr(self.value), self.dtype))
 
 
 @dataclass(frozen=True, slots=True)
