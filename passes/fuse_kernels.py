@@ -13,7 +13,7 @@ import sympy
 import torch
 
 from memplan.ir.index import expand, invert, ranges_of
-from memplan.ir.loops import Call, Constant, Kernel, Load, Store, StoreMode, value_references
+from memplan.ir.loops import Call, Constant, Kernel, Level, Load, Store, StoreMode, value_references
 
 from .fuse_body import Body, needed, store_operands
 from .fuse_mapping import mappings, same_index
@@ -199,6 +199,8 @@ def inline(producer: Kernel, consumer: Kernel, buffer: str) -> Kernel | None:
 
 def _replayed(body: Body, producer: Kernel, store: Store, load: Load, wanted: frozenset[int]) -> list[int] | None:
     """The producer's nodes at the point that stored what ``load`` reads."""
+    if all(producer.levels[k] is Level.CONSTANT for k in wanted):
+        return body.embed(producer, {}, only=wanted, mask=load.mask)  # the same at every point
     space, ranges, index = ranges_of(producer.outer), body.ranges, load.index
     assumption = None if load.mask is None else assume(body.nodes, load.mask, ranges)
     if assumption is not None:

@@ -255,7 +255,9 @@ class Fuser:
         gain = inline_gain(kernel, buffer, consumers, whole, vanishes, trivial, self.limits, self.program, group)
         if gain is None:
             return number
-        if gain.inputs & (graph.mutated | group.writes) or any(c.op.device != group.op.device for c in consumers):
+        if gain.inputs & (graph.mutated | group.writes):
+            return number
+        if gain.inputs and any(c.op.device != group.op.device for c in consumers):
             return number
         spans = self._inline_spans(group, buffer, consumers, gain.inputs, whole=whole, vanishes=vanishes)
         found = graph.try_change(spans, ceiling=int(graph.live.max()))

@@ -159,6 +159,8 @@ def again_cost(node: torch.fx.Node, cheap: Callable[[str], bool]) -> float | Non
         return 0.0 if marked else None
     if marked:
         return 0.0
+    if node.target in CONSTANTS:
+        return 0.0  # a literal in whatever reads it, where keeping it is a kernel and an allocation
     if torch.Tag.nondeterministic_seeded in node.target.tags or not cheap(str(node.target)):
         return None
     moved = [_nbytes(i.meta["val"]) for i in node.all_input_nodes if isinstance(i.meta.get("val"), torch.Tensor)]
@@ -167,6 +169,21 @@ def again_cost(node: torch.fx.Node, cheap: Callable[[str], bool]) -> float | Non
     return RECOMPUTE_WEIGHT * max(moved, default=0)
 
 
+#: Calls whose result is one literal; their tensor operand, if they have one, gives only its type and device.
+CONSTANTS = frozenset(
+    {
+        torch.ops.aten.full.default,
+        torch.ops.aten.full_like.default,
+        torch.ops.aten.scalar_tensor.default,
+        torch.ops.aten.new_full.default,
+        torch.ops.aten.new_ones.default,
+        torch.ops.aten.new_zeros.default,
+        torch.ops.aten.ones.default,
+        torch.ops.aten.ones_like.default,
+        torch.ops.aten.zeros.default,
+        torch.ops.aten.zeros_like.default,
+    }
+)
 #: Bytes that one would keep to save moving one byte in a fused recomputation.
 RECOMPUTE_WEIGHT = 0.02
 

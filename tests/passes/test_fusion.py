@@ -365,3 +365,17 @@ def test_what_somebody_needs_unrounded_stays(reason: str) -> None:
     outputs = ("o", "q", *(("t",) if reason == "output" else ()), *(("r",) if reason == "read by a call" else ()))
     before = program(operations, sizes, outputs)
     assert Narrowing().run(before) is before
+
+
+def test_a_stored_literal_becomes_a_literal_in_every_reader() -> None:
+    """Also where its store could not be solved for the element that a reader wants."""
+    sevens = Kernel((Range(X0, 8),), (), (Constant(7.0, F32),), (Store("c", X0 + FloorDiv(X0, 9), 0, F32),))
+    operations: list[Operation] = [
+        KernelOp("c", sevens, "cpu"),
+        pointwise("o", (8,), {"a": X0, "c": 7 - X0}, "add"),
+        reduction("s", 4, 2, "c", 2 * X0 + R0),
+        extern("r", "a", 8),
+        pointwise("q", (8,), {"r": X0, "c": X0}, "mul"),
+    ]
+    after = fused(program(operations, dict.fromkeys(("a", "c", "o", "r", "q"), 8) | {"s": 4}, ("o", "s", "q")))
+    assert "c" not in after.buffers
