@@ -53,7 +53,8 @@ def leaf(*shape: int) -> Tensor:
 
 def test_convolutions_with_running_statistics() -> None:
     # a bias before a batch norm has a gradient of zero and noise: there is none
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2))
+    first = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+    model = nn.Sequential(first, nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2))
     check(model, [torch.randn(2, 3, 8, 8, requires_grad=True)], steps=3)
 
 

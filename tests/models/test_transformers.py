@@ -168,7 +168,7 @@ def test_optimizer_steps_lower_the_loss_as_eager_does() -> None:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            held.append(float(loss))
+            held.append(float(loss.detach()))
         losses.append(held)
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert losses[1][-1] < losses[1][0]
