@@ -80,7 +80,7 @@ $(VENV)/.torch: $(VENV)/.created
 	touch $@
 
 $(VENV)/.memplan: $(VENV)/.torch pyproject.toml
-	$(PY) -c 'import setuptools as s; assert int(s.__version__.split(".")[0]) >= 69' 2>/dev/null \
+	$(PY) -c 'import wheel, setuptools as s; assert int(s.__version__.split(".")[0]) >= 69' 2>/dev/null \
 		|| $(INSTALL) 'setuptools>=69' wheel
 	$(INSTALL) --no-build-isolation -e .
 	touch $@
