@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import typer
 
 from ..ir.errors import MemplanError, OptionError, ReportError
-from . import commands_gate, commands_run, commands_show, planner_commands
+from . import bisect_command, commands_gate, commands_run, commands_show, planner_commands
 from .terminal import silence
 from .text import clean
 
@@ -34,6 +34,7 @@ commands_show.register(app)
 commands_run.register(app)
 commands_gate.register(app)
 planner_commands.register(app)
+bisect_command.register(app)
 
 
 def _version(asked: bool) -> None:
@@ -53,6 +54,8 @@ def _common(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit with its code."""
+    # the profiler that measures CPU steps would write lines of its own to standard error
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     try:
         app(args=list(arguments) if arguments is not None else None, prog_name="memplan")
     except MemplanError as error:

@@ -102,6 +102,8 @@ class Config:
             if name not in names:
                 raise OptionError(f"unknown option {name!r}{_nearest(name, names)}; options are {', '.join(names)}")
             values[name] = _checked(name, value, known_passes)
+        if "disable" in values:  # what the environment switches off stays off: `memplan bisect` counts on it
+            values["disable"] = tuple(dict.fromkeys((*config.disable, *values["disable"])))  # type: ignore[misc]
         return replace(config, **values)  # type: ignore[arg-type]
 
     def enabled(self, name: str) -> bool:
