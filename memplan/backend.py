@@ -25,7 +25,7 @@ from .compilation import PASS_NAMES, compile_program, plan_program
 from .ir.config import Config
 from .ir.errors import UnsupportedError
 from .ir.plan import Plan
-from .ir.program import BufferKind, Phase, Program, View
+from .ir.program import BufferKind, Phase, Program, TensorInput, View
 from .lowering.decompositions import decomposition_table
 from .passes.rematerialize import Value, choose_kept
 from .runtime import cuda_graphs
@@ -178,7 +178,7 @@ class Region:
                 compiled.plan, self.group, self.joins(compiled.plan), compiled.waterfall, compiled.source
             )
         )
-        return compiled.call
+        return true_elements(program, module, compiled.call)
 
     def joins(self, plan: Plan) -> tuple[tuple[str, str], ...]:
         """(forward buffer, backward buffer) for what this backward got from its forward."""
@@ -191,6 +191,39 @@ class Region:
             if isinstance(held, View) and isinstance(node, torch.fx.Node) and node.name in plan.program.buffers:
                 out.append((held.buffer, node.name))
         return tuple(dict.fromkeys(out))
+
+
+def true_elements(
+    program: Program, module: torch.fx.GraphModule, call: Callable[..., object]
+) -> Callable[..., object]:
+    """The call, given lazily conjugated or negated inputs as their elements are: kernels read memory, not such bits.
+
+    (Dynamo compiles again for an input with other bits.) What the program writes into such an input is written back.
+    """
+    nodes = enumerate(n for n in module.graph.nodes if n.op == "placeholder")
+    values = {k: n.meta.get("val") for k, n in nodes}
+    lazy = [k for k, v in values.items() if isinstance(v, torch.Tensor) and (v.is_conj() or v.is_neg())]
+    if not lazy:
+        return call
+    changed = {b for op in program.operations for b in op.mutates}
+    changes = {i.position for i in program.inputs if isinstance(i, TensorInput) and i.view.buffer in changed}
+
+    def resolved(args: list[object]) -> object:
+        back = []
+        for k in lazy:
+            given = args[k]
+            assert isinstance(given, torch.Tensor)
+            made = torch.empty_strided(given.shape, given.stride(), dtype=given.dtype, device=given.device)
+            args[k] = made.copy_(given.detach())
+            if k in changes:
+                back.append((given.detach(), made))
+        out = call(args)
+        for given, made in back:
+            given.copy_(made)
+        return out
+
+    resolved._boxed_call = True  # type: ignore[attr-defined]
+    return resolved
 
 
 def backward_call(

@@ -35,7 +35,7 @@ from memplan.ir.program import (
 from tests.reference_kernel import run_reference
 
 Value = torch.Tensor | int | float | bool | None | str
-Symbols = dict[sympy.Symbol, int]
+Symbols = dict[sympy.Symbol, int]  # floats too, where a program reads a tensor's element
 
 
 def run_program(program: Program, inputs: Sequence[object]) -> list[object]:
@@ -61,18 +61,20 @@ class ProgramRunner:
                     self.symbols[item.symbol] = value
                 case TensorInput():
                     assert isinstance(value, torch.Tensor)
-                    self._bind(item.view.buffer, value)
+                    first = value.storage_offset() * value.element_size() // item.view.dtype.itemsize
+                    self._bind(item.view.buffer, value, first - evaluate(item.view.offset, self.symbols))
                 case OpaqueInput():
                     pass
         for name, tensor in program.constants.items():
             if name in program.buffers:
                 self._bind(name, tensor)
 
-    def _bind(self, name: str, tensor: torch.Tensor) -> None:
+    def _bind(self, name: str, tensor: torch.Tensor, start: int = 0) -> None:
+        """The buffer is the tensor's storage from element ``start`` on."""
         dtype = self.program.buffers[name].dtype
         storage = tensor.detach().untyped_storage()
-        count = storage.nbytes() // dtype.itemsize
-        self.buffers[name] = torch.empty(0, dtype=dtype).set_(storage, 0, (count,), (1,))
+        count = storage.nbytes() // dtype.itemsize - start
+        self.buffers[name] = torch.empty(0, dtype=dtype).set_(storage, start, (count,), (1,))
 
     def run(self) -> list[object]:
         for op in self.program.operations:
@@ -108,7 +110,7 @@ class ProgramRunner:
             flat = flat.view(view.dtype)
         sizes = [evaluate(s, self.symbols) for s in view.sizes]
         strides = [evaluate(s, self.symbols) for s in view.strides]
-        return flat.as_strided(sizes, strides, evaluate(view.offset, self.symbols))
+        return flat.as_strided(sizes, strides, flat.storage_offset() + evaluate(view.offset, self.symbols))
 
     def argument(self, argument: Argument) -> object:
         match argument:
@@ -117,9 +119,17 @@ class ProgramRunner:
             case Literal():
                 return argument.value
             case Symbolic():
-                return evaluate(argument.expr, self.symbols)
+                return self.number(argument.expr)
             case Tuple():
                 return [self.argument(a) for a in argument.items]
+
+    def number(self, expr: sympy.Basic) -> int | float | bool:
+        """The value of an expression of sizes, of numbers read from tensors, or of a comparison of these."""
+        value = expr.xreplace({s: sympy.sympify(self.symbols[s]) for s in expr.free_symbols if s in self.symbols})
+        assert not value.free_symbols, f"nothing gives {value.free_symbols} a value"
+        if value in (sympy.true, sympy.false):
+            return bool(value)
+        return int(value) if value.is_Integer else float(value)
 
     def call(self, op: Extern) -> None:
         args = [self.argument(a) for a in op.args]
@@ -154,22 +164,24 @@ class ProgramRunner:
             case View():
                 return self.view(output)
             case Symbolic():
-                return evaluate(output.expr, self.symbols)
+                return self.number(output.expr)
             case Literal():
                 return output.value
 
 
-def read_accessor(accessor: str, results: Sequence[object]) -> int:
-    """``[0].size(1)``, ``[0].stride(0)``, ``[0].storage_offset()`` or ``[0]`` of an extern's flat results."""
-    match = re.fullmatch(r"\[(\d+)\](?:\.(\w+)\((\d*)\))?", accessor)
+def read_accessor(accessor: str, results: Sequence[object]) -> int | float:
+    """``[0].size(1)``, ``[0].size()[1]``, ``[0].stride(0)``, ``[0].item()//4`` or ``[0]`` of an extern's flat results."""
+    match = re.fullmatch(r"\[(\d+)\](?:\.(\w+)\((\d*)\))?(?:\[(\d+)\])?(?://(\d+))?", accessor)
     assert match is not None, f"accessor {accessor!r}"
     value = results[int(match[1])]
     if match[2]:
         value = getattr(value, match[2])(*([int(match[3])] if match[3] else []))
     elif isinstance(value, torch.Tensor):
         value = value.item()
-    assert isinstance(value, int)
-    return value
+    if match[4]:
+        value = value[int(match[4])]  # type: ignore[index]
+    assert isinstance(value, (int, float))
+    return value // int(match[5]) if match[5] else value
 
 
 def poisoned(count: int, *, dtype: torch.dtype) -> torch.Tensor:
