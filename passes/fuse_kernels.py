@@ -13,7 +13,7 @@ import sympy
 import torch
 
 from memplan.ir.index import expand, invert, ranges_of
-from memplan.ir.loops import Call, Constant, Kernel, Level, Load, Store, StoreMode, value_references
+from memplan.ir.loops import Call, Constant, Kernel, Level, Load, Reduce, Store, StoreMode, operands, value_references
 
 from .fuse_body import Body, needed, store_operands
 from .fuse_mapping import mappings, same_index
@@ -92,9 +92,37 @@ def _join(
         return None
     body.stores = [s for s in (*kept, *consumed) if s.buffer not in rules.dropped]
     joined = body.kernel()
-    if joined.row and set(joined.read_buffers) & set(joined.written_buffers):
-        return None  # a later pass over the row would read what an earlier one has written
-    return joined
+    return joined if updates_once_a_row(joined) else None
+
+
+def updates_once_a_row(kernel: Kernel) -> bool:
+    """Whether what a kernel with rows both reads and writes is read and written once a row, at one element.
+
+    Running statistics are: read after the row's reductions, and stored. Anything else might be read by a later pass
+    over the row after an earlier one has written it; so might a value that something along the row depends on.
+    """
+    both = set(kernel.read_buffers) & set(kernel.written_buffers) if kernel.row else set()
+    if not both:
+        return True
+    ranges = ranges_of((*kernel.outer, *kernel.row))
+    for s in kernel.stores:
+        if s.buffer in both and (
+            s.mode is not StoreMode.SET or s.mask is not None or kernel.store_level(s) is Level.POINT
+        ):
+            return False
+    updated = [False] * len(kernel.nodes)
+    for k, node in enumerate(kernel.nodes):
+        if isinstance(node, Load) and node.buffer in both:
+            indices = [s.index for s in kernel.stores if s.buffer == node.buffer]
+            if node.mask is not None or any(not same_index(i, node.index, ranges) for i in indices):
+                return False
+            updated[k] = True
+        updated[k] = updated[k] or any(updated[a] for a in operands(node))
+        if updated[k] and (isinstance(node, Reduce) or kernel.levels[k] is Level.POINT):
+            return False
+    return all(
+        kernel.store_level(s) is not Level.POINT for s in kernel.stores if any(updated[k] for k in store_operands(s))
+    )
 
 
 def _forwarded(body: Body, load: Load, stores: list[Store]) -> int | None:
@@ -132,16 +160,13 @@ def _overwritten(body: Body, produced: list[Store], consumed: list[Store], rules
 
 
 def _reads_stay_before(body: Body, loads: list[Load], stores: list[Store]) -> bool:
-    """Whether what the producer reads is only overwritten by the very point that has read it.
-
-    With rows a kernel may pass over its row several times and read again after it has stored: then never.
-    """
+    """Whether what the producer reads is only overwritten by the very point that has read it."""
     written: dict[str, list[Store]] = {}
     for s in stores:
         written.setdefault(s.buffer, []).append(s)
     for load in loads:
         for s in written.get(load.buffer, ()):
-            if body.row or s.mode is not StoreMode.SET or s.dtype != load.dtype:
+            if s.mode is not StoreMode.SET or s.dtype != load.dtype:
                 return False
             if not same_index(s.index, load.index, body.ranges):
                 return False

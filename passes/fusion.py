@@ -24,7 +24,7 @@ from memplan.ir.program import KernelOp, Operation, Origin, Program, evaluate
 from .cleanup import normalise
 from .fuse_costs import SMALL, Limits, inline_gain, keeps_parallel, pays_together, row_is_contiguous
 from .fuse_graph import Bytes, FusionGraph, Group, Placement
-from .fuse_kernels import MergeRules, inline, merge, stored_value, without_stores
+from .fuse_kernels import MergeRules, inline, merge, stored_value, updates_once_a_row, without_stores
 
 #: of a buffer's many readers, those considered as partners: the nearest ones in program order
 _NEAREST = 6
@@ -286,7 +286,7 @@ class Fuser:
             touched = {*new.read_buffers, *new.written_buffers}
             if len(touched) > max(self.limits.max_buffers, len(c.reads | c.changes)):
                 return None
-            if new.row and touched - c.reads - c.changes and set(new.read_buffers) & set(new.written_buffers):
+            if touched - c.reads - c.changes and not updates_once_a_row(new):
                 return None
             out.append(new)
         return out

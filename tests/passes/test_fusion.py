@@ -379,3 +379,20 @@ def test_a_stored_literal_becomes_a_literal_in_every_reader() -> None:
     ]
     after = fused(program(operations, dict.fromkeys(("a", "c", "o", "r", "q"), 8) | {"s": 4}, ("o", "s", "q")))
     assert "c" not in after.buffers
+
+
+def test_running_statistics_join_their_reduction() -> None:
+    """The running sum is read and written once a row, by the instance that has reduced it."""
+    update = replace(pointwise("run", (4,), {"run": X0, "s": X0}, "add"), name="update", mutates=("run",))
+    operations: list[Operation] = [reduction("s", 4, 8, "a", 8 * X0 + R0), update]
+    after = fused(program(operations, {"a": 32, "s": 4, "run": 4}, ("s",)))
+    assert len(after.operations) == 1
+    assert after.operations[0].mutates == ("run",)
+
+
+def test_running_statistics_that_the_row_depends_on_stay_apart() -> None:
+    centred = pointwise("d", (4, 8), {"a": 8 * X0 + X1, "run": X0}, "sub")
+    update = replace(pointwise("run", (4,), {"run": X0, "s": X0}, "add"), name="update", mutates=("run",))
+    operations: list[Operation] = [centred, reduction("s", 4, 8, "d", 8 * X0 + R0), update]
+    after = fused(program(operations, {"a": 32, "d": 32, "s": 4, "run": 4}, ("s", "d")))
+    assert len(after.operations) == 2
