@@ -252,13 +252,15 @@ class _Printer:
         if op.contract is Contract.OUT:
             outs = [self.tensor(v) for v in op.results if v is not None]
             first, result = op.args[0] if op.args else None, op.results[0]
+            temporary = False
             if isinstance(first, View) and result is not None and self.in_place(result.buffer, first.buffer):
                 # one tensor for both: torch copies the first argument into another one
                 self.line(f"out = {outs[0]}")
                 args[0] = outs[0] = "out"
+                temporary = True
             names = _out_names(op.target)
             self.line(f"{name}({', '.join([*args, *(f'{n}={o}' for n, o in zip(names, outs, strict=True))])})")
-            if outs[0] == "out":
+            if temporary:
                 self.line("del out")
             return
         call = f"{name}({', '.join(args)})"

@@ -96,8 +96,6 @@ def test_conjugates_and_negatives_are_made_real() -> None:
     x = torch.randn(3, 4, dtype=torch.complex64)
     check(lambda a: (a.conj() @ a.t(), a.conj().imag, a.mH), x)
     check(lambda a: torch.view_as_real(a * 2).sum(-1), x)
-    compiled, _ = traced(lambda a: a * 2)
-    assert torch.equal(compiled(x.conj()), x.conj() * 2)  # type: ignore[arg-type]
 
 
 def test_complex_training() -> None:
