@@ -110,7 +110,9 @@ def test_threads_that_train() -> None:
         assert_near(found[k], b, f"thread {k}")
 
 
-@pytest.mark.parametrize("options", [{"poison": True}, {"poison": True, "pools": "always"}, {"pools": "never"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"poison": True}, {"poison": True, "pools": "always"}, {"pools": "never"}], ids=str
+)
 def test_poisoned_and_pooled_plans_give_eagers_numbers(options: dict[str, object]) -> None:
     model = nn.Sequential(Block(), Block(), nn.Linear(12, 5), nn.LogSoftmax(1))
     with memplan.record() as recorded:

@@ -151,7 +151,13 @@ def test_attention_without_a_mask_is_untouched() -> None:
 def transformer(name: str) -> tuple[torch.nn.Module, Tensor]:
     """A small model whose masks transformers builds with vmap."""
     transformers = pytest.importorskip("transformers")
-    sizes = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    sizes = {
+        "vocab_size": 31,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+    }
     if name == "llama":
         config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, max_position_embeddings=32, use_cache=False)
         return transformers.LlamaModel(config), torch.randint(0, 31, (2, 9))

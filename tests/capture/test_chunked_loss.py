@@ -18,7 +18,12 @@ LOGITS = TOKENS * VOCABULARY * 4
 SLICE = ROWS * VOCABULARY * 4
 
 # models compute their loss in float32; the judge stays in float64
-WIDE = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64}
+WIDE = {
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+}
 
 Loss = Callable[..., Tensor]
 
@@ -59,7 +64,9 @@ def compare(function: Loss, arguments: tuple[Tensor, ...], *, allowance: float =
         scale = float(true.abs().max().nan_to_num(1.0))
         allowed = 2 * float((b.double() - true).abs().nan_to_num(0.0).max())
         allowed += allowance * torch.finfo(b.dtype).eps * scale
-        torch.testing.assert_close(a.double(), true, rtol=0, atol=allowed, equal_nan=True, msg=lambda m, k=k: f"{k}: {m}")
+        torch.testing.assert_close(
+            a.double(), true, rtol=0, atol=allowed, equal_nan=True, msg=lambda m, k=k: f"{k}: {m}"
+        )
     return found
 
 
@@ -101,13 +108,18 @@ def test_the_backward_has_no_matrix_product() -> None:
 
 def test_slices_that_do_not_divide_the_tokens() -> None:
     hidden, weight, _, target = inputs()
-    found = compare(lambda h, w, t: cross_entropy((h @ w.t())[:], t), (hidden[:90].detach().requires_grad_(), weight, target[:90]))
+    found = compare(
+        lambda h, w, t: cross_entropy((h @ w.t())[:], t), (hidden[:90].detach().requires_grad_(), weight, target[:90])
+    )
     assert_sliced(found, 90 * VOCABULARY * 4)
 
 
 def test_bfloat16() -> None:
     hidden, weight, bias, target = inputs(torch.bfloat16)
-    found = compare(lambda h, w, b, t: cross_entropy(nn.functional.linear(h, w, b).to(WIDE[h.dtype]), t), (hidden, weight, bias, target))
+    found = compare(
+        lambda h, w, b, t: cross_entropy(nn.functional.linear(h, w, b).to(WIDE[h.dtype]), t),
+        (hidden, weight, bias, target),
+    )
     assert_sliced(found)
 
 
@@ -118,7 +130,10 @@ def test_float64_keeps_its_digits() -> None:
 
 def test_float16_is_not_sliced() -> None:
     hidden, weight, bias, target = inputs(torch.float16)
-    found = compare(lambda h, w, b, t: cross_entropy(nn.functional.linear(h, w, b).to(WIDE[h.dtype]), t), (hidden, weight, bias, target))
+    found = compare(
+        lambda h, w, b, t: cross_entropy(nn.functional.linear(h, w, b).to(WIDE[h.dtype]), t),
+        (hidden, weight, bias, target),
+    )
     assert_whole(found, LOGITS // 2)
 
 

@@ -14,6 +14,7 @@ from memplan.ir.program import Phase
 from memplan.lowering.lower import lower_program
 from tests.capture.tracing import traced
 from tests.program_runner import run_program
+import itertools
 
 
 def leaf(*shape: int) -> Tensor:
@@ -190,7 +191,7 @@ def test_the_order_of_random_calls_is_kept() -> None:
     program = found.programs[Phase.INFERENCE]
     effects = [op.name for op in program.operations if getattr(op, "effect", False)]
     assert len(effects) == 3
-    for before, after in zip(effects, effects[1:], strict=False):
+    for before, after in itertools.pairwise(effects):
         assert before in program.dependencies[after]
 
 

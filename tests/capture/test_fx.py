@@ -12,6 +12,7 @@ from memplan.ir.errors import UnsupportedError
 from memplan.ir.program import BufferKind, Contract, Copy, Extern, Literal, Phase, Program, Symbolic, View, order_edges
 from tests.capture.tracing import Traced, traced
 from tests.models.against_eager import clone_inputs, compare_gradients, compare_trees, total
+import itertools
 
 
 def check(function: Callable[..., object], *inputs: object, dynamic: bool | None = False, calls: int = 1) -> Traced:
@@ -103,7 +104,10 @@ def test_complex_training() -> None:
 
 
 def test_split_with_sizes_and_unbind_of_fresh_results() -> None:
-    check(lambda x: torch.stack([t.square() for t in (x * 2).unbind(1)]) + torch.cat(x.exp().chunk(2, 1)).sum(), leaf(3, 4))
+    check(
+        lambda x: torch.stack([t.square() for t in (x * 2).unbind(1)]) + torch.cat(x.exp().chunk(2, 1)).sum(),
+        leaf(3, 4),
+    )
 
 
 # -- changes --------------------------------------------------------------------------------------------------------
@@ -285,7 +289,7 @@ def test_random_numbers_in_eagers_order() -> None:
     effects = [op.name for op in program.operations if isinstance(op, Extern) and op.effect]
     assert len(effects) == 5
     edges = set(order_edges(program.operations))
-    assert all(pair in edges for pair in zip(effects, effects[1:], strict=False))
+    assert all(pair in edges for pair in itertools.pairwise(effects))
 
 
 # -- where it comes from, and what is refused -----------------------------------------------------------------------

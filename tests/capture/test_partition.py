@@ -195,8 +195,6 @@ def default_saved_bytes(function: Callable[..., Tensor], *inputs: Tensor) -> int
     return sum(kept.values())
 
 
-
-
 def test_gpt2_keeps_at_most_six_tenths_of_torchs_default() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(

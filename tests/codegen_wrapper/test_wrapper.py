@@ -88,7 +88,9 @@ def test_a_donated_input_dies_with_its_last_reader_and_the_list_is_emptied() -> 
     assert args == []
     assert given() is None
     lines = [line.strip() for line in source.splitlines()]
-    assert lines.index("del d") < next(k for k, line in enumerate(lines) if line.startswith("aten_mm") and "out=c" in line)
+    assert lines.index("del d") < next(
+        k for k, line in enumerate(lines) if line.startswith("aten_mm") and "out=c" in line
+    )
 
 
 @contextmanager
@@ -116,7 +118,9 @@ def run_alone(plan: Plan, call: Callable[[list[object]], object], inputs: Sequen
     Inputs are made inside, since the profiler sees no release of what was there before it; the caller's are taken off.
     """
     buffers = plan.program.buffers.values()
-    callers = sum(-(-plan.program.nbytes(b.name) // 64) * 64 for b in buffers if b.kind in EXTERNAL_KINDS and not b.donated)
+    callers = sum(
+        -(-plan.program.nbytes(b.name) // 64) * 64 for b in buffers if b.kind in EXTERNAL_KINDS and not b.donated
+    )
     with allocations() as events:
         kept = [t.clone() for t in inputs]
         given: list[object] = list(kept)
@@ -165,7 +169,9 @@ class Gpt2Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         transformers = pytest.importorskip("transformers")
-        config = transformers.GPT2Config(n_layer=1, n_embd=64, n_head=4, n_positions=128, attn_pdrop=0.0, resid_pdrop=0.0)
+        config = transformers.GPT2Config(
+            n_layer=1, n_embd=64, n_head=4, n_positions=128, attn_pdrop=0.0, resid_pdrop=0.0
+        )
         config._attn_implementation = "sdpa"
         self.block = transformers.models.gpt2.modeling_gpt2.GPT2Block(config, layer_idx=0)
 

@@ -79,7 +79,13 @@ def test_rows_of_a_product_are_padded() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "columns", "expected"),
-    [(F32, 260, 260), (F32, 261, 264), (torch.bfloat16, 260, 264), (torch.bfloat16, 50257, 50264), (torch.float64, 257, 258)],
+    [
+        (F32, 260, 260),
+        (F32, 261, 264),
+        (torch.bfloat16, 260, 264),
+        (torch.bfloat16, 50257, 50264),
+        (torch.float64, 257, 258),
+    ],
 )
 def test_rows_start_at_multiples_of_16_bytes(dtype: torch.dtype, columns: int, expected: int) -> None:
     p = ProgramBuilder()
@@ -138,7 +144,9 @@ def test_what_leaves_is_not_padded() -> None:
 
 def test_small_matrices_are_not_worth_it() -> None:
     for rows, columns in ((32, COLUMNS), (ROWS, 255), (ROWS, 256)):
-        left_alone(lambda p, rows=rows, columns=columns: ending(p, product(p, rows=rows, columns=columns), (rows, columns)))
+        left_alone(
+            lambda p, rows=rows, columns=columns: ending(p, product(p, rows=rows, columns=columns), (rows, columns))
+        )
 
 
 def test_a_writer_that_cannot_write_strided_rows() -> None:
@@ -154,7 +162,9 @@ def test_a_writer_that_cannot_write_strided_rows() -> None:
 def test_a_buffer_that_is_mutated() -> None:
     def build(p: ProgramBuilder) -> Program:
         logits = product(p)
-        p.extern("half", "aten.mul_.Scalar", (logits, 0.5), contract=Contract.MUTATE, mutates=("logits",), result=logits)
+        p.extern(
+            "half", "aten.mul_.Scalar", (logits, 0.5), contract=Contract.MUTATE, mutates=("logits",), result=logits
+        )
         return ending(p, logits, (ROWS, COLUMNS))
 
     left_alone(build)

@@ -160,4 +160,6 @@ def test_the_compiled_search_agrees_on_what_it_reports() -> None:
         pytest.skip("no C++ compiler")
     program = wide_program()
     found = reorder(program, {}, library)
-    assert make_plan(program, found.order, in_place={}).certificate.peak == found.peak == reorder(program, {}, None).peak
+    assert (
+        make_plan(program, found.order, in_place={}).certificate.peak == found.peak == reorder(program, {}, None).peak
+    )

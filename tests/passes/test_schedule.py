@@ -113,8 +113,6 @@ def test_devices_are_counted_by_themselves() -> None:
     assert found == {"cpu": square + 100, "cuda:0": 2 * square + 100}
 
 
-
-
 @given(choices)
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 def test_against_the_count_step_by_step(steps: list[Choice]) -> None:
@@ -125,5 +123,7 @@ def test_against_the_count_step_by_step(steps: list[Choice]) -> None:
     counted = with_claims(plan)
     assert plan.timeline == counted.timeline
     assert plan.certificate.placed_peak == max(counted.timeline)
-    stores = storages(program, plan.lifetimes, {b: p.buffer for b, p in plan.placements.items() if isinstance(p, InPlaceOf)})
+    stores = storages(
+        program, plan.lifetimes, {b: p.buffer for b, p in plan.placements.items() if isinstance(p, InPlaceOf)}
+    )
     assert timeline(program, order, stores, (), frozenset()) == list(plan.timeline)
