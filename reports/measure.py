@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+import torch.utils._pytree
 
 from ..ir.errors import MemplanError
 from .model import Measurement, Report
@@ -45,16 +46,50 @@ def measured_with(made: Made, request: Request, backend: str, target: str, *, wa
         return measure(step, _device(made))
 
 
-def answers_agree(made: Made, request: Request, target: str) -> float:
-    """Run once with poisoned memory and once in eager; the largest difference relative to the answer's size."""
-    options = {**request.options, "poison": True}
-    with failures(target), torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)
-        expected = scalar(made.model(*made.args, **made.kwargs))
-        torch.manual_seed(0)
-        got = scalar(_compiled(made, replace(request, options=options), "memplan")(*made.args, **made.kwargs))
-    difference = float((got.double() - expected.double()).abs())
-    return difference / max(float(expected.double().abs()), 1e-6)
+def worst_difference(made: Made, request: Request, target: str) -> float:
+    """Run one step with poisoned memory and one in eager; the largest difference in results and gradients.
+
+    Relative to the largest magnitude of the same tensor; infinite where one is not finite and the other is, or where
+    one has a tensor (a result, a gradient) that the other lacks. Random numbers follow eager's generator.
+    """
+    options = {"random": "eager", **request.options, "poison": True}
+    backward = _backward(made, request)
+    with failures(target), torch.random.fork_rng():
+        expected = _tensors(made, made.model, backward)
+        got = _tensors(made, _compiled(made, replace(request, options=options), "memplan"), backward)
+    if expected.keys() != got.keys():
+        return float("inf")
+    return max((relative_difference(got[k], expected[k]) for k in expected), default=0.0)
+
+
+def _tensors(made: Made, call: Callable[..., object], backward: bool) -> dict[str, torch.Tensor]:
+    """Results and parameter gradients of one step, by name; gradients are removed from the model afterwards."""
+    torch.manual_seed(0)
+    with torch.set_grad_enabled(backward):
+        result = call(*made.args, **made.kwargs)
+    leaves = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+    found = {f"result {k}": t.detach().clone() for k, t in enumerate(leaves)}
+    if backward and isinstance(made.model, torch.nn.Module):
+        scalar(result).backward()  # type: ignore[no-untyped-call]
+        for name, p in made.model.named_parameters():
+            if p.grad is not None:
+                found[name], p.grad = p.grad, None
+    return found
+
+
+def relative_difference(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference of two tensors, relative to the largest magnitude expected; infinite if shapes differ."""
+    if got.shape != expected.shape:
+        return float("inf")
+    if not expected.numel():
+        return 0.0
+    a, b = got.detach().cpu().to(torch.complex128), expected.detach().cpu().to(torch.complex128)
+    same = (a == b) | (a.isnan() & b.isnan())
+    off = torch.where(same, 0.0, (a - b).abs())
+    if not off.isfinite().all():
+        return float("inf")
+    size = b.abs().nan_to_num(0.0, 0.0)
+    return float(off.max() / size.max().clamp(min=1e-6))
 
 
 @contextmanager

@@ -39,7 +39,9 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     with memplan.record() as recording:
         result = yield
     if not recording.graphs:
-        pytest.fail(f"{MARK}: the test compiled nothing with memplan, so there is nothing to hold to the limit")
+        pytest.fail(
+            f"{MARK}: the test compiled nothing with memplan, so there is nothing to hold to the limit", pytrace=False
+        )
     graph = report_from(recording.graphs).step
     if graph.peak > limit:
         pytest.fail(
