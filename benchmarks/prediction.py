@@ -18,9 +18,7 @@ def predicted_bytes(graphs: Sequence[object]) -> dict[str, object]:
         assert isinstance(graph, CompiledGraph)
         by_group.setdefault(graph.group, []).append(graph)
     records = [
-        StepRecord(
-            tuple(g.plan for g in group), joins=tuple(dict.fromkeys(pair for g in group for pair in g.joins))
-        )
+        StepRecord(tuple(g.plan for g in group), joins=tuple(dict.fromkeys(pair for g in group for pair in g.joins)))
         for group in by_group.values()
     ]
     report = report_of(records)

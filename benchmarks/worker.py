@@ -92,9 +92,7 @@ def _work(case: Case, system: System, given: argparse.Namespace) -> None:
     say(stage="done", **found)
 
 
-def _step(
-    compiled: Callable[..., Tensor], module: nn.Module, batch: Batch, case: Case
-) -> Callable[[], object]:
+def _step(compiled: Callable[..., Tensor], module: nn.Module, batch: Batch, case: Case) -> Callable[[], object]:
     """One step that leaves no gradient and no result."""
     parameters = list(module.parameters())
 

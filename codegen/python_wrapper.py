@@ -203,7 +203,9 @@ class _Printer:
         maker = "empty_cpu" if buffer.device == "cpu" else "empty_cuda" if buffer.device.startswith("cuda") else None
         sizes, strides = self.sizes(view.sizes), self.sizes(view.strides)
         if maker is None:
-            self.line(f"{buffer.name} = torch.empty_strided({sizes}, {strides}, dtype={view.dtype}, device={buffer.device!r})")
+            self.line(
+                f"{buffer.name} = torch.empty_strided({sizes}, {strides}, dtype={view.dtype}, device={buffer.device!r})"
+            )
         else:
             self.line(f"{buffer.name} = {maker}({sizes}, {strides}, {view.dtype})")
         self.tensors.add(buffer.name)
@@ -287,9 +289,7 @@ class _Printer:
         plan = self.program.plan
         placement = plan.placements[plan.storage_of(buffer.name)]
         if self.poison and isinstance(placement, InPool):
-            self.line(
-                f"poison_range({placement.pool}, {self.size(placement.offset)}, {self.size(buffer.nbytes)})"
-            )
+            self.line(f"poison_range({placement.pool}, {self.size(placement.offset)}, {self.size(buffer.nbytes)})")
         if buffer.name in self.tensors:
             self.line(f"del {buffer.name}")
             self.tensors.discard(buffer.name)

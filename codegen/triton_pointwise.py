@@ -17,14 +17,54 @@ from .triton_printer import compute_type, literal, type_name
 
 #: Functions whose operands may be plain Python literals, if another operand is a tensor of the same type.
 LITERAL_OPERANDS = frozenset(
-    ("add sub mul eq ne lt le gt ge maximum minimum where bitwise_and bitwise_or bitwise_xor shl shr ").split()
+    [
+        "add",
+        "sub",
+        "mul",
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "maximum",
+        "minimum",
+        "where",
+        "bitwise_and",
+        "bitwise_or",
+        "bitwise_xor",
+        "shl",
+        "shr",
+    ]
 )
 
 _LIBDEVICE = frozenset(
-    (
-        "expm1 log2 log10 log1p sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh erf erfc erfinv "
-        "lgamma atan2 hypot copysign nextafter "
-    ).split()
+    [
+        "expm1",
+        "log2",
+        "log10",
+        "log1p",
+        "sin",
+        "cos",
+        "tan",
+        "asin",
+        "acos",
+        "atan",
+        "sinh",
+        "cosh",
+        "tanh",
+        "asinh",
+        "acosh",
+        "atanh",
+        "erf",
+        "erfc",
+        "erfinv",
+        "lgamma",
+        "atan2",
+        "hypot",
+        "copysign",
+        "nextafter",
+    ]
 )
 _LIBDEVICE_NAMES = {
     "i0": "cyl_bessel_i0",

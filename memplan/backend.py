@@ -193,9 +193,7 @@ class Region:
         return tuple(dict.fromkeys(out))
 
 
-def true_elements(
-    program: Program, module: torch.fx.GraphModule, call: Callable[..., object]
-) -> Callable[..., object]:
+def true_elements(program: Program, module: torch.fx.GraphModule, call: Callable[..., object]) -> Callable[..., object]:
     """The call, given lazily conjugated or negated inputs as their elements are: kernels read memory, not such bits.
 
     (Dynamo compiles again for an input with other bits.) What the program writes into such an input is written back.
@@ -257,13 +255,61 @@ def without_donation(program: Program) -> Program:
 
 
 #: Operators that are never computed again though nothing random or mutating marks them: they cost time.
-EXPENSIVE = (
-    "mm addmm bmm baddbmm addmv mv dot vdot convolution cudnn_convolution mkldnn_convolution convolution_backward"
-    " sort topk unique unique2 _unique2 cumsum cumprod scatter_add scatter_reduce index_put index_add nonzero"
-    " _scaled_dot_product _flash_attention _efficient_attention _cudnn_attention embedding_bag _embedding_bag"
-    " _fft linalg _linalg native_dropout svd qr cholesky inverse grid_sampler max_pool3d rnn lstm gru histc bincount"
-    " _scaled_mm _int_mm _grouped_mm _cdist _pdist cdist ctc_loss _ctc_loss"
-).split()
+EXPENSIVE = [
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "addmv",
+    "mv",
+    "dot",
+    "vdot",
+    "convolution",
+    "cudnn_convolution",
+    "mkldnn_convolution",
+    "convolution_backward",
+    "sort",
+    "topk",
+    "unique",
+    "unique2",
+    "_unique2",
+    "cumsum",
+    "cumprod",
+    "scatter_add",
+    "scatter_reduce",
+    "index_put",
+    "index_add",
+    "nonzero",
+    "_scaled_dot_product",
+    "_flash_attention",
+    "_efficient_attention",
+    "_cudnn_attention",
+    "embedding_bag",
+    "_embedding_bag",
+    "_fft",
+    "linalg",
+    "_linalg",
+    "native_dropout",
+    "svd",
+    "qr",
+    "cholesky",
+    "inverse",
+    "grid_sampler",
+    "max_pool3d",
+    "rnn",
+    "lstm",
+    "gru",
+    "histc",
+    "bincount",
+    "_scaled_mm",
+    "_int_mm",
+    "_grouped_mm",
+    "_cdist",
+    "_pdist",
+    "cdist",
+    "ctc_loss",
+    "_ctc_loss",
+]
 
 
 def cheap_again(target: str) -> bool:

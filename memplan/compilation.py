@@ -51,13 +51,16 @@ class CompiledProgram:
     waterfall: tuple[tuple[str, int], ...] = ()
 
 
+DEFAULTS = Config()
+
+
 @dataclass(frozen=True, slots=True)
 class Lowering:
     """ATen calls become kernels where there is a lowering; what is left learns its extern contract."""
 
     name: ClassVar[str] = "lowering"
     requires: ClassVar[tuple[str, ...]] = ()
-    config: Config = Config()
+    config: Config = DEFAULTS
     #: what stays a call though there is a lowering
     kept: Kept = NOTHING_KEPT
 
@@ -73,7 +76,16 @@ class Lowering:
 
 PASSES = (Lowering, *PIPELINE, SplitReductions)
 #: names that ``options={"disable": [...]}`` accepts
-PASS_NAMES = ("attention", "chunked_loss", "rematerialize", "padding", *(p.name for p in PASSES), "reorder", "inplace", "pools")
+PASS_NAMES = (
+    "attention",
+    "chunked_loss",
+    "rematerialize",
+    "padding",
+    *(p.name for p in PASSES),
+    "reorder",
+    "inplace",
+    "pools",
+)
 
 
 @dataclass(frozen=True)
@@ -151,7 +163,14 @@ def _takes_out(op: Extern) -> bool:
             return False
         stride: Size = 1
         for k, (size, given) in enumerate(zip(reversed(view.sizes), reversed(view.strides), strict=True)):
-            padded_rows = k == 1 and len(view.sizes) == 2 and op.target in _PRODUCTS and isinstance(given, int) and isinstance(stride, int) and given >= stride
+            padded_rows = (
+                k == 1
+                and len(view.sizes) == 2
+                and op.target in _PRODUCTS
+                and isinstance(given, int)
+                and isinstance(stride, int)
+                and given >= stride
+            )
             if size != 1 and given != stride and not padded_rows:
                 return False
             stride = stride * size
@@ -192,7 +211,9 @@ def _compile(program: Program, config: Config, kept: Kept) -> CompiledProgram:
     found = kernel_sets.collect(plan.program)
     callables, kernel_source = kernel_sets.build(found, plan.program, config)
     arguments = {n: (a.source, a.buffers, a.symbols) for n, a in found.arguments.items()}
-    wrapper = print_python(wrapper_lines(plan, arguments, {n: a.offsets for n, a in found.arguments.items()}), poison=config.poison)
+    wrapper = print_python(
+        wrapper_lines(plan, arguments, {n: a.offsets for n, a in found.arguments.items()}), poison=config.poison
+    )
     if config.dump:
         folder = Path(config.dump)
         folder.mkdir(parents=True, exist_ok=True)

@@ -219,5 +219,3 @@ def build(kernels: KernelSet, program: Program, config: Config) -> tuple[dict[st
     cpu, cpp_source = build_cpu(kernels, program, config)
     cuda, triton_source = build_cuda(kernels, program, config)
     return {**cpu, **cuda}, cpp_source + triton_source
-
-

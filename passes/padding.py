@@ -82,7 +82,9 @@ def _rows_of(view: View, b: Buffer) -> _Rows | None:
         count, columns, stride = sizes[1], sizes[0], strides[1]
     else:
         return None
-    assert isinstance(columns, int) and isinstance(stride, int) and isinstance(count, int)
+    assert isinstance(columns, int)
+    assert isinstance(stride, int)
+    assert isinstance(count, int)
     per_row = ROW_ALIGNMENT // b.dtype.itemsize
     if stride != columns or columns < _LEAST_COLUMNS or count < _LEAST_ROWS or columns % per_row == 0:
         return None
@@ -98,9 +100,7 @@ def _possible(program: Program, name: str, rows: _Rows, writes_strided: Callable
         touched = [v for v in _views(op) if v.buffer == name]
         if any(v.dtype != b.dtype or _moved(v, rows) is None for v in touched):
             return False
-        if name in op.writes and not (
-            isinstance(op, Extern) and (op.target in _PRODUCTS or writes_strided(op.target))
-        ):
+        if name in op.writes and not (isinstance(op, Extern) and (op.target in _PRODUCTS or writes_strided(op.target))):
             return False
         if name in op.mutates:
             return False
@@ -128,7 +128,8 @@ def _moved(view: View, rows: _Rows) -> View | None:
     reach = inside
     strides: list[int] = []
     for size, stride in zip(view.sizes, view.strides, strict=True):
-        assert isinstance(size, int) and isinstance(stride, int)
+        assert isinstance(size, int)
+        assert isinstance(stride, int)
         if size == 1:
             strides.append(stride // columns * padded if stride % columns == 0 else stride)
         elif stride % columns == 0:

@@ -8,6 +8,7 @@ lowest simulated peak of placed bytes is taken; between equals the one with fewe
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from .pack import PackProblem, pack_buffers
 from .pack_search import PackSearch
 from .schedule import Storage, must_own, rounded, timeline
 
-#: Offsets are multiples of this many bytes, so that every kernel may load 16 bytes at a time, and rows start at a sector.
+#: Offsets are multiples of this many bytes: kernels may load 16 bytes at a time, and rows start at a sector.
 ALIGNMENT = 256
 #: A pool may cost this part of the peak of live bytes and still be worth its fewer allocations.
 TOLERANCE = 0.002
@@ -68,7 +69,12 @@ def choose_pools(
             continue
         peak = max(timeline(program, order, stores, found.pools, frozenset(found.offsets or {})))
         allowed = base * (1 + TOLERANCE) if best_peak == base else best_peak
-        if best_peak is None or allowed is None or peak < best_peak or (best is not None and not best.pools and peak <= allowed):
+        if (
+            best_peak is None
+            or allowed is None
+            or peak < best_peak
+            or (best is not None and not best.pools and peak <= allowed)
+        ):
             best, best_peak = found, peak
         if peak <= base * (1 + TOLERANCE):
             break
@@ -85,7 +91,7 @@ def _stretches(
     offsets: dict[str, tuple[str, int]] = {}
     devices = sorted({program.buffers[s.root].device for s in movable})
     for d, device in enumerate(devices):
-        for k, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for k, (start, stop) in enumerate(itertools.pairwise(bounds)):
             inside = [
                 s
                 for s in movable

@@ -67,9 +67,7 @@ def order_graph(program: Program, in_place: Mapping[str, str]) -> OrderGraph:
         consumers = tuple(sorted(uses.get(b.name, ())))
         size = rounded(program.nbytes(b.name), b.device)
         buffers.append(OrderBuffer(size, -1 if external else producer[b.name], consumers, b.name in leaving))
-    scratch = tuple(
-        evaluate(op.scratch, program.hints) if isinstance(op, Extern) else 0 for op in program.operations
-    )
+    scratch = tuple(evaluate(op.scratch, program.hints) if isinstance(op, Extern) else 0 for op in program.operations)
     pairs = tuple(
         InPlacePair(producer[new], numbers[new], numbers[old])
         for new, old in in_place.items()

@@ -170,7 +170,7 @@ class ProgramRunner:
 
 
 def read_accessor(accessor: str, results: Sequence[object]) -> int | float:
-    """``[0].size(1)``, ``[0].size()[1]``, ``[0].stride(0)``, ``[0].item()//4`` or ``[0]`` of an extern's flat results."""
+    """``[0].size(1)``, ``[0].size()[1]``, ``[0].stride(0)``, ``[0].item()//4`` or ``[0]`` of flat results."""
     match = re.fullmatch(r"\[(\d+)\](?:\.(\w+)\((\d*)\))?(?:\[(\d+)\])?(?://(\d+))?", accessor)
     assert match is not None, f"accessor {accessor!r}"
     value = results[int(match[1])]

@@ -227,11 +227,51 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     **{
         name: getattr(torch, name)
-        for name in (
-            "neg abs sqrt rsqrt exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan sinh cosh tanh "
-            "asinh acosh atanh erf erfc erfinv lgamma digamma sigmoid relu floor ceil trunc round sign signbit "
-            "reciprocal square logical_not bitwise_not isnan isinf i0 "
-        ).split()
+        for name in [
+            "neg",
+            "abs",
+            "sqrt",
+            "rsqrt",
+            "exp",
+            "exp2",
+            "expm1",
+            "log",
+            "log2",
+            "log10",
+            "log1p",
+            "sin",
+            "cos",
+            "tan",
+            "asin",
+            "acos",
+            "atan",
+            "sinh",
+            "cosh",
+            "tanh",
+            "asinh",
+            "acosh",
+            "atanh",
+            "erf",
+            "erfc",
+            "erfinv",
+            "lgamma",
+            "digamma",
+            "sigmoid",
+            "relu",
+            "floor",
+            "ceil",
+            "trunc",
+            "round",
+            "sign",
+            "signbit",
+            "reciprocal",
+            "square",
+            "logical_not",
+            "bitwise_not",
+            "isnan",
+            "isinf",
+            "i0",
+        ]
     },
     **{
         name: getattr(torch.special, name)
@@ -241,10 +281,34 @@ _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
 _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     **{
         name: getattr(torch, name)
-        for name in (
-            "add sub mul div fmod pow maximum minimum fmax fmin atan2 hypot copysign nextafter eq ne lt le gt ge "
-            "logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor "
-        ).split()
+        for name in [
+            "add",
+            "sub",
+            "mul",
+            "div",
+            "fmod",
+            "pow",
+            "maximum",
+            "minimum",
+            "fmax",
+            "fmin",
+            "atan2",
+            "hypot",
+            "copysign",
+            "nextafter",
+            "eq",
+            "ne",
+            "lt",
+            "le",
+            "gt",
+            "ge",
+            "logical_and",
+            "logical_or",
+            "logical_xor",
+            "bitwise_and",
+            "bitwise_or",
+            "bitwise_xor",
+        ]
     },
     "floordiv": lambda a, b: torch.div(a, b, rounding_mode="floor"),
     "truncdiv": lambda a, b: torch.div(a, b, rounding_mode="trunc"),

@@ -100,7 +100,9 @@ def constant_value(module: torch.fx.GraphModule, node: torch.fx.Node) -> torch.T
     cpu = torch.device("cpu")
 
     def held(argument: object) -> object:
-        return torch.fx.node.map_aggregate(argument, lambda a: _on_cpu(values[a] if isinstance(a, torch.fx.Node) else a))
+        return torch.fx.node.map_aggregate(
+            argument, lambda a: _on_cpu(values[a] if isinstance(a, torch.fx.Node) else a)
+        )
 
     try:
         with torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
@@ -178,7 +180,9 @@ def _is_forbidden(node: torch.fx.Node) -> bool:
 
 
 def _is_vmap(target: object) -> bool:
-    return "vmap" in _name(target) and ("increment" in _name(target) or "decrement" in _name(target) or "lazy" in _name(target))
+    return "vmap" in _name(target) and (
+        "increment" in _name(target) or "decrement" in _name(target) or "lazy" in _name(target)
+    )
 
 
 def _is_batching(target: object) -> bool:

@@ -48,7 +48,7 @@ _TRANSPARENT = (
 
 @dataclass
 class Loss:
-    """One matched loss: ``linear`` makes logits (tokens, vocabulary) of ``hidden`` and ``weight_t`` (features, vocabulary)."""
+    """One matched loss: ``linear`` makes logits (tokens, vocabulary) of ``hidden`` and ``weight_t``, its transpose."""
 
     nll: Node
     linear: Node
@@ -105,7 +105,7 @@ def _rows(logits: torch.Tensor, chunk_bytes: int) -> int | None:
     return rows if rows >= 1 and tokens >= 2 * rows else None
 
 
-# -- matching -----------------------------------------------------------------------------------------------------------
+# -- matching ----
 
 
 def _original(node: Node) -> object:
@@ -281,7 +281,7 @@ def _only_reader(found: Loss) -> bool:
     return True
 
 
-# -- rewriting ----------------------------------------------------------------------------------------------------------
+# -- rewriting ----
 
 
 @dataclass
@@ -293,7 +293,6 @@ class _Writer:
 
     def __call__(self, target: object, *args: object, **kwargs: object) -> Node:
         return call_node(self.graph, target, args, kwargs, self.like, keep_policy=False)
-
 
     def like_first(self, target: object, first: Node, *args: object) -> Node:
         """A call whose result is a fresh tensor like its first argument."""
@@ -392,7 +391,7 @@ def _slice(
 
 
 def _weight_gradient(write: _Writer, found: Loss, slices: list[_Slice]) -> Node:
-    """The sum over slices of gradient.T @ hidden, in at least float32 over the slices, in the product's dtype at the end."""
+    """The sum over slices of gradient.T @ hidden, at least float32 until the end, where it gets the product's dtype."""
     value = found.linear.meta["val"]
     total: Node | None = None
     for s in slices:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.fx
+
 from . import operators as _operators  # registers memplan::rand
 from .rewriting import call_node
 
@@ -30,7 +31,11 @@ def seed_dropout(graph_module: torch.fx.GraphModule) -> int:
         first = next(n for n in graph.nodes if n.op != "placeholder")
         with graph.inserting_before(first):
             seeds = call_node(
-                graph, torch.ops.memplan.seeds.default, (len(nodes),), {"device": device}, nodes[0],
+                graph,
+                torch.ops.memplan.seeds.default,
+                (len(nodes),),
+                {"device": device},
+                nodes[0],
                 keep_policy=False,
             )
         for k, node in enumerate(nodes):

@@ -32,8 +32,8 @@ from ..ir.program import (
     Program,
     ProgramInput,
     ProgramOutput,
-    SymbolInput,
     Symbolic,
+    SymbolInput,
     TensorInput,
     Tuple,
     View,
@@ -48,7 +48,13 @@ Value = Argument | None
 _LAZY_BITS = {"aten._conj.default": "aten._conj_physical.default", "aten._neg_view.default": "aten.neg.default"}
 # Views whose schemas do not say so.
 _UNMARKED_VIEWS = frozenset({"aten._unsafe_view.default", "aten._reshape_alias.default", "aten.lift_fresh.default"})
-_PURE_HIGHER_ORDER = {"triton_kernel_wrapper_functional", "flex_attention", "flex_attention_backward", "cond", "while_loop"}
+_PURE_HIGHER_ORDER = {
+    "triton_kernel_wrapper_functional",
+    "flex_attention",
+    "flex_attention_backward",
+    "cond",
+    "while_loop",
+}
 
 
 @dataclass(frozen=True)
@@ -155,9 +161,7 @@ class _Capture:
         else:
             self.values[node] = _Opaque(str(node.target), target)
 
-    def fresh(
-        self, name: str, value: torch.Tensor, kind: BufferKind, origin: Origin, *, donated: bool = False
-    ) -> View:
+    def fresh(self, name: str, value: torch.Tensor, kind: BufferKind, origin: Origin, *, donated: bool = False) -> View:
         """A new buffer that holds ``value`` from its first element on."""
         for s in (*value.shape, *value.stride()):
             self.note_symbols(s)
@@ -238,7 +242,8 @@ class _Capture:
 
     def copy(self, node: torch.fx.Node) -> None:
         target, source = self.argument(node.args[0]), self.argument(node.args[1])
-        assert isinstance(target, View) and isinstance(source, View)
+        assert isinstance(target, View)
+        assert isinstance(source, View)
         device = self.buffers[target.buffer].device
         origins = (origin_of(node),)
         self.operations.append(Copy(node.name, source, target, device, origins, mutates=(target.buffer,)))
@@ -324,7 +329,9 @@ class _Capture:
                 held.append(Symbolic(convert(item.node.expr)))
             else:
                 results.append(None)
-                held.append(Literal(item) if isinstance(item, (int, float, bool, type(None))) else _Opaque(node.name, item))
+                held.append(
+                    Literal(item) if isinstance(item, (int, float, bool, type(None))) else _Opaque(node.name, item)
+                )
         symbols = self.bound_symbols(node)
         if mutates and all(r is None or r.buffer in mutates for r in results):
             contract = Contract.MUTATE
@@ -482,7 +489,9 @@ def _views(value: object) -> list[View]:
 
 
 def _same_tensor(value: torch.Tensor, view: View) -> bool:
-    return sizes_of(value.shape) == view.sizes and sizes_of(value.stride()) == view.strides and value.dtype == view.dtype
+    return (
+        sizes_of(value.shape) == view.sizes and sizes_of(value.stride()) == view.strides and value.dtype == view.dtype
+    )
 
 
 def _has_tensor(node: torch.fx.Node) -> bool:

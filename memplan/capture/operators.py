@@ -13,9 +13,7 @@ from collections.abc import Sequence
 import torch
 
 _LIBRARY = torch.library.Library("memplan", "DEF")
-_LIBRARY.define(
-    "seeds(int n, *, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,)
-)
+_LIBRARY.define("seeds(int n, *, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 _LIBRARY.define("rand(Tensor seeds, int index, SymInt[] size) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57

@@ -8,12 +8,25 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def call_node(
-    graph: torch.fx.Graph, target: object, args: tuple[object, ...], kwargs: dict[str, object], like: torch.fx.Node,
-    *, keep_policy: bool = True,
+    graph: torch.fx.Graph,
+    target: object,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+    like: torch.fx.Node,
+    *,
+    keep_policy: bool = True,
 ) -> torch.fx.Node:
     """A call with its fake value and the provenance of ``like`` (its checkpointing policy too, unless told not)."""
     node = graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
-    for key in ("stack_trace", "nn_module_stack", "original_aten", "seq_nr", "partitioner_tag", "custom", "ac_graph_id"):
+    for key in (
+        "stack_trace",
+        "nn_module_stack",
+        "original_aten",
+        "seq_nr",
+        "partitioner_tag",
+        "custom",
+        "ac_graph_id",
+    ):
         if key in like.meta:
             node.meta[key] = like.meta[key]
     if keep_policy and "recompute" in like.meta:

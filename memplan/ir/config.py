@@ -206,7 +206,9 @@ def _checked(name: str, value: object, known_passes: tuple[str, ...]) -> object:
 
 def _choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     if value not in choices:
-        raise OptionError(f"option {name!r} is one of {', '.join(choices)}, not {value!r}{_nearest(str(value), choices)}")
+        raise OptionError(
+            f"option {name!r} is one of {', '.join(choices)}, not {value!r}{_nearest(str(value), choices)}"
+        )
     return str(value)
 
 

@@ -317,7 +317,9 @@ def delinearize(flat: sympy.Expr, sizes: tuple[Size, ...], ranges: Ranges) -> tu
     return tuple(reversed(out))
 
 
-def invert(store: sympy.Expr, space: Ranges, target: sympy.Expr, ranges: Ranges) -> dict[sympy.Symbol, sympy.Expr] | None:
+def invert(
+    store: sympy.Expr, space: Ranges, target: sympy.Expr, ranges: Ranges
+) -> dict[sympy.Symbol, sympy.Expr] | None:
     """Solve ``store(space) = target(ranges)`` for the symbols of ``space``.
 
     ``store`` must be affine in the space's symbols with strides that nest (each stride at least the extent of the
@@ -374,7 +376,9 @@ def _nesting_order(
                 found = item
                 break
         if found is None:
-            divisible = [i for i in remaining if (ratio := sympy.cancel(i[0] / extent)).is_integer and ratio.is_positive]
+            divisible = [
+                i for i in remaining if (ratio := sympy.cancel(i[0] / extent)).is_integer and ratio.is_positive
+            ]
             if not divisible or any(not i[0].is_Integer for i in divisible):
                 return None
             found = min(divisible, key=lambda i: int(i[0]))

@@ -162,7 +162,8 @@ def test_plans_are_recorded_with_their_joins() -> None:
 @pytest.mark.parametrize(
     ("target", "cheap"),
     [
-        ("aten.add.Tensor", True), ("aten.mm.default", False), ("aten.exp.default", True), ("memplan.rand.default", True),
+        ("aten.add.Tensor", True), ("aten.mm.default", False), ("aten.exp.default", True),
+        ("memplan.rand.default", True),
         ("aten._scaled_dot_product_flash_attention_for_cpu.default", False), ("aten.convolution.default", False),
         ("mylib.op.default", False), ("aten._fft_r2c.default", False), ("aten.sum.dim_IntList", True),
     ],

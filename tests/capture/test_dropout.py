@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -14,7 +15,6 @@ from memplan.ir.program import Phase
 from memplan.lowering.lower import lower_program
 from tests.capture.tracing import traced
 from tests.program_runner import run_program
-import itertools
 
 
 def leaf(*shape: int) -> Tensor:

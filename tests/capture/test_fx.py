@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,6 @@ from memplan.ir.errors import UnsupportedError
 from memplan.ir.program import BufferKind, Contract, Copy, Extern, Literal, Phase, Program, Symbolic, View, order_edges
 from tests.capture.tracing import Traced, traced
 from tests.models.against_eager import clone_inputs, compare_gradients, compare_trees, total
-import itertools
 
 
 def check(function: Callable[..., object], *inputs: object, dynamic: bool | None = False, calls: int = 1) -> Traced:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 import sympy
 import torch
+
 from memplan.ir.config import Config
 from memplan.ir.errors import LoweringError
 from memplan.ir.loops import Constant, Load, Random, Size

@@ -40,8 +40,6 @@ def check_all(name: str, limit: int | None) -> Outcome:
     return Outcome(name, len(found), way=way)
 
 
-
-
 def worker(batch: list[str], limit: int | None) -> None:
     for name in batch:
         begin = time.perf_counter()
