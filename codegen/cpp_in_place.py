@@ -25,7 +25,7 @@ def safe_in_place(kernel: Kernel, load_buffer: str, store_buffer: str) -> bool:
         return False
     if any(s.mode is not StoreMode.SET for s in stores):
         return False
-    if len({a.dtype.itemsize for a in (*loads, *stores)}) != 1:
+    if len({n.dtype.itemsize for n in loads} | {s.dtype.itemsize for s in stores}) != 1:
         return False
     return all(_safe(variant, load_buffer, store_buffer) for variant in pass_variants(kernel))
 

@@ -14,7 +14,7 @@ import sympy
 import torch
 
 from memplan.ir.canonical import CanonicalKernel
-from memplan.ir.loops import Call, Kernel, StoreMode
+from memplan.ir.loops import Call, Kernel, Load, Store, StoreMode
 
 from .cpp_in_place import safe_in_place
 from .cpp_nest import Printer
@@ -72,7 +72,8 @@ def emit_cpp(
 def pointer_types(kernel: Kernel) -> dict[str, torch.dtype]:
     """The element type of each buffer's pointer, in parameter order: that of its first load, else of its store."""
     found: dict[str, torch.dtype] = {}
-    for access in (*kernel.loads, *kernel.stores):
+    accesses: list[Load | Store] = [*kernel.loads, *kernel.stores]
+    for access in accesses:
         found.setdefault(access.buffer, access.dtype)
     return found
 

@@ -284,9 +284,9 @@ def accesses(kernel: Kernel, hints: Hints) -> list[Access]:
         for k in store_operands(s):
             reached |= deps[k]
         pairs.append((s.index, 2 * s.dtype.itemsize, frozenset(reached)))
-    for index, nbytes, reached in pairs:
+    for index, nbytes, symbols in pairs:
         points = 1.0
-        for symbol in reached:
+        for symbol in symbols:
             points *= max(sizes[symbol], 1)
         through: frozenset[sympy.Symbol] = frozenset()
         for k in value_references(index):

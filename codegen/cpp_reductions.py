@@ -94,8 +94,12 @@ class _Rewriting:
             # where there is a NaN, it is the maximum, which equals nothing
             found = self.add(Call("logical_or", (found, self.add(Call("isnan", (value,), torch.bool))), torch.bool))
         position = self.nodes[at]
-        narrow = isinstance(position, Index) and self.length is not None and self.length <= _INT32_MAX
-        narrow = narrow and position.expr.free_symbols <= {r.symbol for r in self.kernel.row}
+        narrow = (
+            isinstance(position, Index)
+            and self.length is not None
+            and self.length <= _INT32_MAX
+            and position.expr.free_symbols <= {r.symbol for r in self.kernel.row}
+        )
         dtype = torch.int32 if narrow else torch.int64
         at = self.add(Cast(at, dtype)) if narrow else at
         none = self.add(Constant(torch.iinfo(dtype).max, dtype))

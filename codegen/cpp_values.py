@@ -110,7 +110,7 @@ class Texts:
         """An index expression, with the values in it widened to 64 bits before any arithmetic."""
         names = {}
         for k in value_references(expr):
-            wide = self.kernel.nodes[k].dtype is torch.int64  # type: ignore[union-attr]
+            wide = self.kernel.nodes[k].dtype is torch.int64
             names[value_symbol(k)] = f"v{k}" if wide else f"int64_t(v{k})"
         return cexpr(expr, names)
 

@@ -99,7 +99,8 @@ def _faked(model: Callable[..., object], given: Given, mode: FakeTensorMode) -> 
         # parameters and buffers are shared with the copy by the memo, then replaced: no bytes are copied
         memo: dict[int, object] = {}
         for tensor in (*model.parameters(), *model.buffers()):
-            made = mode.from_tensor(tensor) if not isinstance(tensor, torch._subclasses.FakeTensor) else tensor
+            fake_already = isinstance(tensor, torch._subclasses.FakeTensor)
+            made: torch.Tensor = tensor if fake_already else mode.from_tensor(tensor)
             if isinstance(tensor, torch.nn.Parameter) and not isinstance(made, torch.nn.Parameter):
                 made = torch.nn.Parameter(made, requires_grad=tensor.requires_grad)
             memo[id(tensor)] = made

@@ -391,4 +391,4 @@ def compile_with(
     )
     # the backward is built with its forward, not inside the first .backward(), when all activations are alive
     with functorch_config.patch(force_non_lazy_backward_lowering=True):
-        return backend(module, example_inputs)  # type: ignore[no-any-return]
+        return backend(module, example_inputs)

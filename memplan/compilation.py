@@ -27,7 +27,7 @@ from .lowering.lower import NOTHING_KEPT, Kept, lower_program
 from .passes.inplace import decide_in_place, plan_in_place
 from .passes.padding import pad_rows
 from .passes.pipeline import PASSES as PIPELINE
-from .passes.pipeline import run_pipeline
+from .passes.pipeline import Pass, run_pipeline
 from .passes.pools import Pooled, choose_pools
 from .passes.reorder import reorder
 from .passes.schedule import lifetimes, make_plan, storages, timeline
@@ -74,7 +74,7 @@ class Lowering:
         return with_contracts(lower_program(program, self.config, self.kept))
 
 
-PASSES = (Lowering, *PIPELINE, SplitReductions)
+PASSES: tuple[type[Pass], ...] = (Lowering, *PIPELINE, SplitReductions)
 #: names that ``options={"disable": [...]}`` accepts
 PASS_NAMES = (
     "attention",
@@ -190,7 +190,7 @@ def _safe_in_place(op: KernelOp, old: str, new: str) -> bool:
 def _safe_canonical(cpu: bool, kernel: Kernel, old: str, new: str) -> bool:
     """`_safe_in_place` of all kernels that are equal but for their names: the layers of a model."""
     emitter = cpp_kernel if cpu else triton_kernel
-    return emitter.safe_in_place(kernel, old, new)
+    return bool(emitter.safe_in_place(kernel, old, new))
 
 
 def compile_program(program: Program, config: Config) -> CompiledProgram:

@@ -14,7 +14,7 @@ import sympy
 import torch
 
 from memplan.ir.config import Config
-from memplan.ir.loops import Cast, Kernel, Load, Node, Size, StoreMode, operands
+from memplan.ir.loops import Cast, Kernel, Load, Node, StoreMode, operands
 from memplan.ir.program import EXTERNAL_KINDS, Buffer, KernelOp, Program
 
 from .fuse_body import moved_node, renamed_values, swept
@@ -77,10 +77,10 @@ def _conversions(kernel: Kernel) -> list[tuple[Load, torch.dtype | None]]:
             if k in types:
                 types[k].add(node.dtype if isinstance(node, Cast) else None)
     for s in kernel.stores:
-        for k in (s.value, s.mask):
-            if k in types:
+        for used in (s.value, s.mask):
+            if used in types:
                 # a store rounds too
-                types[k].add(s.dtype if k == s.value and k != s.mask else None)
+                types[used].add(s.dtype if used == s.value and used != s.mask else None)
     found: list[tuple[Load, torch.dtype | None]] = []
     for k, uses in types.items():
         load = kernel.nodes[k]
@@ -91,7 +91,7 @@ def _conversions(kernel: Kernel) -> list[tuple[Load, torch.dtype | None]]:
 
 def _narrowed_buffer(buffer: Buffer, dtype: torch.dtype) -> Buffer:
     elements = sympy.sympify(buffer.nbytes) / buffer.dtype.itemsize
-    nbytes: Size = sympy.expand(elements * dtype.itemsize)
+    nbytes = sympy.expand(elements * dtype.itemsize)
     return replace(buffer, nbytes=int(nbytes) if nbytes.is_Integer else nbytes, dtype=dtype)
 
 

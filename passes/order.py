@@ -9,6 +9,7 @@ Finding the least peak is one-shot black pebbling, strongly NP-complete (arXiv 2
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .order_beam import beam
@@ -117,8 +118,12 @@ def _order_in_python(graph: OrderGraph, near: Adjacency, program: tuple[int, ...
 
     for v in highest(8):
         bound = max(bound, forced_bound(graph, near, v))
-    for greedy in (lambda: least_peak_first(graph, near, bound), lambda: depth_first(graph, near),
-                   lambda: breadth_first(graph, near)):  # fmt: skip
+    greedy_orders: tuple[Callable[[], tuple[int, ...]], ...] = (
+        lambda: least_peak_first(graph, near, bound),
+        lambda: depth_first(graph, near),
+        lambda: breadth_first(graph, near),
+    )
+    for greedy in greedy_orders:
         if not good():
             offer(greedy())
     for v in highest(_PYTHON_CUTS):

@@ -51,7 +51,8 @@ class OrderSearch:
         for index, op in enumerate(program):
             place[op] = index
         buffers = graph.buffers
-        starts, consumers = [0], []
+        starts = [0]
+        consumers: list[int] = []
         for buffer in buffers:
             consumers.extend(place[op] for op in buffer.consumers)
             starts.append(len(consumers))

@@ -40,18 +40,18 @@ def order_graph(program: Program, in_place: Mapping[str, str]) -> OrderGraph:
     uses: dict[str, set[int]] = {}
     edges: set[tuple[int, int]] = set()
     for k, op in enumerate(program.operations):
-        for b in op.writes:
-            first = producer.setdefault(b, k)
+        for buffer in op.writes:
+            first = producer.setdefault(buffer, k)
             if first != k:
-                uses.setdefault(b, set()).add(k)
+                uses.setdefault(buffer, set()).add(k)
                 edges.add((first, k))
-        for b in (*op.reads, *all_views_buffers(op)):
-            if producer.get(b) != k:
-                uses.setdefault(b, set()).add(k)
+        for buffer in (*op.reads, *all_views_buffers(op)):
+            if producer.get(buffer) != k:
+                uses.setdefault(buffer, set()).add(k)
     # a reader of a buffer that several operations write in parts comes after all of them
     for name, before in program.dependencies.items():
-        for b in before:
-            edges.add((index[b], index[name]))
+        for earlier in before:
+            edges.add((index[earlier], index[name]))
     edges.update((index[a], index[b]) for a, b in order_edges(program.operations))
     numbers: dict[str, int] = {}
     buffers: list[OrderBuffer] = []

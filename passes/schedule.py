@@ -39,9 +39,9 @@ def lifetimes(program: Program, order: Sequence[str]) -> dict[str, Lifetime]:
     last: dict[str, int] = {}
     for k, name in enumerate(order):
         op = program.by_name[name]
-        for b in (*op.reads, *op.writes, *all_views_buffers(op)):
-            first.setdefault(b, k)
-            last[b] = k
+        for buffer in (*op.reads, *op.writes, *all_views_buffers(op)):
+            first.setdefault(buffer, k)
+            last[buffer] = k
     out: dict[str, Lifetime] = {}
     leaving = program.output_buffers
     for b in program.buffers.values():

@@ -11,9 +11,11 @@ from __future__ import annotations
 import logging
 import operator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.fx
+from torch.fx.node import Argument
 from torch.nn import functional
 
 log = logging.getLogger(__name__)
@@ -36,8 +38,8 @@ class Simplified:
 def simplify_masks(module: torch.fx.GraphModule) -> Simplified:
     """Drop masks that are provably all true, and turn provably causal ones into ``is_causal``; in place."""
     calls = [n for n in module.graph.nodes if n.op == "call_function" and n.target in _SDPA]
-    masked = [(n, mask) for n in calls if (mask := _argument(n, "attn_mask", None)) is not None]
-    masked = [(n, m) for n, m in masked if isinstance(m, torch.fx.Node)]
+    given = [(n, _argument(n, "attn_mask", None)) for n in calls]
+    masked = [(n, m) for n, m in given if isinstance(m, torch.fx.Node)]
     if not masked:
         return Simplified(0, 0)
     values = {m: constant_value(module, m) for m in dict.fromkeys(m for _, m in masked)}
@@ -74,7 +76,7 @@ def _without_mask(node: torch.fx.Node, *, is_causal: bool) -> None:
 def _is_causal(mask: torch.Tensor, node: torch.fx.Node) -> bool:
     """Whether the mask is lower triangular and square, as ``is_causal`` means it."""
     rows, columns = mask.shape[-2:]
-    query, key = (_value(n).shape[-2] for n in node.args[:2])  # type: ignore[union-attr]
+    query, key = (_value(n).shape[-2] for n in node.args[:2])
     if rows != columns or query != rows or key != columns:
         return False
     expected = torch.ones(rows, columns, dtype=torch.bool).tril()
@@ -99,22 +101,22 @@ def constant_value(module: torch.fx.GraphModule, node: torch.fx.Node) -> torch.T
     values: dict[torch.fx.Node, object] = {}
     cpu = torch.device("cpu")
 
-    def held(argument: object) -> object:
-        return torch.fx.node.map_aggregate(
-            argument, lambda a: _on_cpu(values[a] if isinstance(a, torch.fx.Node) else a)
-        )
+    def value_of(argument: Argument) -> Argument:
+        # what takes a node's place is its value, which is no Argument
+        return cast(Argument, _on_cpu(values[argument] if isinstance(argument, torch.fx.Node) else argument))
 
     try:
         with torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
             for n in needed:
-                args, kwargs = held(n.args), held(n.kwargs)
+                args = cast(tuple[object, ...], torch.fx.node.map_aggregate(n.args, value_of))
+                kwargs = cast(dict[str, object], torch.fx.node.map_aggregate(n.kwargs, value_of))
                 if "device" in n.kwargs:
-                    kwargs = {**kwargs, "device": cpu}  # type: ignore[dict-item]
+                    kwargs = {**kwargs, "device": cpu}
                 if n.op == "call_method":
-                    values[n] = getattr(args[0], str(n.target))(*args[1:], **kwargs)  # type: ignore[index]
+                    values[n] = getattr(args[0], str(n.target))(*args[1:], **kwargs)
                 else:
                     assert callable(n.target)
-                    values[n] = n.target(*args, **kwargs)  # type: ignore[misc]
+                    values[n] = n.target(*args, **kwargs)
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
         # the mask stays as the model gave it: right, only slower
         log.info("the attention mask %s could not be computed beforehand: %s", node.name, error)

@@ -185,7 +185,7 @@ def _walk_back(node: Node) -> tuple[Node, tuple[int, int, int] | None] | None:
             if window is not None or dim != 1 or len(shape) != 3 or step != 1:
                 return None
             length = shape[1]
-            start, stop, _ = slice(*node.args[2:4]).indices(length)  # type: ignore[arg-type]
+            start, stop, _ = slice(*node.args[2:4]).indices(length)
             window = (length, start, stop)
         node = source
     if node.target in (aten.mm.default, aten.addmm.default) and node.meta["val"].shape[-1] == vocabulary:
@@ -221,18 +221,17 @@ def _follow_gradient(found: Loss) -> bool:
     sources = {found.backward}
     while stack:
         node, turned = stack.pop()
-        value = node.meta.get("val")
         if _is_part_of(node, aten._log_softmax_backward_data.default) or node.target in _GRADIENT_CHAIN:
             sources.add(node)
             stack.extend((u, turned) for u in node.users)
-        elif node.target in (aten.permute.default, aten.t.default, aten.transpose.int) and value.dim() == 2:
-            if tuple(value.shape) != (vocabulary, tokens):
+        elif node.target in (aten.permute.default, aten.t.default, aten.transpose.int) and node.meta["val"].dim() == 2:
+            if tuple(node.meta["val"].shape) != (vocabulary, tokens):
                 return False
             sources.add(node)
             stack.extend((u, not turned) for u in node.users)
         elif node.target is aten.mm.default:
             left, right = node.args
-            shape = tuple(value.shape)
+            shape = tuple(node.meta["val"].shape)
             if left in sources and not turned and shape == (tokens, hidden.shape[1]):
                 if not _same_storage(right, found.weight_t):
                     return False
@@ -247,7 +246,7 @@ def _follow_gradient(found: Loss) -> bool:
                 found.weight_gradients.append((node, True))
             else:
                 return False
-        elif node.target is aten.sum.dim_IntList and not turned and list(node.args[1]) in ([0], [-2]):  # type: ignore[call-overload]
+        elif node.target is aten.sum.dim_IntList and not turned and node.args[1] in ([0], [-2], (0,), (-2,)):
             found.bias_gradients.append(node)
         else:
             return False
@@ -297,7 +296,7 @@ class _Writer:
     def like_first(self, target: object, first: Node, *args: object) -> Node:
         """A call whose result is a fresh tensor like its first argument."""
         node = self(aten.empty_like.default, first, pin_memory=False)
-        node.target, node.args, node.kwargs = target, (first, *args), {}  # type: ignore[assignment]
+        node.target, node.args, node.kwargs = target, (first, *args), {}  # type: ignore[assignment, arg-type]
         return node
 
 

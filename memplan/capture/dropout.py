@@ -21,12 +21,12 @@ def seed_dropout(graph_module: torch.fx.GraphModule) -> int:
     """
     graph = graph_module.graph
     found = [n for n in graph.nodes if n.op == "call_function" and n.target is aten.native_dropout.default]
-    found = [n for n in found if n.args[2] is not False and 0.0 < float(n.args[1]) < 1.0 and _floating(n)]  # type: ignore[arg-type]
+    found = [n for n in found if n.args[2] is not False and 0.0 < float(n.args[1]) < 1.0 and _floating(n)]
     if not found:
         return 0
     by_device: dict[torch.device, list[torch.fx.Node]] = {}
     for node in found:
-        by_device.setdefault(node.args[0].meta["val"].device, []).append(node)  # type: ignore[union-attr]
+        by_device.setdefault(node.args[0].meta["val"].device, []).append(node)
     for device, nodes in by_device.items():
         first = next(n for n in graph.nodes if n.op != "placeholder")
         with graph.inserting_before(first):

@@ -190,8 +190,8 @@ class _Capture:
         value = node.meta.get("val")
         if target is operator.getitem:
             container, key = node.args
-            held = self.values[container]
-            self.values[node] = held[key] if not isinstance(held, Tuple) else held.items[key]
+            held = self.values[container]  # type: ignore[index]
+            self.values[node] = (held.items if isinstance(held, Tuple) else held)[key]  # type: ignore[index]
             return
         if isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)) and not _has_tensor(node):
             self.scalar(node, value)
@@ -452,7 +452,7 @@ def symbol_hint(env: object, symbol: sympy.Symbol) -> int:
     """The traced value of a size symbol; 1 where it has none (unbacked sizes)."""
     table = "backed_var_to_val" if hasattr(env, "backed_var_to_val") else "var_to_val"
     known: Mapping[sympy.Symbol, object] = getattr(env, table, None) or {}
-    return int(known[symbol]) if symbol in known else 1  # type: ignore[call-overload, no-any-return]
+    return int(known[symbol]) if symbol in known else 1  # type: ignore[call-overload]
 
 
 def renamed_symbol(value: object, symbol: sympy.Symbol) -> sympy.Symbol:

@@ -12,9 +12,13 @@ from collections.abc import Sequence
 
 import torch
 
-_LIBRARY = torch.library.Library("memplan", "DEF")
-_LIBRARY.define("seeds(int n, *, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
-_LIBRARY.define("rand(Tensor seeds, int index, SymInt[] size) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY = torch.library.Library("memplan", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY.define(  # type: ignore[no-untyped-call]
+    "seeds(int n, *, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,)
+)
+_LIBRARY.define(  # type: ignore[no-untyped-call]
+    "rand(Tensor seeds, int index, SymInt[] size) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -71,7 +75,7 @@ def _rand_fake(seeds: torch.Tensor, index: int, size: Sequence[int]) -> torch.Te
     return torch.empty(tuple(size), dtype=torch.float32, device=seeds.device)
 
 
-_LIBRARY.impl("seeds", _seeds, "CompositeExplicitAutograd")
-_LIBRARY.impl("rand", _rand, "CompositeExplicitAutograd")
+_LIBRARY.impl("seeds", _seeds, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("rand", _rand, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("memplan::seeds", _seeds_fake, lib=_LIBRARY)
 torch.library.register_fake("memplan::rand", _rand_fake, lib=_LIBRARY)

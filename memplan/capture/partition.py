@@ -94,7 +94,7 @@ def _choosing(chooser: Chooser | None) -> Iterator[None]:
     def choose(joint_graph: torch.fx.Graph, node_info: object, memory_budget: float = 1) -> list[torch.fx.Node]:
         if memory_budget != 1:
             # the user set torch's own budget: theirs is the say
-            return original(joint_graph, node_info, memory_budget)  # type: ignore[no-any-return]
+            return original(joint_graph, node_info, memory_budget)  # type: ignore[arg-type]
         return choose_saved(joint_graph, node_info, chooser)
 
     partitioners.choose_saved_values_set = choose

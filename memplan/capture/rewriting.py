@@ -31,7 +31,7 @@ def call_node(
             node.meta[key] = like.meta[key]
     if keep_policy and "recompute" in like.meta:
         node.meta["recompute"] = like.meta["recompute"]
-    values = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+    values = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])  # type: ignore[type-var]
     node.meta["val"] = _fake_call(target, values[0], values[1], like)
     return node
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import sympy
 
-from .loops import Kernel, Load, Range, outer_symbol, row_symbol, walk_expressions
+from .loops import Kernel, Load, Range, Store, outer_symbol, row_symbol, walk_expressions
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,9 @@ def hoist_offsets(canonical: CanonicalKernel) -> CanonicalKernel:
     """
     body = canonical.kernel
     offsets = {f"b{k}": 0 for k in range(len(canonical.buffers))}
+    every: list[Load | Store] = [*body.loads, *body.stores]
     for name in offsets:
-        accesses = [a for a in (*body.loads, *body.stores) if a.buffer == name]
+        accesses = [a for a in every if a.buffer == name]
         itemsizes = {a.dtype.itemsize for a in accesses}
         if len(itemsizes) == 1:
             (itemsize,) = itemsizes

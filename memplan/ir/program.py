@@ -282,12 +282,12 @@ class Program:
             g.add_node(("buffer", b.name), payload=b)
         for op in self.operations:
             g.add_node(("op", op.name), payload=op)
-            for b in op.reads:
-                g.add_edge(("buffer", b), ("op", op.name), key="read")
-            for b in op.writes:
-                g.add_edge(("op", op.name), ("buffer", b), key="write")
-            for b in op.mutates:
-                g.add_edge(("op", op.name), ("buffer", b), key="mutate")
+            for name in op.reads:
+                g.add_edge(("buffer", name), ("op", op.name), key="read")
+            for name in op.writes:
+                g.add_edge(("op", op.name), ("buffer", name), key="write")
+            for name in op.mutates:
+                g.add_edge(("op", op.name), ("buffer", name), key="mutate")
         for before, after in order_edges(self.operations):
             g.add_edge(("op", before), ("op", after), key="order")
         return g

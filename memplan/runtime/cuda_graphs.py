@@ -156,7 +156,7 @@ def recorded(
         if recording is None:
             recording = local.recording = cudagraphify_impl(
                 call,  # type: ignore[arg-type]
-                list(kinds),  # type: ignore[arg-type]
+                list(kinds),
                 tuple(sorted(static)),
                 device_index=device,
                 is_backward=phase == "backward",
@@ -166,7 +166,7 @@ def recorded(
                 placeholders=tuple(get_placeholder_info(module.graph)),
                 mutated_input_idxs=changed_positions(program),
             )
-        return recording(args)
+        return recording(args)  # type: ignore[arg-type]
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch._C._dynamo.guards import _empty_strided_cpu, _reinterpret_tensor
+from torch._C._dynamo.guards import _empty_strided_cpu, _reinterpret_tensor  # type: ignore[attr-defined]
 from torch.utils import _pytree as pytree
 
 #: Byte that poison mode writes over what the plan calls free: a NaN in every floating dtype, a large odd integer.
@@ -21,7 +21,7 @@ def in_pool(
     pool: torch.Tensor, dtype: torch.dtype, sizes: Sequence[int], strides: Sequence[int], offset: int
 ) -> torch.Tensor:
     """The tensor at ``offset`` bytes of a pool; the offset is a multiple of the item size."""
-    return _reinterpret_tensor(pool.view(dtype), sizes, strides, offset // dtype.itemsize)
+    return _reinterpret_tensor(pool.view(dtype), sizes, strides, offset // dtype.itemsize)  # type: ignore[no-any-return]
 
 
 def reinterpret_as(
@@ -29,7 +29,7 @@ def reinterpret_as(
 ) -> torch.Tensor:
     """A tensor of another dtype on the same storage, ``offset_bytes`` after the given tensor's first element."""
     if tensor.dtype == dtype:
-        return _reinterpret_tensor(tensor, sizes, strides, offset_bytes // dtype.itemsize)
+        return _reinterpret_tensor(tensor, sizes, strides, offset_bytes // dtype.itemsize)  # type: ignore[no-any-return]
     start = tensor.storage_offset() * tensor.element_size() + offset_bytes
     out = torch.empty(0, dtype=dtype, device=tensor.device)
     return out.set_(tensor.untyped_storage(), start // dtype.itemsize, tuple(sizes), tuple(strides))
@@ -125,7 +125,7 @@ def namespace(
         **kernels,
     }
     if torch.cuda.is_available():
-        from torch._C._dynamo.guards import _empty_strided_cuda
+        from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
 
         names["empty_cuda"] = _empty_strided_cuda
         names["current_stream"] = torch._C._cuda_getCurrentRawStream
