@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import operator
 from dataclasses import dataclass, field
 
@@ -33,6 +34,9 @@ _MEAN, _SUM = 1, 2
 MIN_ROWS = 1024
 #: Devices with a product of half-precision factors that gives float32.
 FLOAT32_PRODUCTS = ("cuda",)
+#: Devices whose matrix units want every dimension of a product at multiples of 16 bytes, not only the rows' starts
+#: (measured on an H100: 23 of GPT-2's 58 ms in two products with 50,257 columns or terms).
+PADDED_PRODUCTS = ("cuda",)
 _TRANSPARENT = (
     aten.view.default,
     aten._unsafe_view.default,
@@ -177,7 +181,7 @@ def _walk_back(node: Node) -> tuple[Node, tuple[int, int, int] | None] | None:
         if shape[-1] != vocabulary:
             return None
         if node.target is aten.slice.Tensor:
-            if _whole(node):
+            if _covers(node):
                 node = source
                 continue
             dim = node.args[1] if len(node.args) > 1 else 0
@@ -193,7 +197,7 @@ def _walk_back(node: Node) -> tuple[Node, tuple[int, int, int] | None] | None:
     return None
 
 
-def _whole(node: Node) -> bool:
+def _covers(node: Node) -> bool:
     source = node.args[0]
     assert isinstance(source, Node)
     return bool(source.meta["val"].shape == node.meta["val"].shape)
@@ -314,8 +318,10 @@ def _rewrite(graph: torch.fx.Graph, found: Loss, rows: int) -> None:
             weights = write(aten.mul.Tensor, write(aten._to_copy.default, chosen, dtype=wide), weights)
         total = write(aten.sum.default, weights)
         scale = write(aten.reciprocal.default, total) if found.reduction == _MEAN else None
+        vocabulary = found.linear.meta["val"].shape[1]
+        _pad_vocabulary(write, found)
         slices = [
-            _slice(write, found, safe, weights, scale, start, min(start + rows, tokens))
+            _slice(write, found, vocabulary, safe, weights, scale, start, min(start + rows, tokens))
             for start in range(0, tokens, rows)
         ]
         loss = _added(write, [s.loss for s in slices])
@@ -325,8 +331,12 @@ def _rewrite(graph: torch.fx.Graph, found: Loss, rows: int) -> None:
         if value.dtype is not wide:
             loss = write(aten._to_copy.default, loss, dtype=value.dtype)
         hidden = _saved(write(aten.cat.default, [s.hidden for s in slices])) if found.hidden_gradients else None
-        weight = _saved(_weight_gradient(write, found, slices)) if found.weight_gradients else None
-        bias = _saved(_added(write, [s.bias for s in slices if s.bias is not None])) if found.bias_gradients else None
+        weight = bias = None
+        if found.weight_gradients:
+            weight = _saved(_weight_gradient(write, found, vocabulary, slices))
+        if found.bias_gradients:
+            bias = _added(write, [s.bias for s in slices if s.bias is not None])
+            bias = _saved(_whole(write, bias, vocabulary))
     _getitem(found.nll, 0).replace_all_uses_with(loss)
     for node in found.hidden_gradients:
         _scaled(graph, node, hidden, found)
@@ -334,6 +344,26 @@ def _rewrite(graph: torch.fx.Graph, found: Loss, rows: int) -> None:
         _scaled(graph, node, weight, found, turned=turned)
     for node in found.bias_gradients:
         _scaled(graph, node, bias, found)
+
+
+def _pad_vocabulary(write: _Writer, found: Loss) -> None:
+    """Weight and bias with zeros up to the next multiple of 16 bytes, where products gain by it."""
+    value = found.linear.meta["val"]
+    missing = -value.shape[1] % max(1, 16 // value.element_size())
+    if missing == 0 or value.device.type not in PADDED_PRODUCTS:
+        return
+    rows = write(aten.permute.default, found.weight_t, [1, 0])
+    rows = write(aten.constant_pad_nd.default, rows, [0, 0, 0, missing], 0.0)
+    found.weight_t = write(aten.permute.default, rows, [1, 0])
+    if found.bias is not None:
+        found.bias = write(aten.constant_pad_nd.default, found.bias, [0, missing], 0.0)
+
+
+def _whole(write: _Writer, node: Node, count: int) -> Node:
+    """A gradient without the rows of the vocabulary's padding, in memory of its own."""
+    if node.meta["val"].shape[0] == count:
+        return node
+    return write(aten.clone.default, write(aten.slice.Tensor, node, 0, 0, count))
 
 
 @dataclass(frozen=True)
@@ -346,11 +376,19 @@ class _Slice:
 
 
 def _slice(
-    write: _Writer, found: Loss, target: Node, weights: Node, scale: Node | None, start: int, stop: int
+    write: _Writer,
+    found: Loss,
+    vocabulary: int,
+    target: Node,
+    weights: Node,
+    scale: Node | None,
+    start: int,
+    stop: int,
 ) -> _Slice:
     """The loss of tokens ``[start, stop)``, the gradient of their logits and what comes of it."""
     dtype = found.linear.meta["val"].dtype
-    vocabulary = found.linear.meta["val"].shape[1]
+    device = found.linear.meta["val"].device
+    columns = found.weight_t.meta["val"].shape[1]
     hidden = write(aten.slice.Tensor, found.hidden, 0, start, stop)
     if found.bias is None:
         logits = write(aten.mm.default, hidden, found.weight_t)
@@ -358,16 +396,18 @@ def _slice(
         logits = write(aten.addmm.default, found.bias, hidden, found.weight_t)
     wide = found.wide
     x = logits if dtype is wide else write(aten._to_copy.default, logits, dtype=wide)
+    positions = write(aten.arange.default, columns, dtype=torch.int64, device=device, pin_memory=False)
+    if columns != vocabulary:
+        # padding has no part in the softmax and no gradient
+        lowest = write(aten.full.default, [], -math.inf, dtype=wide, device=device, pin_memory=False)
+        x = write(aten.where.self, write(aten.lt.Scalar, positions, vocabulary), x, lowest)
     shifted = write(aten.sub.Tensor, x, write(aten.amax.default, x, [1], True))
     powers = write(aten.exp.default, shifted)
     norm = write(aten.sum.dim_IntList, powers, [1], True)
     row_target = write(aten.unsqueeze.default, write(aten.slice.Tensor, target, 0, start, stop), 1)
     row_weight = write(aten.unsqueeze.default, write(aten.slice.Tensor, weights, 0, start, stop), 1)
-    positions = write(
-        aten.arange.default, vocabulary, dtype=torch.int64, device=found.linear.meta["val"].device, pin_memory=False
-    )
     hit = write(aten.eq.Tensor, positions, row_target)
-    zero = write(aten.full.default, [], 0.0, dtype=wide, device=x.meta["val"].device, pin_memory=False)
+    zero = write(aten.full.default, [], 0.0, dtype=wide, device=device, pin_memory=False)
     picked = write(aten.sum.dim_IntList, write(aten.where.self, hit, shifted, zero), [1], True)
     row_loss = write(aten.sub.Tensor, write(aten.log.default, norm), picked)
     # where the weight is zero (ignored tokens) an infinite logit must not turn into NaN
@@ -389,7 +429,7 @@ def _slice(
     )
 
 
-def _weight_gradient(write: _Writer, found: Loss, slices: list[_Slice]) -> Node:
+def _weight_gradient(write: _Writer, found: Loss, vocabulary: int, slices: list[_Slice]) -> Node:
     """The sum over slices of gradient.T @ hidden, at least float32 until the end, where it gets the product's dtype."""
     value = found.linear.meta["val"]
     total: Node | None = None
@@ -411,7 +451,9 @@ def _weight_gradient(write: _Writer, found: Loss, slices: list[_Slice]) -> Node:
             total = product if total is None else write(aten.add.Tensor, total, product)
     assert total is not None
     if value.dtype is found.wide:
-        return total
+        return _whole(write, total, vocabulary)
+    if total.meta["val"].shape[0] != vocabulary:
+        total = write(aten.slice.Tensor, total, 0, 0, vocabulary)
     return write(aten._to_copy.default, total, dtype=value.dtype)
 
 

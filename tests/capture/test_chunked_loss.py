@@ -300,3 +300,16 @@ def test_an_evaluation_without_gradients_is_right() -> None:
     compiled, _ = traced(lambda h, w, t: cross_entropy(h @ w.t(), t), loss_chunk=SLICE)
     with torch.no_grad():
         torch.testing.assert_close(compiled(hidden, weight, target), cross_entropy(hidden @ weight.t(), target))
+
+
+def test_padded_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the vocabulary is padded to whole vectors: no part in the softmax, no gradient."""
+    monkeypatch.setattr(chunked_loss, "PADDED_PRODUCTS", ("cpu",))
+    torch.manual_seed(0)
+
+    def function(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(nn.functional.linear(hidden, weight, bias), target)
+
+    found = compare(function, inputs(ignored=0.2), allowance=8.0)
+    nodes = [n for n in found.forward.graph.nodes if n.target is torch.ops.aten.addmm.default]
+    assert any(n.meta["val"].shape[-1] == VOCABULARY + 3 for n in nodes)
