@@ -54,6 +54,22 @@ def check_platform() -> None:
         warnings.warn(f"memplan was tested with torch 2.11 to 2.14; this is torch {torch.__version__}", stacklevel=3)
 
 
+def check_built(config: Config) -> None:
+    """Refuse options whose machinery does not exist yet, instead of doing something else in silence.
+
+    Raises
+    ------
+    UnsupportedError
+        Naming the option and what to use meanwhile.
+    """
+    if config.wrapper == "cpp":
+        raise UnsupportedError("option wrapper='cpp' is not there yet; use 'python' or 'auto'")
+    if config.budget is not None:
+        raise UnsupportedError("option 'budget' is not there yet; recompute_time=0 and larger values choose the cut")
+    if config.target is not None:
+        raise UnsupportedError("option 'target' is not there yet; plans are made for the devices of the tensors")
+
+
 @dataclass
 class Region:
     """One torch.compile region: a forward and its backward, or an inference graph."""
@@ -364,6 +380,7 @@ def compile(
     """
     check_platform()
     config = Config.from_options(options, mode, known_passes=PASS_NAMES)
+    check_built(config)
     return compile_with(module, example_inputs, config)
 
 
