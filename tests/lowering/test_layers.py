@@ -41,4 +41,5 @@ def test_a_training_step(model) -> None:  # type: ignore[no-untyped-def]
     with mode:
         model().backward()
     assert sum(mode.lowered.values()) > 40
-    assert set(mode.extern) <= LIBRARY
+    # an empty tensor is an allocation, there is nothing to compute
+    assert set(mode.extern) <= LIBRARY | {"aten.empty.memory_format"}
