@@ -1,8 +1,9 @@
 """Every sample of every operator that eager can run, contiguous and not, forward and gradient: hours on a laptop.
 
-    python -m tests.opdb.run_all [--names add,mul] [--processes 2] [--limit 40]
+    python -m tests.opdb.run_all [--names add,mul] [--processes 2] [--limit 40] [--time-limit 3600]
 
-Writes ``benchmarks/results/opdb.md``. Each operator has a process's attention for at most ``--seconds``; one that
+Writes ``benchmarks/results/opdb.md``, and a row for each operator as it is done to ``--rows``: a run that was cut goes
+on from there. Each operator has a process's attention for at most ``--seconds``; one that
 crashes or hangs costs its own row only.
 """
 
@@ -12,8 +13,10 @@ import argparse
 import json
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -48,29 +51,60 @@ def worker(batch: list[str], limit: int | None) -> None:
         print("@@" + json.dumps({**row, "seconds": time.perf_counter() - begin}), flush=True)
 
 
-def run_batch(batch: list[str], limit: int | None, seconds: float) -> list[dict[str, object]]:
+@dataclass(frozen=True)
+class Run:
+    """What all processes of a run share: samples of an operator, seconds for one, when to stop, where rows go."""
+
+    limit: int | None
+    seconds: float
+    deadline: float
+    rows: Path
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def keep(self, rows: list[dict[str, object]]) -> None:
+        with self.lock, self.rows.open("a") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def run_batch(batch: list[str], run: Run) -> None:
     """One process for several operators; what it did not get to is tried again alone, or told."""
+    left = run.deadline - time.monotonic()
+    if left < 1:
+        return
+    limit, seconds = run.limit, run.seconds
     command = [sys.executable, "-m", "tests.opdb.run_all", "--worker", ",".join(batch)]
     command += ["--limit", str(limit)] if limit else []
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds * len(batch))
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=min(left, seconds * len(batch)),
+        )
         text, end = done.stdout, f"the process ended with code {done.returncode}: {done.stderr.strip()[-300:]}"
     except subprocess.TimeoutExpired as error:
         text = (error.stdout or b"").decode() if isinstance(error.stdout, bytes) else error.stdout or ""
         end = f"took more than {seconds:.0f} s"
     rows: list[dict[str, object]] = [json.loads(line[2:]) for line in text.splitlines() if line.startswith("@@")]
     missing = [n for n in batch if n not in {r["name"] for r in rows}]
-    if missing and len(batch) == 1:
+    cut = time.monotonic() >= run.deadline
+    if missing and len(batch) == 1 and not cut:
         rows.append({"name": missing[0], "samples": 0, "error": end, "way": "graph", "seconds": seconds})
-    elif missing:
-        for name in missing:
-            rows += run_batch([name], limit, seconds)
-    for row in rows[-len(batch) :]:
+    run.keep(rows)
+    for row in rows:
         print(f"{row['name']}: {row['samples']} samples {row['error']}", flush=True)
-    return rows
+    if len(batch) > 1:
+        for name in missing:
+            run_batch([name], run)
 
 
-def report(rows: list[dict[str, object]], left_out: dict[str, str]) -> str:
+def read(path: Path) -> list[dict[str, object]]:
+    """The rows that are there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def report(rows: list[dict[str, object]], left_out: dict[str, str], missing: int = 0) -> str:
     wrong = [r for r in rows if r["error"]]
     samples = sum(int(str(r["samples"])) for r in rows)
     dynamo = sorted(str(r["name"]) for r in rows if r["way"] == "dynamo" and not r["error"])
@@ -81,6 +115,7 @@ def report(rows: list[dict[str, object]], left_out: dict[str, str]) -> str:
         f"- agree: {len(rows) - len(wrong)}",
         f"- of them in graphs that Dynamo breaks at data-dependent sizes: {len(dynamo)}",
         f"- disagree or fail: {len(wrong)}",
+        f"- not run yet: {missing}",
         f"- left out: {len(left_out)} ({100 * len(left_out) / (len(rows) + len(left_out)):.1f} %)\n",
     ]
     if wrong:
@@ -104,6 +139,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=None, help="samples of an operator, at most")
     parser.add_argument("--seconds", type=float, default=600.0, help="for one operator, at most")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--rows", type=Path, default=None, help="rows so far; beside --out without")
+    parser.add_argument("--time-limit", type=float, default=1e6, help="seconds after which nothing more is started")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
@@ -111,13 +148,17 @@ def main() -> None:
         return
     everything = given.names.split(",") if given.names else names()
     left_out = {n: reason for n in everything if (reason := skipped(n)) is not None}
-    chosen = [n for n in everything if n not in left_out]
+    kept = given.rows or given.out.with_suffix(".jsonl")
+    done = {str(r["name"]) for r in read(kept)}
+    chosen = [n for n in everything if n not in left_out and n not in done]
     batches = [chosen[k : k + OPERATORS] for k in range(0, len(chosen), OPERATORS)]
+    run = Run(given.limit, given.seconds, time.monotonic() + given.time_limit, kept)
     with ThreadPoolExecutor(given.processes) as pool:
-        rows = [r for found in pool.map(lambda b: run_batch(b, given.limit, given.seconds), batches) for r in found]
-    rows.sort(key=lambda r: str(r["name"]))
+        for _ in pool.map(lambda b: run_batch(b, run), batches):
+            pass
+    rows = sorted(read(kept), key=lambda r: str(r["name"]))
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(report(rows, left_out))
+    given.out.write_text(report(rows, left_out, len(set(everything) - set(left_out)) - len(rows)))
     print(f"{len(rows)} operators, {sum(bool(r['error']) for r in rows)} disagree or fail; {given.out}")
 
 
