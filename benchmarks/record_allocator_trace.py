@@ -32,6 +32,7 @@ def stats() -> dict[str, int]:
     """Current and peak bytes, counted by the allocator."""
     import torch
 
+    torch.cuda.init()  # type: ignore[no-untyped-call]
     now = torch.cuda.memory_stats()
     current = {name: int(now[f"{key}.current"]) for name, key in STATS.items()}
     return current | {f"peak_{name}": int(now[f"{key}.peak"]) for name, key in STATS.items()}

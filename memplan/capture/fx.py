@@ -312,11 +312,15 @@ class _Capture:
         value = node.meta.get("val")
         origin = origin_of(node)
         flat, spec = pytree.tree_flatten(value)
+        absent = _never_returned(target, args)
         results: list[View | None] = []
         held: list[object] = []
         single = not isinstance(value, (tuple, list, dict))
         for k, item in enumerate(flat):
-            if isinstance(item, torch.Tensor) and is_plain(item):
+            if k in absent:
+                results.append(None)
+                held.append(Literal(None))
+            elif isinstance(item, torch.Tensor) and is_plain(item):
                 if mutates and len(written) > k and _same_tensor(item, written[k]):
                     results.append(written[k])
                 else:
@@ -486,6 +490,13 @@ def _views(value: object) -> list[View]:
     if isinstance(value, Tuple):
         return [v for item in value.items for v in _views(item)]
     return []
+
+
+def _never_returned(target: str, args: tuple[Argument, ...]) -> tuple[int, ...]:
+    """Positions of results that the operator does not return though its fake version makes a tensor of them."""
+    if target == "aten._scaled_dot_product_cudnn_attention.default" and len(args) > 4 and args[4] == Literal(False):
+        return (1,)  # the log-sum-exp that was not asked for
+    return ()
 
 
 def _same_tensor(value: torch.Tensor, view: View) -> bool:

@@ -11,7 +11,7 @@ What cannot be recorded is found out before: `obstacle`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -151,6 +151,8 @@ def recorded(
     local = threading.local()
 
     def run(args: list[object]) -> object:
+        if phase != "backward":
+            keep_gradients(args[k] for k in static)
         # as the pools are each thread's own, so are the recordings
         recording = getattr(local, "recording", None)
         if recording is None:
@@ -166,10 +168,44 @@ def recorded(
                 placeholders=tuple(get_placeholder_info(module.graph)),
                 mutated_input_idxs=changed_positions(program),
             )
-        return recording(args)  # type: ignore[arg-type]
+        out = recording(args)  # type: ignore[arg-type]
+        if phase == "backward":
+            note_gradients(out)
+        return out
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
+
+
+#: Addresses of what recorded backwards gave, in each thread; autograd may have made it the parameters' ``grad``.
+_given = threading.local()
+
+
+def note_gradients(results: object) -> None:
+    """Remember where the results of a recorded backward lie."""
+    addresses = getattr(_given, "addresses", None)
+    if addresses is None:
+        addresses = _given.addresses = set()
+    addresses.update(
+        t.untyped_storage().data_ptr()
+        for t in results
+        if isinstance(t, torch.Tensor)  # type: ignore[attr-defined]
+    )
+
+
+def keep_gradients(parameters: Iterable[object]) -> None:
+    """Move gradients that are still held out of the recordings' memory, before a new step overwrites it.
+
+    Gradients are accumulated over several steps then. Who sets them to None, as optimisers do, pays nothing.
+    """
+    addresses = getattr(_given, "addresses", None)
+    if not addresses:
+        return
+    for p in parameters:
+        held = p.grad if isinstance(p, torch.Tensor) and p.is_leaf else None
+        if held is not None and held.layout == torch.strided and held.untyped_storage().data_ptr() in addresses:
+            p.grad = held.detach().clone()  # type: ignore[union-attr]
+    addresses.clear()
 
 
 def beside_recordings(call: Boxed, device: int) -> Boxed:
