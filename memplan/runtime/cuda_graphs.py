@@ -177,20 +177,16 @@ def recorded(
     return run
 
 
-#: Addresses of what recorded backwards gave, in each thread; autograd may have made it the parameters' ``grad``.
-_given = threading.local()
+#: Addresses of what recorded backwards gave; autograd may have made it the parameters' ``grad``. Shared by all threads:
+#: autograd runs backwards in threads of its own. (An address too many costs a copy.)
+_given: set[int] = set()
 
 
 def note_gradients(results: object) -> None:
     """Remember where the results of a recorded backward lie."""
-    addresses = getattr(_given, "addresses", None)
-    if addresses is None:
-        addresses = _given.addresses = set()
-    addresses.update(
-        t.untyped_storage().data_ptr()
-        for t in results
-        if isinstance(t, torch.Tensor)  # type: ignore[attr-defined]
-    )
+    for t in results:  # type: ignore[attr-defined]
+        if isinstance(t, torch.Tensor):
+            _given.add(t.untyped_storage().data_ptr())
 
 
 def keep_gradients(parameters: Iterable[object]) -> None:
@@ -198,14 +194,13 @@ def keep_gradients(parameters: Iterable[object]) -> None:
 
     Gradients are accumulated over several steps then. Who sets them to None, as optimisers do, pays nothing.
     """
-    addresses = getattr(_given, "addresses", None)
-    if not addresses:
+    if not _given:
         return
     for p in parameters:
         held = p.grad if isinstance(p, torch.Tensor) and p.is_leaf else None
-        if held is not None and held.layout == torch.strided and held.untyped_storage().data_ptr() in addresses:
+        if held is not None and held.layout == torch.strided and held.untyped_storage().data_ptr() in _given:
             p.grad = held.detach().clone()  # type: ignore[union-attr]
-    addresses.clear()
+    _given.clear()
 
 
 def beside_recordings(call: Boxed, device: int) -> Boxed:
