@@ -59,6 +59,7 @@ class PythonWrapper:
 
     source: str
     operators: Mapping[str, str]  # name in the source -> torch operator
+    starts: tuple[int, ...] = ()  # the number of each step's first source line, counted from 1
 
 
 @dataclass
@@ -331,8 +332,19 @@ def print_python(program: WrapperProgram, *, poison: bool = False) -> PythonWrap
     for b in program.plan.program.buffers.values():
         if b.kind is BufferKind.CONSTANT:
             p.tensors.add(b.name)
+    starts = []
     for line in program.lines:
+        if isinstance(line, Comment):
+            starts.append(len(p.out) + 1)
         p.print_line(line)
+    return PythonWrapper("\n".join(p.out) + "\n", p.operators, tuple(starts))
+
+
+def python_line(program: WrapperProgram, line: Line) -> PythonWrapper:
+    """One line alone, for a wrapper in another language that lets Python run it: its buffers are tensors already."""
+    p = _Printer(program, poison=False)
+    p.tensors.update(program.base)
+    p.print_line(line)
     return PythonWrapper("\n".join(p.out) + "\n", p.operators)
 
 
@@ -362,7 +374,7 @@ def _origin_text(node: str, op: str, location: str, code: str) -> str:
     return text.replace("\n", " ")
 
 
-__all__ = ["PythonWrapper", "literal", "print_python"]
+__all__ = ["PythonWrapper", "literal", "print_python", "python_line"]
 
 
 def _out_names(target: str) -> list[str]:

@@ -24,6 +24,7 @@ from .ir.verify_plan import verify_plan
 from .lowering.call_site import LOWERINGS
 from .lowering.contracts import contract
 from .lowering.lower import NOTHING_KEPT, Kept, lower_program
+from .out_of_memory import explained
 from .passes.inplace import decide_in_place, plan_in_place
 from .passes.padding import pad_rows
 from .passes.pipeline import PASSES as PIPELINE
@@ -220,8 +221,24 @@ def _compile(program: Program, config: Config, kept: Kept) -> CompiledProgram:
         (folder / f"{program.name}.py").write_text(wrapper.source)
         (folder / f"{program.name}.kernels.txt").write_text(kernel_source)
     names = namespace(wrapper.operators, plan.program.callables, plan.program.constants, callables)
-    code = compile(wrapper.source, f"<memplan {program.name}>", "exec")
-    exec(code, names)
-    call = names["call"]
-    call._boxed_call = True  # type: ignore[attr-defined]
-    return CompiledProgram(plan, call, wrapper.source, planned.waterfall)  # type: ignore[arg-type]
+    filename = f"<memplan {program.name}>"
+    exec(compile(wrapper.source, filename, "exec"), names)
+
+    def explain(plan: Plan, step: int | None, requested: int) -> str:
+        from .reports.oom import explain_oom  # only then: reports bring pydantic and rich
+
+        others = [(title, plan_program(program, c, kept).plan) for title, c in alternatives(config)]
+        return explain_oom(plan, step, requested=requested, alternatives=others)
+
+    call = explained(names["call"], plan, filename, wrapper.starts, explain)  # type: ignore[arg-type]
+    return CompiledProgram(plan, call, wrapper.source, planned.waterfall)
+
+
+def alternatives(config: Config) -> list[tuple[str, Config]]:
+    """What the user switched off and may switch on again when memory runs out: (what to do, options)."""
+    found = []
+    for name in config.disable:
+        found.append((f"leaving {name!r} out of disable", replace(config, disable=tuple(set(config.disable) - {name}))))
+    if config.pools != "auto":
+        found.append(('pools="auto"', replace(config, pools="auto")))
+    return [(title, replace(c, verify=False, dump=None)) for title, c in found]

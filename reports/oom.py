@@ -12,42 +12,62 @@ from .terminal import peak_groups, rendered
 from .text import clean, code, line, size, step_title, whereabouts
 
 
-def explain_oom(plan: Plan, step: int, *, requested: int = 0, attempts: Sequence[Attempt] = ()) -> str:
+def explain_oom(
+    plan: Plan,
+    step: int | None,
+    *,
+    requested: int = 0,
+    attempts: Sequence[Attempt] = (),
+    alternatives: Sequence[tuple[str, Plan]] = (),
+) -> str:
     """The message for a device that ran out of memory while ``step`` of ``plan`` ran, as plain text.
 
     Parameters
     ----------
+    step:
+        None if it is not known: the plan's peak is shown then.
     requested:
         Bytes that were asked for and not given; 0 if not known.
     attempts:
         Changes whose plans are known (see `memplan.reports.fit.changes`); the one that saves most is named.
+    alternatives:
+        The same for plans of this graph: (what to change, its plan).
 
     Raises
     ------
     ValueError
         If the plan has no such step.
     """
-    if not 0 <= step < max(1, len(plan.order)):
+    if step is not None and not 0 <= step < max(1, len(plan.order)):
         raise ValueError(f"no step {step} in a plan of {len(plan.order)} steps")
     graph = graph_of(plan)
-    lines = [_headline(graph, step, requested)]
+    at = graph.peak_step if step is None else step
+    lines = [_headline(graph, at, requested, known=step is not None)]
     if graph.steps:
-        lines.append(_table(graph, step))
-        lines.append(_peak(graph, step))
-    lines.append(advice(graph, step, attempts))
+        if plan.program.hints:
+            lines.append("  (sizes are symbols in this graph: bytes are those of the sizes it was compiled for)")
+        if 2 * graph.live[at] < graph.allocated[at]:  # a pool was asked for: what it is for tells more
+            at = max(range(len(graph.live)), key=lambda k: (graph.live[k], -k))
+            lines.append("  A pool is mostly empty then; this is what it will hold:")
+        lines.append(_table(graph, at))
+        lines.append(_peak(graph, at))
+    others = [Attempt(title, 0, graph_of(other).peak) for title, other in alternatives]
+    lines.append(advice(graph, at, [*attempts, *others]))
     return "\n".join(filter(None, lines))
 
 
-def _headline(graph: Graph, step: int, requested: int) -> str:
+def _headline(graph: Graph, step: int, requested: int, *, known: bool = True) -> str:
     if not graph.steps:
         return f"out of memory in {clean(graph.name)}, which has no steps"
     running = graph.steps[step]
     place = next((line(o) for o in running.origins if o.file), "")
     source = next((code(o) for o in running.origins if o.code), "")
-    text = f"The device ran out of memory at step {step} of {len(graph.steps)} of {clean(graph.name)}: "
-    text += step_title(running)
-    if requested:
-        text += f", asking for {size(requested)}"
+    where = f"step {step} of {len(graph.steps)} of {clean(graph.name)}: {step_title(running)}"
+    asking = f", asking for {size(requested)}" if requested else ""
+    if known:
+        text = f"memplan: memory ran out at {where}{asking}"
+    else:
+        text = f"memplan: memory ran out in {clean(graph.name)}{asking}; its plan is largest at {where}"
     if place:
         text += f"\n  your line: {place}{f'    {source}' if source else ''}"
     return text + f"\n  by plan {size(graph.allocated[step])} are allocated there, {size(graph.live[step])} of it live"
@@ -65,7 +85,7 @@ def _table(graph: Graph, step: int) -> str:
 
 def _peak(graph: Graph, step: int) -> str:
     at = graph.peak_step
-    if at == step:
+    if graph.allocated[step] == graph.peak:
         return "  This step is the peak of the graph."
     return f"  The peak of the graph would have been {size(graph.peak)}, at step {at}: {step_title(graph.steps[at])}."
 
