@@ -59,3 +59,7 @@ class PlanningError(MemplanError):
 
 class ReportError(MemplanError):
     """A report file cannot be read: damaged, or of another version."""
+
+
+class SavedModelError(MemplanError):
+    """A model cannot be saved, or a saved one cannot be loaded here or called like this."""

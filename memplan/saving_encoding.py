@@ -1,0 +1,172 @@
+"""Plans as JSON: only the classes of `memplan.ir`, torch's dtypes and integer expressions can be written or made.
+
+A document is ``{"table": [...], "root": ...}``. A value is an atom (text, integer, boolean, null), or ``[k]``: entry
+``k`` of the table. An entry is ``[tag, ...]`` whose values refer to entries before it, so that what is equal is stored
+once, reading is one walk, and a document cannot refer to itself. Reading runs nothing but the constructors named here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from enum import Enum
+
+import sympy
+import torch
+
+from .ir import index, loops, plan, program
+from .ir.errors import SavedModelError
+
+_CLASSES: dict[str, type] = {
+    c.__name__: c
+    for module in (loops, program, plan)
+    for c in vars(module).values()
+    if isinstance(c, type) and dataclasses.is_dataclass(c) and c.__module__ == module.__name__
+}
+_ENUMS: dict[str, type[Enum]] = {
+    c.__name__: c
+    for module in (loops, program)
+    for c in vars(module).values()
+    if isinstance(c, type) and issubclass(c, Enum) and c is not Enum
+}
+_FUNCTIONS: dict[str, Callable[..., sympy.Expr]] = {
+    "Add": sympy.Add,
+    "Mul": sympy.Mul,
+    "Pow": sympy.Pow,
+    "Max": sympy.Max,
+    "Min": sympy.Min,
+    "FloorDiv": index.FloorDiv,
+    "Mod": index.Mod,
+}
+_TORCH = {str(v): v for v in vars(torch).values() if isinstance(v, (torch.dtype, torch.layout, torch.memory_format))}
+
+
+class _Writer:
+    def __init__(self) -> None:
+        self.table: list[list[object]] = []
+        self.known: dict[str, int] = {}
+        self.seen: dict[int, tuple[object, list[int]]] = {}  # keeps the objects alive, so that ids stay theirs
+
+    def value(self, v: object) -> object:
+        if v is None or type(v) in (bool, int, str):
+            return v
+        found = self.seen.get(id(v))
+        if found is None:
+            entry = self.entry(v)
+            key = json.dumps(entry)
+            if key not in self.known:
+                self.known[key] = len(self.table)
+                self.table.append(entry)
+            found = self.seen[id(v)] = (v, [self.known[key]])
+        return found[1]
+
+    def entry(self, v: object) -> list[object]:
+        match v:
+            case float():
+                return ["float", repr(v)]
+            case complex():
+                return ["complex", repr(v.real), repr(v.imag)]
+            case tuple() | list():
+                return ["tuple", *(self.value(i) for i in v)]
+            case frozenset():
+                return ["set", *(self.value(i) for i in sorted(v))]
+            case Enum():
+                return ["enum", type(v).__name__, v.value]
+            case torch.dtype() | torch.layout() | torch.memory_format():
+                return ["torch", str(v)]
+            case torch.device():
+                return ["device", str(v)]
+            case Mapping():
+                return ["map", *(self.value(i) for pair in v.items() for i in pair)]
+            case sympy.Basic():
+                return self.expression(v)
+        if dataclasses.is_dataclass(v) and type(v).__name__ in _CLASSES:
+            values = (getattr(v, f.name) for f in dataclasses.fields(v))
+            return ["data", type(v).__name__, *(self.value(i) for i in values)]
+        raise SavedModelError(f"a plan with a {type(v).__name__} in it cannot be saved")
+
+    def expression(self, e: sympy.Basic) -> list[object]:
+        if isinstance(e, sympy.Symbol):
+            given = sorted((k, v) for k, v in e.assumptions0.items() if k in ("integer", "nonnegative", "positive"))
+            return ["symbol", e.name, *(i for pair in given for i in pair)]
+        if isinstance(e, sympy.Integer):
+            return ["integer", str(int(e))]
+        if isinstance(e, sympy.Rational):
+            return ["rational", str(e.p), str(e.q)]
+        if type(e).__name__ in _FUNCTIONS:
+            return ["call", type(e).__name__, *(self.value(a) for a in e.args)]
+        raise SavedModelError(f"a size with {type(e).__name__} in it cannot be saved: {e}")
+
+
+def encode(value: object) -> bytes:
+    """The value as JSON; deterministic.
+
+    Raises
+    ------
+    SavedModelError
+        If something in it is no data of `memplan.ir`.
+    """
+    writer = _Writer()
+    root = writer.value(value)
+    return json.dumps({"table": writer.table, "root": root}, separators=(",", ":")).encode()
+
+
+def decode(data: bytes) -> object:
+    """What `encode` was given.
+
+    Raises
+    ------
+    SavedModelError
+        If the document is not one that `encode` writes.
+    """
+    try:
+        document = json.loads(data)
+        made: list[object] = []
+        for entry in document["table"]:
+            made.append(_make(entry, made))
+        return _read(document["root"], made)
+    except SavedModelError:
+        raise
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise SavedModelError(f"not a plan that this version of memplan can read: {error!r}") from error
+
+
+def _read(value: object, made: list[object]) -> object:
+    return made[value[0]] if isinstance(value, list) else value
+
+
+def _make(entry: list[object], made: list[object]) -> object:
+    tag, *rest = entry
+    values = [_read(v, made) for v in rest]
+    match tag:
+        case "float":
+            number = float(str(values[0]))
+            return math.nan if math.isnan(number) else number
+        case "complex":
+            return complex(float(str(values[0])), float(str(values[1])))
+        case "tuple":
+            return tuple(values)
+        case "set":
+            return frozenset(values)
+        case "enum":
+            return _ENUMS[str(values[0])](values[1])
+        case "torch":
+            return _TORCH[str(values[0])]
+        case "device":
+            return torch.device(str(values[0]))
+        case "map":
+            return dict(zip(values[::2], values[1::2], strict=True))
+        case "symbol":
+            return sympy.Symbol(str(values[0]), **dict(zip(values[1::2], values[2::2], strict=True)))
+        case "integer":
+            return sympy.Integer(int(str(values[0])))
+        case "rational":
+            return sympy.Rational(int(str(values[0])), int(str(values[1])))
+        case "call":
+            return _FUNCTIONS[str(values[0])](*values[1:])
+        case "data":
+            return _CLASSES[str(values[0])](*values[1:])
+        case _:
+            raise SavedModelError(f"unknown entry {tag!r} in a saved plan")
