@@ -62,8 +62,6 @@ def check_built(config: Config) -> None:
     UnsupportedError
         Naming the option and what to use meanwhile.
     """
-    if config.wrapper == "cpp":
-        raise UnsupportedError("option wrapper='cpp' is not there yet; use 'python' or 'auto'")
     if config.budget is not None:
         raise UnsupportedError("option 'budget' is not there yet; recompute_time=0 and larger values choose the cut")
     if config.target is not None:

@@ -13,6 +13,7 @@ from . import kernels as kernel_sets
 from .codegen import cpp_kernel, triton_kernel
 from .codegen.python_wrapper import print_python
 from .codegen.wrapper_lines import wrapper_lines
+from .cpp_wrapping import wrap_in_cpp
 from .fallback import with_fallback
 from .ir.canonical import canonicalize
 from .ir.config import Config
@@ -212,9 +213,8 @@ def _compile(program: Program, config: Config, kept: Kept) -> CompiledProgram:
     found = kernel_sets.collect(plan.program)
     callables, kernel_source = kernel_sets.build(found, plan.program, config)
     arguments = {n: (a.source, a.buffers, a.symbols) for n, a in found.arguments.items()}
-    wrapper = print_python(
-        wrapper_lines(plan, arguments, {n: a.offsets for n, a in found.arguments.items()}), poison=config.poison
-    )
+    lines = wrapper_lines(plan, arguments, {n: a.offsets for n, a in found.arguments.items()})
+    wrapper = print_python(lines, poison=config.poison)
     if config.dump:
         folder = Path(config.dump)
         folder.mkdir(parents=True, exist_ok=True)
@@ -230,6 +230,12 @@ def _compile(program: Program, config: Config, kept: Kept) -> CompiledProgram:
         others = [(title, plan_program(program, c, kept).plan) for title, c in alternatives(config)]
         return explain_oom(plan, step, requested=requested, alternatives=others)
 
+    if config.wrapper == "cpp":
+        wrapped = wrap_in_cpp(lines, callables, config)
+        if config.dump:
+            (Path(config.dump) / f"{program.name}.wrapper.cpp").write_text(wrapped.source)
+        call = explained(wrapped.call, plan, filename, (), explain)
+        return CompiledProgram(plan, call, wrapped.source, planned.waterfall)
     call = explained(names["call"], plan, filename, wrapper.starts, explain)  # type: ignore[arg-type]
     return CompiledProgram(plan, call, wrapper.source, planned.waterfall)
 

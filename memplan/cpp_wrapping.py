@@ -1,0 +1,63 @@
+"""`options={"wrapper": "cpp"}`: the wrapper lines of a plan printed as C++, built, and joined to the built kernels."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from .codegen.cpp_wrapper import CPP_WRAPPER_FLAGS, print_cpp
+from .codegen.wrapper_lines import Launch, WrapperProgram
+from .ir.config import Config
+from .ir.errors import UnsupportedError
+from .runtime.cache import Cache
+from .runtime.cpp_wrapper import KernelRow, build_wrapper, load_wrapper
+
+
+@dataclass(frozen=True)
+class WrappedInCpp:
+    """The callable, and the C++ text that it runs."""
+
+    call: Callable[..., object]
+    source: str
+
+
+def wrap_in_cpp(lines: WrapperProgram, callables: Mapping[str, Callable[..., object]], config: Config) -> WrappedInCpp:
+    """The program as a library of its own, called through the native host.
+
+    Parameters
+    ----------
+    callables:
+        The built kernels of the CPU, as `memplan.runtime.cpp_launch` gives them.
+
+    Raises
+    ------
+    UnsupportedError
+        For what only the Python wrapper does, naming it.
+    CompilerError, CacheError
+        If the library cannot be built.
+    """
+    for line in lines.lines:
+        if isinstance(line, Launch) and line.device != "cpu":
+            raise UnsupportedError(
+                f"wrapper='cpp' does not launch kernels on {line.device} yet; use 'auto' or 'python'", where=line.kernel
+            )
+    printed = print_cpp(lines, poison=config.poison)
+    cache = Cache(config.cache_dir) if config.cache_dir else Cache()
+    path = build_wrapper(printed, lines.name, CPP_WRAPPER_FLAGS, cache)
+    program = lines.plan.program
+    call = load_wrapper(
+        printed,
+        path,
+        {name: partial(_cpu_row, function) for name, function in callables.items()},
+        callables=program.callables,
+        constants=program.constants,
+        python_kernels=callables,
+        cache=cache,
+    )
+    return WrappedInCpp(call, printed.source)
+
+
+def _cpu_row(function: Callable[..., object]) -> KernelRow:
+    return (ctypes.cast(function, ctypes.c_void_p).value or 0, 0, 0, 0, 0, 0)  # type: ignore[arg-type]
