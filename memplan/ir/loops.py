@@ -288,6 +288,18 @@ class Kernel:
     stores: tuple[Store, ...]
 
     @cached_property
+    def _hash(self) -> int:
+        return hash((self.outer, self.row, self.nodes, self.stores))
+
+    def __hash__(self) -> int:
+        """Remembered: kernels are keys of many caches, and their hash walks the whole body."""
+        return self._hash
+
+    def __getstate__(self) -> dict[str, object]:
+        """The fields alone: what is remembered (hashes of text differ from process to process) is not pickled."""
+        return {"outer": self.outer, "row": self.row, "nodes": self.nodes, "stores": self.stores}
+
+    @cached_property
     def levels(self) -> tuple[Level, ...]:
         """The level of every node, in order."""
         row = {r.symbol for r in self.row}

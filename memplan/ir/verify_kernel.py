@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
 
 import sympy
@@ -68,11 +69,24 @@ def verify_kernel(
     VerificationError
         Naming the kernel, the node or store, the buffer, and the point at which it goes wrong.
     """
-    names = dict.fromkeys((*kernel.read_buffers, *kernel.written_buffers))
+    names = tuple(dict.fromkeys((*kernel.read_buffers, *kernel.written_buffers)))
+    values = tuple((hints or {}).items())
+    renamed = {n: f"b{k}" for k, n in enumerate(names)}
+    known = tuple((renamed[n], b.dtype, b.nbytes) for n in names if (b := buffers.get(n)) is not None)
+    if not _fault(_with_buffers(kernel, renamed), known, values):
+        return
+    # said once more with the program's own names
     known = tuple((b.name, b.dtype, b.nbytes) for n in names if (b := buffers.get(n)) is not None)
-    found = _fault(kernel, known, tuple((hints or {}).items()))
+    found = _fault(kernel, known, values)
     if found:
         raise VerificationError(f"kernel {name!r}: {found}", where=where)
+
+
+def _with_buffers(kernel: Kernel, names: Mapping[str, str]) -> Kernel:
+    """The kernel over buffers of other names: the layers of a model are checked once."""
+    nodes = tuple(replace(n, buffer=names[n.buffer]) if isinstance(n, Load) else n for n in kernel.nodes)
+    stores = tuple(replace(s, buffer=names[s.buffer]) for s in kernel.stores)
+    return Kernel(kernel.outer, kernel.row, nodes, stores)
 
 
 @lru_cache(maxsize=1 << 15)
