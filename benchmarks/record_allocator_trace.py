@@ -2,7 +2,8 @@
 
     python benchmarks/record_allocator_trace.py tests/data/allocator [--expandable]
 
-Each file is gzip JSON: ``{name, torch, device, expandable, events: [[key, size or null, stream]], checks: [[index,
+Each file is gzip JSON: ``{name, torch, device, expandable, events: [[key, size or null, stream]], segments: [address of
+each as it was made; none with expandable segments], checks: [[index,
 {allocated, requested, reserved, peak_allocated, peak_requested, peak_reserved}]]}``; a check holds after that many
 events. ``events`` are requests as they were made, in order, so that replaying them must reproduce every check.
 The sizes that the allocator's own trace names are rounded; the requested ones are read from memory_stats where the
@@ -115,6 +116,7 @@ class Recorder:
     def __init__(self) -> None:
         self.events: list[tuple[int, int | None, int]] = []
         self.checks: list[tuple[int, dict[str, int]]] = []
+        self.segments: list[int] = []
         self._keys: dict[int, int] = {}
         self._streams: dict[int, int] = {}
         self._seen = 0
@@ -142,6 +144,8 @@ class Recorder:
         if action == "alloc":
             self._keys[address] = len(self.events)
             self.events.append((len(self.events), size, self._streams.setdefault(stream, len(self._streams))))
+        elif action == "segment_alloc":
+            self.segments.append(address)
         elif action == "free_completed" and address in self._keys:
             self.events.append((self._keys.pop(address), None, 0))
 
@@ -172,6 +176,7 @@ def record(name: str, make: Callable[[], Callable[[], None]], folder: Path, expa
         "device": torch.cuda.get_device_name(),
         "expandable": expandable,
         "events": recorder.events,
+        "segments": recorder.segments,
         "checks": recorder.checks,
     }
     path = folder / f"{name}{'-expandable' if expandable else ''}.json.gz"

@@ -262,7 +262,7 @@ def _death(plan: Plan, name: str, taken: set[str], pools: Mapping[str, Pool]) ->
     if name in taken:
         return [Forget(buffer)]
     if buffer.kind in EXTERNAL_KINDS:
-        return [Free(buffer)] if buffer.donated else []
+        return [Free(buffer)] if buffer.donated and name not in plan.program.output_buffers else []
     placement = plan.placements[plan.storage_of(name)]
     if isinstance(placement, InPool):
         return [End(buffer)]

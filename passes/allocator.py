@@ -13,6 +13,7 @@ Not modelled: memory used on a second stream (`record_stream`), private pools of
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from ..ir.errors import PlanningError
@@ -110,6 +111,9 @@ class CachingAllocator:
     device_bytes
         What the device can give out; None for any amount. Where a segment does not fit, cached segments are released,
         and if it still does not, `alloc` raises.
+    addresses
+        Where the device put each segment, in the order in which they are made, as a trace tells; without, every segment
+        lies above those before it. It decides between free blocks of equal size.
 
     Examples
     --------
@@ -122,7 +126,14 @@ class CachingAllocator:
     (0, 20971520)
     """
 
-    def __init__(self, rules: AllocatorRules | None = None, *, device_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        rules: AllocatorRules | None = None,
+        *,
+        device_bytes: int | None = None,
+        addresses: Sequence[int] = (),
+    ) -> None:
+        self._addresses = addresses
         self._rules = rules or AllocatorRules()
         self._device_bytes = device_bytes
         self._pools: dict[tuple[int, bool], _Pool] = {}
@@ -227,6 +238,8 @@ class CachingAllocator:
 
     def _segment_address(self) -> int:
         self._next_segment += 1
+        if self._next_segment <= len(self._addresses):
+            return self._addresses[self._next_segment - 1]
         return self._next_segment << 44  # far apart, in the order in which they are made
 
     def _new_segment(self, pool: _Pool, rounded: int) -> _Block:

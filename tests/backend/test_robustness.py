@@ -202,3 +202,11 @@ def test_sizes_beyond_32_bits_get_a_kernel_that_counts_in_64(monkeypatch: pytest
     for n in (64, 2**31, 128, 2**32):
         launch(0, 0, 0, 0, n)
     assert launched == [("narrow", 64), ("wide", 2**31), ("narrow", 128), ("wide", 2**32)]
+
+
+def test_a_saved_value_that_is_itself_a_gradient_outlives_the_backward() -> None:
+    """Of no bytes, the zeros cost nothing to keep: the backward returns its own donated input."""
+    x, y = torch.randn(0, 1, 3, requires_grad=True), torch.randn(0, 10, 3, requires_grad=True)
+    torch.compile(torch.nextafter, backend="memplan")(x, y).sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+    assert y.grad is not None and y.grad.shape == y.shape

@@ -139,7 +139,8 @@ def test_counts_stay_consistent(steps, expandable):
 @pytest.mark.parametrize("path", TRACES, ids=lambda path: path.name.partition(".")[0])
 def test_recorded_traces_are_reproduced(path):
     data = json.loads(gzip.decompress(path.read_bytes()))
-    allocator = CachingAllocator(AllocatorRules(expandable=data["expandable"]))
+    rules = AllocatorRules(expandable=data["expandable"])
+    allocator = CachingAllocator(rules, addresses=data.get("segments", ()))
     handles: dict[int, int] = {}
     done = 0
     for count, expected in data["checks"]:
