@@ -138,6 +138,8 @@ class Fuser:
 
     def _nearest(self, groups: object, group: Group) -> list[int]:
         numbers: list[int] = list(groups)  # type: ignore[call-overload]
+        if len(numbers) <= _NEAREST + 1:
+            return numbers  # all of them; in what order they are proposed does not matter
         slot = self.graph.slot
         here = slot[group.number]
         numbers.sort(key=lambda g: (abs(slot[g] - here), g))
