@@ -208,5 +208,7 @@ def test_a_saved_value_that_is_itself_a_gradient_outlives_the_backward() -> None
     """Of no bytes, the zeros cost nothing to keep: the backward returns its own donated input."""
     x, y = torch.randn(0, 1, 3, requires_grad=True), torch.randn(0, 10, 3, requires_grad=True)
     torch.compile(torch.nextafter, backend="memplan")(x, y).sum().backward()
-    assert x.grad is not None and x.grad.shape == x.shape
-    assert y.grad is not None and y.grad.shape == y.shape
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+    assert y.grad is not None
+    assert y.grad.shape == y.shape
