@@ -1,0 +1,180 @@
+"""What the CUDA caching allocator would reserve for a training step, without a GPU.
+
+    python -m benchmarks.simulate_reserved [model ...] [--pools auto|always|never] [--json FILE]
+
+The models are those of the GPU cases at their full size; image models are transformers' versions of the architectures.
+They are traced on fake CPU tensors, the captured programs are moved to ``cuda:0`` and planned. The step is simulated
+three times over, with parameters and batch resident. Calls that take scratch inside of cuDNN are not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import memplan.backend
+from memplan.analysis import analyze
+from memplan.ir.plan import Plan
+from memplan.ir.program import Argument, Extern, Literal, Program, Tuple
+from memplan.passes.reserved import StepMemory, step_memory
+
+from .models import BERT_LARGE, BF16, F32, LLAMA, Batch, Classifier, bert, gpt2, images, llama, tokens
+
+DEVICE = "cuda:0"
+
+
+def _vision(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: Classifier(make(), amp=True, device="cpu")
+
+
+def _resnet50() -> nn.Module:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    model = ResNetForImageClassification(ResNetConfig(num_labels=1000))
+    for module in model.modules():  # `to` cannot change fake parameters in place
+        if isinstance(module, nn.Conv2d):
+            module.weight = nn.Parameter(module.weight.detach().contiguous(memory_format=torch.channels_last))
+    return model  # type: ignore[no-any-return]
+
+
+def _vit_large() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, num_labels=1000,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )
+    )  # fmt: skip
+
+
+def _convnext_base() -> nn.Module:
+    from transformers import ConvNextConfig, ConvNextForImageClassification
+
+    return ConvNextForImageClassification(
+        ConvNextConfig(hidden_sizes=[128, 256, 512, 1024], depths=[3, 3, 27, 3], num_labels=1000)
+    )
+
+
+def _efficientnet_b3() -> nn.Module:
+    from transformers import EfficientNetConfig, EfficientNetForImageClassification
+
+    return EfficientNetForImageClassification(
+        EfficientNetConfig(
+            width_coefficient=1.2, depth_coefficient=1.4, image_size=288, hidden_dim=1536, dropout_rate=0.0,
+            drop_connect_rate=0.0, num_labels=1000,
+        )
+    )  # fmt: skip
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
+    "gpt2": (gpt2(BF16), tokens(50257, 16, 1024)),
+    "llama-0.9b": (llama(BF16, **LLAMA), tokens(32000, 4, 2048)),
+    "bert-large": (bert(BF16, **BERT_LARGE), tokens(30522, 16, 512)),
+    "vit-l16": (_vision(_vit_large), images(64, 224, dtype=F32)),
+    "resnet50": (_vision(_resnet50), images(256, 224, channels_last=True)),
+    "convnext-b": (_vision(_convnext_base), images(64, 224)),
+    "efficientnet-b3": (_vision(_efficientnet_b3), images(64, 288)),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model's step in bytes: resident included, ``bound`` with every storage its own allocation, unrounded by
+    segments; ``planned`` with the plans' pools."""
+
+    model: str
+    bound: int
+    planned: int
+    reserved: int
+    seconds: float
+
+    @property
+    def ratio(self) -> float:
+        return self.reserved / self.bound
+
+
+def on_gpu(program: Program) -> Program:
+    """The program as if its CPU tensors had been on the GPU."""
+
+    def argument(a: Argument) -> Argument:
+        if isinstance(a, Literal) and a.value == torch.device("cpu"):
+            return Literal(torch.device(DEVICE))
+        return Tuple(tuple(map(argument, a.items))) if isinstance(a, Tuple) else a
+
+    operations = []
+    for op in program.operations:
+        if isinstance(op, Extern):
+            kwargs = tuple((k, argument(a)) for k, a in op.kwargs)
+            op = replace(op, args=tuple(map(argument, op.args)), kwargs=kwargs)
+        operations.append(replace(op, device=DEVICE))
+    # a number in memory stays where it is: cuda programs have such constants on the CPU too
+    buffers = {n: b if n in program.constants else replace(b, device=DEVICE) for n, b in program.buffers.items()}
+    return replace(program, buffers=buffers, operations=tuple(operations))
+
+
+def plans_of(model: str, options: dict[str, object]) -> tuple[list[Plan], dict[str, str]]:
+    """The forward's and the backward's plan, and what the backward takes over from the forward."""
+    build, batch = MODELS[model]
+    capture = memplan.backend.capture
+
+    def captured(*args: object, **kwargs: object) -> Program:
+        return on_gpu(capture(*args, **kwargs))  # type: ignore[arg-type]
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        module, given = build().train(), batch()
+        with mock.patch.object(memplan.backend, "capture", captured):
+            graphs = analyze(module, given, options=options)
+    joins = {later: earlier for g in graphs for earlier, later in g.joins}
+    return [g.plan for g in graphs], joins
+
+
+def unpooled(plan: Plan) -> Plan:
+    """The plan with each storage its own allocation: the bound on what must be alive."""
+    from memplan.ir.plan import InPlaceOf
+    from memplan.passes.schedule import make_plan
+
+    pairs = {b: p.buffer for b, p in plan.placements.items() if isinstance(p, InPlaceOf)}
+    return make_plan(plan.program, plan.order, in_place=pairs)
+
+
+def row(model: str, options: dict[str, object]) -> Row:
+    started = time.perf_counter()
+    plans, joins = plans_of(model, options)
+    found: StepMemory = step_memory(plans, joins, device=DEVICE)
+    bound = step_memory([unpooled(p) for p in plans], joins, device=DEVICE)
+    return Row(model, bound.live, found.live, found.reserved, time.perf_counter() - started)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=list(MODELS))
+    parser.add_argument("--pools", default="auto", choices=("auto", "always", "never"))
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args(arguments)
+    rows = []
+    print("| model | max-live bound, GB | planned live | simulated reserved | reserved / bound | s |")
+    print("|---|---|---|---|---|---|")
+    for model in given.models:
+        r = row(model, {"pools": given.pools})
+        rows.append(r)
+        print(
+            f"| {model} | {r.bound / 1e9:.3f} | {r.planned / 1e9:.3f} | {r.reserved / 1e9:.3f} | {r.ratio:.3f}"
+            f" | {r.seconds:.0f} |",
+            flush=True,
+        )
+    if given.json:
+        given.json.write_text(json.dumps([vars(r) | {"ratio": r.ratio} for r in rows], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
