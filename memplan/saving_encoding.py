@@ -159,7 +159,7 @@ def _make(entry: list[object], made: list[object]) -> object:
         case "map":
             return dict(zip(values[::2], values[1::2], strict=True))
         case "symbol":
-            return sympy.Symbol(str(values[0]), **dict(zip(values[1::2], values[2::2], strict=True)))
+            return sympy.Symbol(str(values[0]), **{str(k): v for k, v in zip(values[1::2], values[2::2], strict=True)})
         case "integer":
             return sympy.Integer(int(str(values[0])))
         case "rational":

@@ -197,9 +197,11 @@ def keep_gradients(parameters: Iterable[object]) -> None:
     if not _given:
         return
     for p in parameters:
-        held = p.grad if isinstance(p, torch.Tensor) and p.is_leaf else None
+        if not isinstance(p, torch.Tensor) or not p.is_leaf:
+            continue
+        held = p.grad
         if held is not None and held.layout == torch.strided and held.untyped_storage().data_ptr() in _given:
-            p.grad = held.detach().clone()  # type: ignore[union-attr]
+            p.grad = held.detach().clone()
     _given.clear()
 
 
