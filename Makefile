@@ -41,6 +41,7 @@ types: $(VENV)/.dev
 wheel: $(VENV)/.dev
 	rm -rf dist build/lib build/bdist.*
 	$(PY) -m build --quiet --wheel --no-isolation --outdir dist .
+	rm -rf *.egg-info  # or the next `make test` takes it for the installed package
 
 # The wheel alone, from a folder where the checkout cannot be imported
 wheel-test: wheel
