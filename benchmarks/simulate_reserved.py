@@ -130,12 +130,32 @@ def plans_of(model: str, options: dict[str, object]) -> tuple[list[Plan], dict[s
     def captured(*args: object, **kwargs: object) -> Program:
         return on_gpu(capture(*args, **kwargs))  # type: ignore[arg-type]
 
+    with torch.device("meta"):
+        module = build().train()  # a fake module could not be converted to another dtype or layout
     with FakeTensorMode(allow_non_fake_inputs=True):
-        module, given = build().train(), batch()
+        _fill(module)
+        given = batch()
         with mock.patch.object(memplan.backend, "capture", captured):
             graphs = analyze(module, given, options=options)
     joins = {later: earlier for g in graphs for earlier, later in g.joins}
     return [g.plan for g in graphs], joins
+
+
+def _fill(module: nn.Module) -> None:
+    """Put fake CPU tensors in the place of parameters and buffers on the meta device; shared ones stay shared."""
+    made: dict[int, torch.Tensor] = {}
+
+    def of(t: torch.Tensor) -> torch.Tensor:
+        if id(t) not in made:
+            empty = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
+            made[id(t)] = nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
+        return made[id(t)]
+
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    held[name] = of(tensor)  # type: ignore[assignment]
 
 
 def unpooled(plan: Plan) -> Plan:

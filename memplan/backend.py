@@ -16,6 +16,7 @@ import torch.fx
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext
+from torch._logging._internal import trace_log
 
 from . import recording
 from .capture.attention import simplify_masks
@@ -184,9 +185,11 @@ class Region:
         if self.config.plan_only:
             planned = plan_program(program, self.config)
             joins = self.joins(planned.plan)
+            trace(planned.plan)
             recording.tell(recording.CompiledGraph(planned.plan, self.group, joins, planned.waterfall))
             return make_boxed_func(module.forward)  # type: ignore[no-any-return]
         compiled = compile_program(program, self.config)
+        trace(compiled.plan)
         recording.tell(
             recording.CompiledGraph(
                 compiled.plan, self.group, self.joins(compiled.plan), compiled.waterfall, compiled.source
@@ -205,6 +208,14 @@ class Region:
             if isinstance(held, View) and isinstance(node, torch.fx.Node) and node.name in plan.program.buffers:
                 out.append((held.buffer, node.name))
         return tuple(dict.fromkeys(out))
+
+
+def trace(plan: Plan) -> None:
+    """The plan in torch's structured trace, where one is being written (``TORCH_TRACE=folder``)."""
+    if trace_log.handlers:
+        from .reports.structured import trace_plan  # only then: reports bring pydantic and rich
+
+        trace_plan(plan)
 
 
 def true_elements(program: Program, module: torch.fx.GraphModule, call: Callable[..., object]) -> Callable[..., object]:

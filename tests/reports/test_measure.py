@@ -46,7 +46,7 @@ def test_wrong():
 def test_the_marker(tmp_path: Path) -> None:
     (tmp_path / "test_marked.py").write_text(MARKED)
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "pytest", "-p", "memplan.reports.pytest_plugin", "--strict-markers", "-v"]
+    command = [sys.executable, "-m", "pytest", "--strict-markers", "-v"]
     command += ["-p", "no:cacheprovider", f"--rootdir={tmp_path}", "-o", f"pythonpath={root}", str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     out = done.stdout
