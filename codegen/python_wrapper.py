@@ -18,6 +18,7 @@ from ..ir.program import (
     Argument,
     Buffer,
     BufferKind,
+    Collective,
     Contract,
     Copy,
     Extern,
@@ -29,6 +30,7 @@ from ..ir.program import (
     TensorInput,
     Tuple,
     View,
+    Wait,
 )
 from .printers import pexpr
 from .wrapper_lines import (
@@ -249,7 +251,7 @@ class _Printer:
         self.line(f"{target}.copy_({source})")
 
     def extern(self, op: Extern) -> None:
-        args = [self.argument(a) for a in op.args]
+        args = [self.argument(a) for a in (op.args[:1] if isinstance(op, Wait) else op.args)]
         args += [f"{k}={self.argument(a)}" for k, a in op.kwargs]
         name = self.operator(op.target)
         if op.contract is Contract.OUT:
@@ -270,7 +272,14 @@ class _Printer:
         mutated = set(op.mutates)
         fresh = [(k, v) for k, v in enumerate(op.results) if v is not None and v.buffer not in mutated]
         # torch's own operators return allocations of their own; others may return a slice that starts anywhere
-        laid_out = "laid_out" if op.target.startswith(("aten.", "prims.", "memplan.")) else "laid_out_aligned"
+        # and nothing may copy what is still in flight
+        laid_out = (
+            "in_flight"
+            if isinstance(op, Collective)
+            else "laid_out"
+            if op.target.startswith(("aten.", "prims.", "memplan."))
+            else "laid_out_aligned"
+        )
         if not fresh and not op.symbols:
             self.line(call)
             return

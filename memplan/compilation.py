@@ -106,10 +106,6 @@ def plan_program(program: Program, config: Config, kept: Kept = NOTHING_KEPT) ->
         if after is not before:
             stages.append((name, _unplanned_peak(after, {})))
 
-    if _communicates(program):
-        # A collective in flight reads and writes its buffers until its wait, which returns its own argument: lifetimes
-        # show neither yet. The process group keeps allocations of their own alive, but not places in a pool.
-        config = replace(config, disable=(*config.disable, "inplace", "pools"))
     program = run_pipeline(program, config, verify_program, on_pass, passes=(Lowering(config, kept), *PASSES[1:]))
     libraries = planner_libraries()
     order: tuple[str, ...] = tuple(op.name for op in program.operations)
@@ -141,12 +137,6 @@ def plan_program(program: Program, config: Config, kept: Kept = NOTHING_KEPT) ->
     if config.verify:
         verify_plan(plan, check_program=False)
     return Planned(plan, tuple(stages))
-
-
-def _communicates(program: Program) -> bool:
-    """Whether other processes may read or write buffers of the program while it runs."""
-    namespaces = ("_c10d_functional.", "_c10d_functional_autograd.", "c10d.", "symm_mem.")
-    return any(isinstance(op, Extern) and op.target.startswith(namespaces) for op in program.operations)
 
 
 def _unplanned_peak(program: Program, in_place: Mapping[str, str], order: Sequence[str] | None = None) -> int:

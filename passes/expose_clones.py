@@ -50,6 +50,7 @@ _CHANGED_FIRST: dict[str, str] = {
     "aten.masked_fill.Tensor": "aten.masked_fill_.Tensor",
     "aten.put.default": "aten.put_.default",
     "_c10d_functional.all_reduce.default": "_c10d_functional.all_reduce_.default",
+    "_c10d_functional.broadcast.default": "_c10d_functional.broadcast_.default",
 }
 
 #: ATen calls over lists, each result one element of the first list changed.
@@ -92,6 +93,8 @@ def _exposed(op: Extern, program: Program, callables: dict[str, object]) -> list
         return _changed_first(op)
     namespace, _, rest = op.target.partition(".")
     name, _, overload = rest.partition(".")
+    if namespace == "_c10d_functional" and name == "all_reduce_coalesced":
+        return _changed_list(op, f"_c10d_functional.all_reduce_coalesced_.{overload}")
     if namespace == "aten" and name in _CHANGED_LIST:
         return _changed_list(op, f"aten.{name}_.{overload}")
     call = program.callables.get(op.target.removeprefix("callable:")) if op.target.startswith("callable:") else None

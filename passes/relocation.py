@@ -14,7 +14,7 @@ import sympy
 
 from ..ir.index import FloorDiv, Mod, Ranges, expand, flat_index, invert, ranges_of, simplify
 from ..ir.loops import Cast, Kernel, Load, Size, Store, StoreMode, value_references
-from ..ir.program import Argument, Copy, Extern, KernelOp, Operation, Tuple, View
+from ..ir.program import Argument, Collective, Copy, Extern, KernelOp, Operation, Tuple, View, argument_views
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,8 @@ class Relocation:
                 lost = any(r is None and v is not None for r, v in zip(results, op.results, strict=True))
                 if args is None or values is None or lost:
                     return None
+                if isinstance(op, Collective) and not self._keeps_strides(op):
+                    return None  # libraries take contiguous tensors
                 kwargs = tuple((k, v) for (k, _), v in zip(op.kwargs, values, strict=True))
                 return replace(op, args=args, kwargs=kwargs, results=results, mutates=mutates)
 
@@ -224,6 +226,11 @@ class Relocation:
                 store = replace(store, buffer=self.target, index=index)
             stores.append(store)
         return Kernel(kernel.outer, kernel.row, tuple(nodes), tuple(stores))
+
+    def _keeps_strides(self, op: Extern) -> bool:
+        views = [*argument_views((*op.args, *(a for _, a in op.kwargs))), *(v for v in op.results if v is not None)]
+        moved = [(v, self.view(v)) for v in views if v.buffer == self.source]
+        return all(new is not None and new.strides == old.strides for old, new in moved)
 
     def _maybe(self, view: View) -> View | None:
         return self.view(view) if view.buffer == self.source else view

@@ -21,12 +21,12 @@ FOLDERS = {
 }
 #: The order of `ir`'s files: each may import those of earlier ranks, and its own.
 RANKS = (
-    {"errors", "config"},
+    {"errors", "config", "communication"},
     {"loops"},
     {"index"},
     {"program", "canonical"},
     {"plan"},
-    {"verify", "verify_access", "verify_kernel", "verify_plan", "printing"},
+    {"verify", "verify_access", "verify_kernel", "verify_plan", "verify_communication", "printing"},
 )
 #: Names that say nothing of what is in a file.
 GENERIC = {"utils", "helpers", "misc", "common"}

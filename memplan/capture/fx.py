@@ -15,6 +15,7 @@ import torch
 import torch.fx
 from torch.utils import _pytree as pytree
 
+from ..ir.communication import is_wait
 from ..ir.errors import UnsupportedError
 from ..ir.loops import Size
 from ..ir.program import (
@@ -38,6 +39,7 @@ from ..ir.program import (
     Tuple,
     View,
 )
+from . import communication
 from .origin import operator_name, origin_of
 from .random_state import fill_random_values
 from .sizes import convert, extent, size_of, sizes_of
@@ -117,7 +119,7 @@ class _Capture:
             name,
             self.phase,
             self.buffers,
-            tuple(self.operations),
+            communication.joined(self.operations),
             tuple(self.inputs),
             tuple(self.outputs),
             self.hints,
@@ -222,6 +224,9 @@ class _Capture:
             self.values[node] = Literal(None)
             if name.startswith(("aten._assert_scalar", "aten._assert_async")) is False:
                 return
+        if is_wait(name):
+            self.wait(node)
+            return
         value = node.meta.get("val")
         aliased = _view_of(target)
         if aliased is not None and name not in _LAZY_BITS:
@@ -248,6 +253,13 @@ class _Capture:
         origins = (origin_of(node),)
         self.operations.append(Copy(node.name, source, target, device, origins, mutates=(target.buffer,)))
         self.values[node] = target
+
+    def wait(self, node: torch.fx.Node) -> None:
+        view = self.argument(node.args[0])
+        assert isinstance(view, View)
+        device = self.buffers[view.buffer].device
+        self.operations.append(communication.wait_for(view, node.name, device, (origin_of(node),)))
+        self.values[node] = view
 
     def extern(self, node: torch.fx.Node, name: str, target: torch._ops.OpOverload) -> None:
         args = tuple(self.argument(a) for a in node.args)
@@ -342,12 +354,11 @@ class _Capture:
         else:
             contract = Contract.DYNAMIC if symbols else Contract.FRESH
         device = next((self.buffers[r.buffer].device for r in results if r is not None), None) or self.device_of(args)
-        self.operations.append(
-            Extern(
-                node.name, target, args, kwargs, tuple(results), contract, device, (origin,), mutates,
-                symbols=symbols, effect=effect,
-            )
+        call = Extern(
+            node.name, target, args, kwargs, tuple(results), contract, device, (origin,), mutates,
+            symbols=symbols, effect=effect,
         )  # fmt: skip
+        self.operations.extend(communication.started(call, self.buffers))
         self.values[node] = pytree.tree_unflatten(held, spec)
 
     def device_of(self, args: tuple[Argument, ...]) -> str:
@@ -525,7 +536,7 @@ def _view_of(target: torch._ops.OpOverload) -> int | None:
 
 
 def _is_effect(name: str) -> bool:
-    return name.startswith(("aten._assert", "_c10d_functional.", "c10d."))
+    return name.startswith(("aten._assert", "_c10d_functional.", "_c10d_functional_autograd.", "_dtensor.", "c10d."))
 
 
 def _accessor(step: object) -> str:

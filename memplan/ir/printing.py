@@ -11,6 +11,7 @@ from typing import assert_never
 import sympy
 import torch
 
+from .communication import Memory
 from .loops import (
     Call,
     Cast,
@@ -32,6 +33,7 @@ from .plan import External, InPlaceOf, InPool, Own, Placement, Plan
 from .program import (
     Argument,
     Buffer,
+    Collective,
     Copy,
     Extern,
     KernelOp,
@@ -47,6 +49,7 @@ from .program import (
     TensorInput,
     Tuple,
     View,
+    Wait,
     evaluate,
 )
 
@@ -206,7 +209,7 @@ def format_operation(op: Operation, indent: str = "") -> str:
             arguments = [format_argument(a) for a in op.args]
             arguments += [f"{k}={format_argument(a)}" for k, a in op.kwargs]
             results = ", ".join("_" if v is None else format_view(v) for v in op.results) or "()"
-            lines.append(f"{indent}{op.name}: {op.contract.value} extern on {op.device}{mutates}")
+            lines.append(f"{indent}{op.name}: {op.contract.value} {_called(op)} on {op.device}{mutates}")
             lines.append(f"{indent}  {results} = {op.target}({', '.join(arguments)})")
             if op.scratch != 0:
                 lines.append(f"{indent}  scratch {op.scratch} bytes")
@@ -219,9 +222,17 @@ def format_operation(op: Operation, indent: str = "") -> str:
     return "\n".join(lines)
 
 
+def _called(op: Extern) -> str:
+    if isinstance(op, Collective):
+        return f"collective of group {op.group!r}"
+    return "wait" if isinstance(op, Wait) else "extern"
+
+
 def format_buffer(buffer: Buffer) -> str:
     """One line: name, kind, bytes and where it comes from."""
     flags = (", donated" if buffer.donated else "") + (", zero-filled" if buffer.zero_fill else "")
+    if buffer.memory is not Memory.PLAIN:
+        flags += f", {buffer.memory.value} memory of group {buffer.group!r}"
     origin = format_origin(buffer.origin)
     text = f"{buffer.name}: {buffer.kind.value} {dtype_name(buffer.dtype)}, {_format_size(buffer.nbytes)}, "
     return f"{text}{buffer.device}{flags}" + (f"  # {origin}" if origin else "")

@@ -19,6 +19,7 @@ import networkx as nx
 import sympy
 import torch
 
+from .communication import Memory, collective_form
 from .loops import Kernel, Size
 
 
@@ -60,7 +61,8 @@ class Buffer:
 
     ``kind`` SAVED means: made by the forward program and kept for the backward; OUTPUT: returned to the caller (both
     leave the program alive). In the backward program, what the forward saved is INPUT with ``donated=True`` where it
-    may be freed or overwritten once its last reader has run.
+    may be freed or overwritten once its last reader has run. ``memory``: what kind of memory its collectives want,
+    ``group`` the process group whose symmetric memory that is.
     """
 
     name: str
@@ -72,6 +74,8 @@ class Buffer:
     alignment: int = 64
     donated: bool = False
     zero_fill: bool = False
+    memory: Memory = Memory.PLAIN
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +194,36 @@ class Extern:
             return ()
         found = dict.fromkeys(v.buffer for v in self.results if v is not None)
         return tuple(b for b in found if b not in self.mutates)
+
+
+@dataclass(frozen=True, slots=True)
+class Collective(Extern):
+    """A call that returns while processes of ``group`` still read and write its buffers, until a `Wait`."""
+
+    group: str = ""
+
+    @property
+    def in_flight_results(self) -> tuple[str, ...]:
+        """Buffers that hold nothing defined until the wait."""
+        return tuple(dict.fromkeys((*self.mutates, *(v.buffer for v in self.results if v is not None))))
+
+    @property
+    def in_flight_arguments(self) -> tuple[str, ...]:
+        """Buffers that must keep their contents until the wait."""
+        form = collective_form(self.target)
+        if form is not None and form.copies:
+            return ()
+        results = self.in_flight_results
+        return tuple(b for b in self.reads if b not in results)
+
+
+@dataclass(frozen=True, slots=True)
+class Wait(Extern):
+    """The current stream (on a CPU: the caller) waits for what is in flight to the first argument.
+
+    It changes the first argument's buffer, which only now holds the result. The other arguments are not given to the
+    operator: they are what the collective reads until now.
+    """
 
 
 @dataclass(frozen=True, slots=True)

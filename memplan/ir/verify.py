@@ -36,6 +36,7 @@ from .verify_access import (
     store_region,
     view_region,
 )
+from .verify_communication import check_flights, check_memory
 from .verify_kernel import evaluate_index, verify_kernel
 
 __all__ = ["verify_kernel", "verify_program"]
@@ -103,6 +104,7 @@ class _ProgramCheck:
                 raise self.fail("another operation has the same name", op)
             seen.add(op.name)
             self.check_operation(op)
+        check_flights(self.program.operations, self.fail)
         self.check_outputs()
 
     # -- buffers ----------------------------------------------------------------------------------------------------
@@ -272,6 +274,7 @@ class _ProgramCheck:
                 raise self.fail(f"it runs on {op.device}, and {name!r} is on {device}", op)
 
     def check_extern(self, op: Extern) -> None:
+        check_memory(op, self.program.buffers, self.fail)
         if op.target.startswith("callable:") and op.target.removeprefix("callable:") not in self.program.callables:
             raise self.fail(f"its target {op.target!r} is not among the program's callables", op)
         for name in {v.buffer for v in op.results if v is not None}:

@@ -25,6 +25,7 @@ from .plan import External, InPlaceOf, InPool, Lifetime, Own, Plan, Pool
 from .program import EXTERNAL_KINDS, Buffer, BufferKind, Contract, Copy, Extern, KernelOp, Operation
 from .verify import location, verify_program
 from .verify_access import extern_hazard, in_place_hazard, same_elements
+from .verify_communication import check_flights
 from .verify_kernel import evaluate_index
 
 Values = Mapping[sympy.Symbol, int]
@@ -102,6 +103,7 @@ class _PlanCheck:
             self.check_lifetime(b)
         for op in self.program.operations:
             self.check_uses(op)
+        check_flights((self.program.by_name[name] for name in self.plan.order), self.fail)
         self.check_pools()
         for b in self.program.buffers.values():
             self.check_placement(b)

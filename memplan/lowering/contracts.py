@@ -46,6 +46,12 @@ NATIVE_OUT_CUDA: dict[str, str] = {
     "aten.addmm.dtype": "aten.addmm.dtype_out",
 }
 
+#: collectives that write into a given buffer: what they return is still in flight
+COMMUNICATION_OUT: dict[str, str] = {
+    "_c10d_functional.all_gather_into_tensor.default": "_c10d_functional.all_gather_into_tensor_out.default",
+    "_c10d_functional.reduce_scatter_tensor.default": "_c10d_functional.reduce_scatter_tensor_out.default",
+}
+
 #: views whose schemas do not say so
 UNMARKED_ALIASES = frozenset({"aten._unsafe_view.default", "aten._reshape_alias.default", "aten.lift_fresh.default"})
 
@@ -83,7 +89,7 @@ def contract(target: str, device: str) -> ContractInfo:
     dynamic = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
     if target in UNMARKED_DYNAMIC or dynamic & set(overload.tags):
         return ContractInfo(Contract.DYNAMIC)
-    out = NATIVE_OUT.get(target)
+    out = NATIVE_OUT.get(target) or COMMUNICATION_OUT.get(target)
     if out is None and device.startswith("cpu"):
         out = NATIVE_OUT_CPU.get(target)
     if out is None and device.startswith("cuda"):

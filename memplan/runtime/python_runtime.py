@@ -71,6 +71,23 @@ def laid_out_aligned(tensor: torch.Tensor, sizes: tuple[int, ...], strides: tupl
     return aligned(laid_out(tensor, sizes, strides))
 
 
+def in_flight(tensor: torch.Tensor, sizes: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
+    """What a collective is still writing, which nobody may copy.
+
+    Raises
+    ------
+    RuntimeError
+        If the operator returned another shape or layout than it did when it was traced.
+    """
+    same = all(n <= 1 or a == b for n, a, b in zip(sizes, tensor.stride(), strides, strict=True))
+    if tuple(tensor.shape) != tuple(sizes) or (tensor.numel() and not same) or tensor.data_ptr() % ALIGNMENT:
+        raise RuntimeError(
+            f"a collective returned shape {tuple(tensor.shape)} with strides {tensor.stride()} where {tuple(sizes)} "
+            f"with {tuple(strides)} was traced"
+        )
+    return tensor
+
+
 def poison_tensor(tensor: torch.Tensor) -> None:
     """Overwrite every byte of the tensor's own elements."""
     if tensor.numel() == 0:
@@ -114,6 +131,7 @@ def namespace(
         "reinterpret": _reinterpret_tensor,
         "reinterpret_as": reinterpret_as,
         "aligned": aligned,
+        "in_flight": in_flight,
         "laid_out": laid_out,
         "laid_out_aligned": laid_out_aligned,
         "poison_tensor": poison_tensor,

@@ -1,4 +1,4 @@
-"""Programs with collectives: their buffers are allocations of their own, neither reused in place nor put in a pool."""
+"""Programs with collectives in a group of one: what is in flight keeps its place until the wait."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
 import memplan
-from memplan.ir.plan import InPlaceOf
+from memplan.ir.program import Collective, Wait
 from tests.tolerances import assert_near
 
 
@@ -27,15 +27,18 @@ def reduced(x: Tensor, w: Tensor) -> Tensor:
     return torch.softmax(out + later, -1) @ w.t()
 
 
-def test_buffers_of_collectives_are_not_shared(group) -> None:
+def test_a_buffer_in_flight_lives_until_the_wait(group) -> None:
     torch._dynamo.reset()
     x, w = torch.randn(64, 32), torch.randn(32, 48)
     with memplan.record() as recording, torch.no_grad():
         found = torch.compile(reduced, backend="memplan")(x, w)
     assert_near(found, reduced(x, w), "result")
-    plans = [g.plan for g in recording.graphs]
-    assert plans
-    for plan in plans:
-        assert any("all_reduce" in op.name for op in plan.program.operations)
-        assert not plan.pools
-        assert not any(isinstance(p, InPlaceOf) for p in plan.placements.values())
+    (graph,) = recording.graphs
+    program = graph.plan.program
+    started = next(op for op in program.operations if isinstance(op, Collective))
+    waited = next(op for op in program.operations if isinstance(op, Wait))
+    assert started.target == "_c10d_functional.all_reduce_.default"  # in place: nothing reads the value before
+    steps = {name: k for k, name in enumerate(graph.plan.order)}
+    for name in started.in_flight_results:
+        life = graph.plan.lifetimes[name]
+        assert life.start <= steps[started.name] < steps[waited.name] < life.stop

@@ -1,0 +1,106 @@
+"""Words and facts about communication: which calls start it, what is in flight meanwhile, which memory it wants.
+
+A collective is *in flight* from its call until a wait on one of its results. Meanwhile other processes (or a stream
+of the library's own) read and write its buffers, whatever this process's steps do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Memory(Enum):
+    """Where the bytes of a buffer have to come from, beside what kind of buffer it is."""
+
+    PLAIN = "plain"  # any allocation of its device
+    REGISTERED = "registered"  # an allocation that the communication library knows
+    SYMMETRIC = "symmetric"  # the same allocation and offset on every rank of a group, which its peers read and write
+
+
+@dataclass(frozen=True, slots=True)
+class CollectiveForm:
+    """A call that starts a collective.
+
+    Attributes
+    ----------
+    kind:
+        What it does, for people and for comparing: ``"all_reduce"``.
+    copies:
+        Whether it works on copies of its arguments that it makes itself: they are free when it returns.
+    uneven:
+        Whether ranks may rightly give and take different numbers of elements.
+    """
+
+    kind: str
+    copies: bool = False
+    uneven: bool = False
+
+
+_GATHER = CollectiveForm("all_gather")
+_SCATTER = CollectiveForm("reduce_scatter")
+#: by the operator's name without namespace and overload
+_FORMS: Mapping[str, CollectiveForm] = {
+    "all_reduce": CollectiveForm("all_reduce", copies=True),
+    "all_reduce_": CollectiveForm("all_reduce"),
+    "all_reduce_coalesced": CollectiveForm("all_reduce", copies=True),
+    "all_reduce_coalesced_": CollectiveForm("all_reduce"),
+    "all_gather_into_tensor": _GATHER,
+    "all_gather_into_tensor_out": _GATHER,
+    "all_gather_into_tensor_coalesced": _GATHER,
+    "reduce_scatter_tensor": _SCATTER,
+    "reduce_scatter_tensor_out": _SCATTER,
+    "reduce_scatter_tensor_coalesced": _SCATTER,
+    "all_to_all_single": CollectiveForm("all_to_all", uneven=True),
+    "broadcast": CollectiveForm("broadcast", copies=True),
+    "broadcast_": CollectiveForm("broadcast"),
+    "shard_dim_alltoall": CollectiveForm("all_to_all"),
+    "isend": CollectiveForm("send", uneven=True),
+    "irecv": CollectiveForm("receive", uneven=True),
+    "batch_p2p_ops": CollectiveForm("send and receive", uneven=True),
+}
+_NAMESPACES = ("_c10d_functional", "_c10d_functional_autograd", "_dtensor")
+
+
+def collective_form(target: str) -> CollectiveForm | None:
+    """What an operator (``namespace.name.overload``) starts, or None if it is no collective that returns at once."""
+    namespace, _, rest = target.partition(".")
+    return _FORMS.get(rest.partition(".")[0]) if namespace in _NAMESPACES else None
+
+
+def is_wait(target: str) -> bool:
+    """Whether an operator waits for what is in flight to its argument, and returns the argument itself."""
+    return target.startswith(("_c10d_functional.wait_tensor.", "_c10d_functional_autograd.wait_tensor."))
+
+
+@dataclass(frozen=True, slots=True)
+class SymmetricForm:
+    """An operation on symmetric memory that runs whole on the current stream: nothing is in flight after it.
+
+    Attributes
+    ----------
+    argument:
+        Position of the argument that must lie in symmetric memory.
+    barrier_before:
+        No rank touches a peer's memory before every rank has reached the call on its stream: what was written before
+        it is what the peers read.
+    barrier_after:
+        No rank goes on before every peer has done with its memory: it may be overwritten at once. Without it, only
+        after another operation of the group with ``barrier_before``.
+    """
+
+    kind: str
+    argument: int = 0
+    barrier_before: bool = True
+    barrier_after: bool = True
+
+
+#: Read off torch's ``CUDASymmetricMemoryOps.cu`` (2.5 to 2.13): each kernel synchronises its blocks with the blocks of
+#: the same number on all ranks when it starts and before it ends, and all ranks launch equally many.
+SYMMETRIC_FORMS: Mapping[str, SymmetricForm] = {
+    "symm_mem.one_shot_all_reduce_out.default": SymmetricForm("all_reduce"),
+    "symm_mem.two_shot_all_reduce_.default": SymmetricForm("all_reduce"),
+    "symm_mem.two_shot_all_reduce_out.default": SymmetricForm("all_reduce"),
+    "symm_mem.reduce_scatter_out.default": SymmetricForm("reduce_scatter"),
+}

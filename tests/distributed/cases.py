@@ -1,0 +1,158 @@
+"""What both ranks run: functions with collectives, compiled and as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+from torch import Tensor
+
+import memplan
+from memplan.ir.program import Collective, Wait
+from tests.tolerances import assert_near
+
+WORLD = dist.group.WORLD
+
+
+def all_reduce(x: Tensor, w: Tensor) -> Tensor:
+    h = torch.relu(x @ w)
+    out = collectives.all_reduce(h, "sum", WORLD)
+    later = (x * 2).exp() @ w  # may not be written where the collective still reads
+    return torch.softmax(out + later, -1) @ w.t()
+
+
+def all_reduce_kept(x: Tensor, w: Tensor) -> Tensor:
+    h = torch.relu(x @ w)
+    return collectives.all_reduce(h, "sum", WORLD) * h  # the value before is read afterwards
+
+
+def all_reduce_transposed(x: Tensor, w: Tensor) -> Tensor:
+    return collectives.all_reduce((x @ w).t(), "max", WORLD) @ x
+
+
+def reduce_scatter(x: Tensor, w: Tensor) -> Tensor:
+    h = torch.cos(x @ w)
+    part = collectives.reduce_scatter_tensor(h, "sum", 0, WORLD)
+    return torch.sin(part) + h.sum()
+
+
+def all_gather(x: Tensor, w: Tensor) -> Tensor:
+    h = torch.tanh(x @ w)
+    whole = collectives.all_gather_tensor(h, 0, WORLD)
+    other = torch.tanh(x * 3) @ w
+    return whole.sum(0) + other
+
+
+def gather_scatter(x: Tensor, w: Tensor) -> Tensor:
+    whole = collectives.all_gather_tensor_autograd(torch.tanh(x @ w), 0, WORLD)
+    return collectives.reduce_scatter_tensor_autograd(whole.exp(), "sum", 0, WORLD) * 2
+
+
+def all_to_all(x: Tensor, w: Tensor) -> Tensor:
+    h = x @ w
+    half = h.shape[0] // 2
+    return collectives.all_to_all_single(torch.sin(h), [half, half], [half, half], WORLD).cos()
+
+
+def uneven(x: Tensor, w: Tensor) -> Tensor:
+    n = x.shape[0]
+    sent = [1, n - 1] if dist.get_rank() == 0 else [3, n - 3]
+    taken = [1, 3] if dist.get_rank() == 0 else [n - 1, n - 3]
+    return collectives.all_to_all_single(torch.sin(x @ w), taken, sent, WORLD).sum(0)
+
+
+def broadcast(x: Tensor, w: Tensor) -> Tensor:
+    h = x @ w
+    return collectives.broadcast(h, 1, WORLD) * 2 - x.sum()
+
+
+def coalesced(x: Tensor, w: Tensor) -> Tensor:
+    a, b = torch.sin(x), x @ w
+    a, b = collectives.all_reduce_coalesced([a, b], "sum", WORLD)
+    c, d = collectives.all_gather_into_tensor_coalesced([a, b], WORLD)
+    e, f = collectives.reduce_scatter_tensor_coalesced([c.exp(), d * 2], "sum", [0, 0], WORLD)
+    return e.sum() + f * a.sum()
+
+
+def hand_written(x: Tensor, w: Tensor) -> Tensor:
+    """In-place calls of torch.distributed, as Dynamo rewrites them."""
+    h = x @ w
+    dist.all_reduce(h)
+    whole = torch.empty(2 * h.shape[0], h.shape[1])
+    dist.all_gather_into_tensor(whole, h)
+    part = torch.empty_like(h)
+    dist.reduce_scatter_tensor(part, whole * 2)
+    other = torch.empty_like(h)
+    dist.all_to_all_single(other, part)
+    return other + h
+
+
+def changes_input(x: Tensor, w: Tensor) -> Tensor:
+    dist.all_reduce(x)
+    return x @ w
+
+
+FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    f.__name__: f
+    for f in (
+        all_reduce,
+        all_reduce_kept,
+        all_reduce_transposed,
+        reduce_scatter,
+        all_gather,
+        gather_scatter,
+        all_to_all,
+        uneven,
+        broadcast,
+        coalesced,
+        hand_written,
+        changes_input,
+    )
+}
+#: eager autograd has no formula for the other calls
+WITH_BACKWARD = ("gather_scatter",)
+
+
+def inputs(requires_grad: bool = False) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(dist.get_rank())
+    x = torch.randn(8, 6)
+    torch.manual_seed(7)
+    return x.requires_grad_(requires_grad), torch.randn(6, 6).requires_grad_(requires_grad)
+
+
+def form(name: str, options: dict[str, object]) -> tuple[int, int]:
+    """Compare with eager; the numbers of collectives and of waits that were planned."""
+    function = FORMS[name]
+    want_x, want_w = inputs()
+    x, w = inputs()
+    with torch.no_grad():
+        want = function(want_x, want_w)
+        want = want.wait() if isinstance(want, collectives.AsyncCollectiveTensor) else want
+        with memplan.record() as recording:
+            compiled = torch.compile(function, backend="memplan", fullgraph=True, options=options)
+            found = compiled(x, w)
+    assert_near(found, want, name)
+    assert_near(x, want_x, f"{name}: what it leaves in its input")
+    with torch.no_grad():
+        x, w = inputs()
+        assert_near(compiled(x, w), want, f"{name}: the second call")
+    (graph,) = recording.graphs
+    operations = graph.plan.program.operations
+    return sum(isinstance(op, Collective) for op in operations), sum(isinstance(op, Wait) for op in operations)
+
+
+def backward(name: str, options: dict[str, object]) -> None:
+    """Gradients, compared with eager's."""
+    function = FORMS[name]
+    results = []
+    for run in (function, torch.compile(function, backend="memplan", options=options)):
+        x, w = inputs(requires_grad=True)
+        out = run(x, w)
+        out.square().sum().backward()
+        results.append((out.detach(), x.grad, w.grad))
+    for found, want in zip(results[1], results[0], strict=True):
+        assert found is not None
+        assert want is not None
+        assert_near(found, want, name)
