@@ -1,18 +1,44 @@
 // Launching kernels of a GPU, in a C++ wrapper: straight to the driver, whose library the loader opens.
 #pragma once
-static int32_t (*cuLaunchKernel)(void*, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, void*, void**,
-                                 void**);
-static int32_t (*aoti_torch_get_current_cuda_stream)(int32_t, void**);
+#define MP_CUDA(X) \
+    X(cuLaunchKernel, (void*, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, void*, void**, void**)) \
+    X(cuGetErrorString, (int32_t, const char**)) \
+    X(cuCtxGetCurrent, (void**)) \
+    X(cuCtxPushCurrent_v2, (void*)) \
+    X(cuCtxPopCurrent_v2, (void**)) \
+    X(aoti_torch_get_current_cuda_stream, (int32_t, void**))
+MP_CUDA(MP_DECLARE)
 
 namespace mp {
 
+static int32_t driver_failed(Call& call, const char* where, int32_t status) {
+    call.failed = where;
+    if (cuGetErrorString(status, &call.reason)) call.reason = "the driver has no text for its error";
+    return 1;
+}
+
 // `values`: pointers and sizes, all eight bytes wide, then room for two pointers to scratch memory, which are null.
-template <int count> static inline int32_t launch(const Kernel& kernel, int64_t grid, void* stream, uint64_t (&values)[count]) {
+template <int count>
+static inline int32_t launch(Call& call, void* context, const Kernel& kernel, const char* name, int64_t grid, void* stream,
+                             uint64_t (&values)[count]) {
     if (grid <= 0) return 0;
+    if (__builtin_expect(grid > 0x7fffffff, 0)) {
+        call.reason = "its grid has more than 2147483647 program instances";
+        return call.failed = name, 1;
+    }
     void* parameters[count];
     for (int i = 0; i < count; ++i) parameters[i] = &values[i];
-    return cuLaunchKernel(kernel.function, uint32_t(grid), 1, 1, uint32_t(kernel.threads), 1, 1, uint32_t(kernel.shared),
-                          stream, parameters, nullptr);
+    // another GPU than the current one, or a thread that has no context yet because it has not used a GPU before
+    const bool elsewhere = context != kernel.context;
+    int32_t status = elsewhere ? cuCtxPushCurrent_v2(kernel.context) : 0;
+    if (__builtin_expect(status != 0, 0)) return driver_failed(call, name, status);
+    status = cuLaunchKernel(kernel.function, uint32_t(grid), 1, 1, uint32_t(kernel.threads), 1, 1, uint32_t(kernel.shared),
+                            stream, parameters, nullptr);
+    if (elsewhere) cuCtxPopCurrent_v2(&context);
+    return __builtin_expect(status != 0, 0) ? driver_failed(call, name, status) : 0;
 }
 
 }  // namespace mp
+
+#define MP_LAUNCH(index, name, grid, stream, values) \
+    MP_HOST(mp::launch(*f.call, f.context, kernels[index], name, grid, stream, values))

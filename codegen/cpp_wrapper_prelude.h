@@ -50,11 +50,13 @@ struct Host {
     void (*release)(Call*, int32_t input);
 };
 
-// A kernel of the CPU is its function alone; block sizes are known after tuning only.
+// A kernel of the CPU is its function alone. What tuning decides stands here and not in the text: `grid` where it depends
+// on no size, else block sizes to divide by.
 struct Kernel {
     void* function;
-    int64_t threads, shared;
+    int64_t threads, shared, grid;
     int64_t blocks[3];
+    void* context;  // of the GPU that it was loaded onto
 };
 
 struct Call {
@@ -66,6 +68,8 @@ struct Call {
     AtenTensorHandle* outputs;
     int64_t* numbers_out;
     const char* failed;  // what of torch's interface or of the driver did not work
+    const char* reason;  // why, where it is known
+    int32_t step;        // of the plan, that runs
 };
 
 namespace mp {

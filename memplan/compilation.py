@@ -211,7 +211,7 @@ def _compile(program: Program, config: Config, kept: Kept) -> CompiledProgram:
     planned = plan_program(program, config, kept)
     plan = planned.plan
     found = kernel_sets.collect(plan.program)
-    callables, kernel_source = kernel_sets.build(found, plan.program, config)
+    built = kernel_sets.build(found, plan.program, config)
     arguments = {n: (a.source, a.buffers, a.symbols) for n, a in found.arguments.items()}
     lines = wrapper_lines(plan, arguments, {n: a.offsets for n, a in found.arguments.items()})
     wrapper = print_python(lines, poison=config.poison)
@@ -219,8 +219,8 @@ def _compile(program: Program, config: Config, kept: Kept) -> CompiledProgram:
         folder = Path(config.dump)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{program.name}.py").write_text(wrapper.source)
-        (folder / f"{program.name}.kernels.txt").write_text(kernel_source)
-    names = namespace(wrapper.operators, plan.program.callables, plan.program.constants, callables)
+        (folder / f"{program.name}.kernels.txt").write_text(built.source)
+    names = namespace(wrapper.operators, plan.program.callables, plan.program.constants, built.callables)
     filename = f"<memplan {program.name}>"
     exec(compile(wrapper.source, filename, "exec"), names)
 
@@ -231,7 +231,7 @@ def _compile(program: Program, config: Config, kept: Kept) -> CompiledProgram:
         return explain_oom(plan, step, requested=requested, alternatives=others)
 
     if config.wrapper == "cpp":
-        wrapped = wrap_in_cpp(lines, callables, config)
+        wrapped = wrap_in_cpp(lines, built, config)
         if config.dump:
             (Path(config.dump) / f"{program.name}.wrapper.cpp").write_text(wrapped.source)
         call = explained(wrapped.call, plan, filename, (), explain)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 from .codegen.cpp_wrapper import CPP_WRAPPER_FLAGS, print_cpp
-from .codegen.wrapper_lines import Launch, WrapperProgram
+from .codegen.wrapper_lines import WrapperProgram
 from .ir.config import Config
-from .ir.errors import UnsupportedError
+from .kernels import BuiltKernels
 from .runtime.cache import Cache
 from .runtime.cpp_wrapper import KernelRow, build_wrapper, load_wrapper
 
@@ -23,13 +23,8 @@ class WrappedInCpp:
     source: str
 
 
-def wrap_in_cpp(lines: WrapperProgram, callables: Mapping[str, Callable[..., object]], config: Config) -> WrappedInCpp:
+def wrap_in_cpp(lines: WrapperProgram, kernels: BuiltKernels, config: Config) -> WrappedInCpp:
     """The program as a library of its own, called through the native host.
-
-    Parameters
-    ----------
-    callables:
-        The built kernels of the CPU, as `memplan.runtime.cpp_launch` gives them.
 
     Raises
     ------
@@ -38,26 +33,24 @@ def wrap_in_cpp(lines: WrapperProgram, callables: Mapping[str, Callable[..., obj
     CompilerError, CacheError
         If the library cannot be built.
     """
-    for line in lines.lines:
-        if isinstance(line, Launch) and line.device != "cpu":
-            raise UnsupportedError(
-                f"wrapper='cpp' does not launch kernels on {line.device} yet; use 'auto' or 'python'", where=line.kernel
-            )
-    printed = print_cpp(lines, poison=config.poison)
+    printed = print_cpp(lines, kernels.emitted, poison=config.poison)
     cache = Cache(config.cache_dir) if config.cache_dir else Cache()
     path = build_wrapper(printed, lines.name, CPP_WRAPPER_FLAGS, cache)
     program = lines.plan.program
     call = load_wrapper(
         printed,
         path,
-        {name: partial(_cpu_row, function) for name, function in callables.items()},
+        {
+            name: kernels.launchers[name].row if name in kernels.launchers else partial(_cpu_row, function)
+            for name, function in kernels.callables.items()
+        },
         callables=program.callables,
         constants=program.constants,
-        python_kernels=callables,
+        python_kernels=kernels.callables,
         cache=cache,
     )
     return WrappedInCpp(call, printed.source)
 
 
 def _cpu_row(function: Callable[..., object]) -> KernelRow:
-    return (ctypes.cast(function, ctypes.c_void_p).value or 0, 0, 0, 0, 0, 0)  # type: ignore[arg-type]
+    return (ctypes.cast(function, ctypes.c_void_p).value or 0, 0, 0, 0, 0, 0, 0, 0)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import sympy
@@ -47,7 +47,7 @@ class KernelSet:
     """All kernels of a program: for each operation its arguments, for each source its canonical kernel."""
 
     arguments: Mapping[str, KernelArguments]
-    sources: Mapping[str, tuple[str, CanonicalKernel]]  # name -> (device type, kernel)
+    sources: Mapping[str, tuple[str, CanonicalKernel]]  # name -> (device, kernel)
     #: operations that run each source, for messages
     users: Mapping[str, tuple[KernelOp, ...]]
 
@@ -62,11 +62,10 @@ def collect(program: Program) -> KernelSet:
         if not isinstance(op, KernelOp):
             continue
         canonical = hoist_offsets(canonicalize(op.kernel))
-        device = op.device.partition(":")[0]
-        key = (device, canonical.kernel)
+        key = (op.device, canonical.kernel)  # a kernel is loaded onto one GPU
         if key not in names:
             names[key] = f"k{len(names)}_{_describe(op)}"
-            sources[names[key]] = (device, canonical)
+            sources[names[key]] = (op.device, canonical)
         name = names[key]
         arguments[op.name] = KernelArguments(name, canonical.buffers, canonical.symbols, canonical.offsets)
         users.setdefault(name, []).append(op)
@@ -156,44 +155,77 @@ def _cpp_build_failures(
     return failures or (Failure(tuple(u for n, _ in mine for u in kernels.users[n]), error),)
 
 
-def build_cuda(kernels: KernelSet, program: Program, config: Config) -> tuple[Callables, str]:
-    """Build the GPU kernels and make launchers; returns them and their sources.
+@dataclass(frozen=True)
+class BuiltKernels:
+    """Kernels ready to run.
+
+    Attributes
+    ----------
+    callables:
+        For the Python wrapper: functions of addresses and sizes, after the stream where they run on a GPU.
+    launchers:
+        For the C++ wrapper: what is launched on a GPU, loaded when it is asked for its row.
+    emitted:
+        GPU kernels as they were printed.
+    source:
+        The text of all of them.
+    """
+
+    callables: Callables
+    source: str
+    launchers: Mapping[str, Launcher] = field(default_factory=dict)
+    emitted: Mapping[str, TritonKernel] = field(default_factory=dict)
+
+
+def build_cuda(kernels: KernelSet, program: Program, config: Config) -> BuiltKernels:
+    """Build the GPU kernels and make launchers.
 
     Raises
     ------
     KernelBuildError
         If kernels cannot be emitted, or Triton refuses them.
     """
-    mine = [(n, k) for n, (device, k) in kernels.sources.items() if device == "cuda"]
+    mine = [(n, d, k) for n, (d, k) in kernels.sources.items() if d.startswith("cuda")]
     if not mine:
-        return {}, ""
+        return BuiltKernels({}, "")
     hints, deterministic = program.hints, torch.are_deterministic_algorithms_enabled()
     failures: list[Failure] = []
-    found: list[TritonKernel] = []
-    for name, kernel in mine:
+    emitted: dict[str, TritonKernel] = {}
+    for name, _, kernel in mine:
         try:
-            found.append(emit_triton(kernel, name=name, hints=hints, deterministic=deterministic))
+            emitted[name] = emit_triton(kernel, name=name, hints=hints, deterministic=deterministic)
         except _EMITTER_ERRORS as error:
             failures.append(Failure(kernels.users[name], error))
-    target = Target.current()
-    launchers: dict[str, Callable[..., object]] = {}
-    for emitted, built in zip(found, compile_builds([Build.of(k, k.configs[0]) for k in found], target), strict=True):
+    builds = [Build.of(k, k.configs[0]) for k in emitted.values()]
+    launchers: dict[str, Launcher] = {}
+    for (name, found), built in zip(emitted.items(), compile_builds(builds, Target.current()), strict=True):
         if isinstance(built, CompilerError):
-            failures.append(Failure(kernels.users[emitted.name], built))
+            failures.append(Failure(kernels.users[name], built))
             continue
-        launcher = make_launcher(emitted, built)
-        if emitted.index_limit:
-            canonical = kernels.sources[emitted.name][1]
-            launchers[emitted.name] = _widening(launcher, canonical, emitted.name, hints, deterministic)
-        else:
-            launchers[emitted.name] = launcher
+        launchers[name] = make_launcher(found, built, _index(kernels.sources[name][0]))
     if failures:
         raise KernelBuildError(tuple(failures))
-    return launchers, "\n".join(k.source for k in found)
+    callables: dict[str, Callable[..., object]] = {}
+    for name, launcher in launchers.items():
+        if emitted[name].index_limit:
+            launcher.load()
+            callables[name] = _widening(launcher, *kernels.sources[name], name, hints, deterministic)
+        else:
+            callables[name] = launcher.bound()  # loaded now: not while somebody records a CUDA graph
+    return BuiltKernels(callables, "\n".join(k.source for k in emitted.values()), launchers, emitted)
+
+
+def _index(device: str) -> int:
+    return int(device.partition(":")[2] or 0)
 
 
 def _widening(
-    narrow: Launcher, kernel: CanonicalKernel, name: str, hints: Mapping[sympy.Symbol, int], deterministic: bool
+    narrow: Launcher,
+    device: str,
+    kernel: CanonicalKernel,
+    name: str,
+    hints: Mapping[sympy.Symbol, int],
+    deterministic: bool,
 ) -> Callable[..., None]:
     """A launcher of a kernel that counts in 32 bits, until sizes come for which it has to be built to count in 64."""
 
@@ -203,7 +235,7 @@ def _widening(
         built = compile_builds([Build.of(emitted, emitted.configs[0])], Target.current())[0]
         if isinstance(built, CompilerError):
             raise built
-        return make_launcher(emitted, built)
+        return make_launcher(emitted, built, _index(device))
 
     def launch(stream: int, *arguments: int) -> None:
         try:
@@ -214,8 +246,8 @@ def _widening(
     return launch
 
 
-def build(kernels: KernelSet, program: Program, config: Config) -> tuple[dict[str, Callable[..., object]], str]:
-    """All kernels of the program as callables, and their source text."""
+def build(kernels: KernelSet, program: Program, config: Config) -> BuiltKernels:
+    """All kernels of the program."""
     cpu, cpp_source = build_cpu(kernels, program, config)
-    cuda, triton_source = build_cuda(kernels, program, config)
-    return {**cpu, **cuda}, cpp_source + triton_source
+    cuda = build_cuda(kernels, program, config)
+    return replace(cuda, callables={**cpu, **cuda.callables}, source=cpp_source + cuda.source)

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import sympy
+import torch
 
-from memplan.ir.errors import MemplanError
+from memplan.ir.errors import CompilerError, MemplanError
 from memplan.ir.index import FloorDiv
 from memplan.ir.loops import Size
 
@@ -51,6 +52,10 @@ class Launcher:
         zero nothing is launched.
     pointers:
         How many of the arguments are pointers.
+    blocks:
+        What `row` says a grid is computed from: a block size for each of the grid's axes.
+    device:
+        Index of the GPU that it runs on; None for the one that is current when it is loaded.
 
     Raises
     ------
@@ -58,9 +63,17 @@ class Launcher:
         If the kernel needs global scratch, which nobody would give it.
     """
 
-    __slots__ = ("_fixed", "_grid_of", "_module", "_pointers", "_start", "compiled")
+    __slots__ = ("_blocks", "_device", "_fixed", "_grid_of", "_loaded", "_pointers", "_start", "compiled")
 
-    def __init__(self, compiled: Compiled, grid: int | Callable[..., int], pointers: int) -> None:
+    def __init__(
+        self,
+        compiled: Compiled,
+        grid: int | Callable[..., int],
+        pointers: int,
+        *,
+        blocks: tuple[int, ...] = (),
+        device: int | None = None,
+    ) -> None:
         if compiled.scratch_bytes:
             raise MemplanError(
                 f"{compiled.build.name} needs {compiled.scratch_bytes} bytes of global scratch an instance"
@@ -70,31 +83,64 @@ class Launcher:
         self._fixed = grid if isinstance(grid, int) else 0
         self._grid_of = None if isinstance(grid, int) else grid
         self._start: Callable[..., None] | None = None
-        self._module: object = None
+        self._loaded: tuple[int, int] | None = None  # function, context
+        self._blocks = blocks
+        self._device = device
 
     def load(self) -> None:
-        """Load the cubin onto the current device; the first call does it otherwise."""
+        """Load the cubin onto its GPU; the first call does it otherwise.
+
+        Raises
+        ------
+        RuntimeError
+            If the driver refuses it, with the driver's own text.
+        """
         native = native_launch()
         if native is None:
             self._start = self._through_triton()
             return
-        from triton.runtime import driver
-
-        utils, device = driver.active.utils, driver.active.get_current_device()
-        build, shared = self.compiled.build, self.compiled.shared_bytes
-        entry = self.compiled.handle.name  # type: ignore[attr-defined]
-        # the module has to be kept: unloading it would take the function away
-        self._module, function, *_ = utils.load_binary(entry, self.compiled.cubin, shared, device)
-        threads = 32 * build.num_warps
+        function, context = self.function()
+        threads, shared = self.threads, self.compiled.shared_bytes
         if self._grid_of is None:
-            self._start = native.bind(function, self._fixed, threads, shared)
+            self._start = native.bind(function, context, self._fixed, threads, shared)
         else:
             launch, grid_of, pointers = native.launch, self._grid_of, self._pointers
 
             def start(stream: int, *arguments: int) -> None:
-                launch(function, grid_of(*arguments[pointers:]), threads, shared, stream, *arguments)
+                launch(function, context, grid_of(*arguments[pointers:]), threads, shared, stream, *arguments)
 
             self._start = start
+
+    @property
+    def threads(self) -> int:
+        """Threads of one program instance."""
+        return 32 * self.compiled.build.num_warps
+
+    def function(self) -> tuple[int, int]:
+        """The loaded kernel as the driver knows it: function and context.
+
+        Raises
+        ------
+        CompilerError
+            Where there is no compiler for the module that loads it.
+        RuntimeError
+            If the driver refuses it.
+        """
+        if self._loaded is None:
+            native = native_launch()
+            if native is None:
+                raise CompilerError("kernels cannot be loaded through the driver without a C++ compiler")
+            device = torch.cuda.current_device() if self._device is None else self._device
+            entry = self.compiled.handle.name  # type: ignore[attr-defined]
+            self._loaded = native.load(self.compiled.cubin, entry, self.compiled.shared_bytes, device)
+        return self._loaded
+
+    def row(self) -> tuple[int, int, int, int, int, int, int, int]:
+        """What a C++ wrapper has to know: function, threads, bytes of shared memory, grid (zero where it depends on
+        sizes), three block sizes, context."""
+        function, context = self.function()
+        first, second, third, *_ = (*self._blocks, 0, 0, 0)
+        return (function, self.threads, self.compiled.shared_bytes, self._fixed, first, second, third, context)
 
     def _through_triton(self) -> Callable[..., None]:
         """The handle's own launcher, where there is no native one."""
@@ -123,16 +169,16 @@ class Launcher:
         self._start(stream, *arguments)  # type: ignore[misc]
 
 
-def make_launcher(kernel: GridKernel, compiled: Compiled) -> Launcher:
-    """The launcher of an emitted kernel in the configuration that it was built in."""
+def make_launcher(kernel: GridKernel, compiled: Compiled, device: int | None = None) -> Launcher:
+    """The launcher of an emitted kernel in the configuration that it was built in; ``device`` as `Launcher` has it."""
     blocks = dict(compiled.build.blocks)
     grid: sympy.Expr = sympy.Integer(1)
     for numel, block in kernel.axes:
         grid = grid * _ceiling(numel, blocks[block])
     pointers = len(kernel.arguments) - len(kernel.symbols)
-    if grid.is_Integer:
-        return Launcher(compiled, int(grid), pointers)
-    return Launcher(compiled, _function(grid, kernel.symbols, kernel.index_limit, compiled.build.name), pointers)
+    sizes = tuple(blocks[block] for _, block in kernel.axes)
+    count = int(grid) if grid.is_Integer else _function(grid, kernel.symbols, kernel.index_limit, compiled.build.name)
+    return Launcher(compiled, count, pointers, blocks=sizes, device=device)
 
 
 def _ceiling(numel: Size, block: int) -> sympy.Expr:
@@ -172,8 +218,6 @@ def tune(
     stream:
         The current stream, on which everything runs.
     """
-    import torch
-
     arguments = tuple(make_arguments())
     times: list[float] = []
     for launcher in candidates:

@@ -91,6 +91,21 @@ int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, 
   return status;
 }
 int cuGetErrorString(int, const char** text) { *text = "too bad"; return 0; }
+void* current = (void*)6;
+int cuInit(unsigned) { return 0; }
+int cuDeviceGet(int* device, int index) { *device = index; return 0; }
+int cuDeviceGetAttribute(int* value, int, int) { *value = 100000; return 0; }
+int cuDevicePrimaryCtxRetain(void** context, int) { *context = (void*)6; return 0; }
+int cuCtxGetCurrent(void** context) { *context = current; return 0; }
+int cuCtxPushCurrent_v2(void* context) { record[14] = (uint64_t)context; return 0; }
+int cuCtxPopCurrent_v2(void**) { record[15] = 1; return 0; }
+int cuModuleLoadData(void** module, const void* image) {
+  *module = (void*)image;
+  return *(char*)image == 'x' ? 200 : 0;
+}
+int cuModuleUnload(void*) { return 0; }
+int cuModuleGetFunction(void** function, void* module, const char*) { *function = (void*)77; return 0; }
+int cuFuncSetAttribute(void*, int, int value) { record[13] = value; return 0; }
 }
 """
 
@@ -102,18 +117,29 @@ def test_native_launch_hands_the_driver_what_it_was_given() -> None:
     module.open_driver(str(path))
     driver = ctypes.CDLL(str(path))
     record = (ctypes.c_uint64 * 16).in_dll(driver, "record")
-    module.bind(1 << 45, 77, 128, 4096)(9, 1 << 40, (1 << 63) + 5, 3)
+    module.bind(1 << 45, 6, 77, 128, 4096)(9, 1 << 40, (1 << 63) + 5, 3)
     assert list(record[:12]) == [1 << 45, 77, 1, 128, 1, 4096, 9, 1 << 40, (1 << 63) + 5, 3, 0, 0]
-    module.launch(5, 3, 32, 0, 8, 1, 2, -1)
+    module.launch(5, 6, 3, 32, 0, 8, 1, 2, -1)
     assert list(record[:12]) == [5, 3, 1, 32, 1, 0, 8, 1, 2, (1 << 64) - 1, 0, 0]
-    module.launch(5, 0, 32, 0, 1, 4, 4, 4)
+    module.launch(5, 6, 0, 32, 0, 1, 4, 4, 4)
     assert record[6] == 8, "an empty grid is not launched"
     ctypes.c_int.in_dll(driver, "status").value = 700
-    with pytest.raises(RuntimeError, match="error 700: too bad"):
-        module.launch(5, 3, 32, 0, 8, 1, 2, 3)
+    with pytest.raises(RuntimeError, match="error 700 of the CUDA driver: too bad"):
+        module.launch(5, 6, 3, 32, 0, 8, 1, 2, 3)
     ctypes.c_int.in_dll(driver, "status").value = 0
     with pytest.raises(TypeError):
-        module.launch(5, 3, 32, 0, 8, "x", 2, 3)
+        module.launch(5, 6, 3, 32, 0, 8, "x", 2, 3)
+    with pytest.raises(OverflowError, match="3000000000 program instances"):
+        module.launch(5, 6, 3_000_000_000, 32, 0, 8, 1)
+    assert list(record[13:16]) == [0, 0, 0], "the context was the right one"
+    module.launch(5, 9, 3, 32, 0, 8, 1, 2, 3)
+    assert list(record[14:16]) == [9, 1], "another GPU's context is current for the launch"
+    assert module.load(b"good", "kernel", 60_000, 0) == (77, 6)
+    assert record[13] == 60_000, "more than 48 KiB of shared memory has to be asked for"
+    with pytest.raises(RuntimeError, match="cuModuleLoadData failed with error 200"):
+        module.load(b"x", "kernel", 0, 0)
+    with pytest.raises(RuntimeError, match="kernel needs 200000 bytes of shared memory, and cuda:1 has 100000"):
+        module.load(b"good", "kernel", 200_000, 1)
     with pytest.raises(OSError, match="no CUDA driver"):
         module.open_driver("libnothing.so")
 

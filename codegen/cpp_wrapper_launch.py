@@ -1,0 +1,62 @@
+"""Launches in a C++ wrapper: functions of the CPU are called, kernels of a GPU go straight to the driver.
+
+The text knows neither a kernel's address nor its block sizes: both stand in the call's table, which is filled in after
+the kernels are built and tuned. So the wrapper can be compiled meanwhile, and no tuning changes it. A grid that depends
+on no size is a number of that table too.
+"""
+
+from __future__ import annotations
+
+import sympy
+
+from .cpp_frame import Frame, GridKernel
+from .cpp_frame_python import call_python
+from .printers import cexpr
+from .wrapper_lines import Launch
+
+_INT32_LIMIT = 2**31 - 1
+
+
+def launch(frame: Frame, line: Launch) -> None:
+    """Print one launch."""
+    args = [frame.address(b) for b in line.buffers]
+    for k, offset in enumerate(line.offsets):
+        args[k] += f" + {offset}" if offset else ""
+    index = frame.kernels.setdefault(line.kernel, len(frame.kernels))
+    numbers = [frame.size(s) for s in line.symbols]
+    if line.device == "cpu":
+        kinds = ", ".join(["char*"] * len(args) + ["int64_t"] * len(numbers))
+        frame.line(
+            f"((void (*)({kinds}))kernels[{index}].function)({', '.join([*args, *numbers])});  // {line.kernel}"
+        )
+        return
+    kernel = frame.grids[line.kernel]
+    names = {s: frame.size(v) for s, v in zip(kernel.symbols, line.symbols, strict=True)}
+    device = int(line.device.partition(":")[2] or 0)
+    frame.gpus[device] = None
+    # all arguments are eight bytes wide; after them come two pointers to scratch memory, which no kernel of ours needs
+    values = [f"(uint64_t)({a})" for a in (*args, *numbers)] + ["0", "0"]
+    array = frame.local("uint64_t[]", "{" + ", ".join(values) + "}")
+    start = f'MP_LAUNCH({index}, "{line.kernel}", {grid(kernel, index, names)}, f.stream{device}, {array});'
+    if not kernel.index_limit:
+        frame.line(start)
+        return
+    fits = " && ".join(f"({cexpr(e, names)}) <= {_INT32_LIMIT}L" for e in kernel.index_limit)
+    frame.line(f"if (__builtin_expect({fits}, 1)) {{")
+    frame.line(f"    {start}")
+    frame.line("} else {  // more than the kernel can count: another one is built that counts in 64 bits")
+    given = [f"a{k}" for k in range(len(args) + len(numbers))]
+    text = f"    {line.kernel}({', '.join([f'current_stream({device})', *given])})\n"
+    texts = [*(f"(int64_t)({a})" for a in args), *numbers]
+    call_python(frame, text, given, [], texts, [], [], [])
+    frame.line("}")
+
+
+def grid(kernel: GridKernel, index: int, names: dict[sympy.Symbol, str]) -> str:
+    """The number of program instances as C++ text."""
+    if all(isinstance(numel, int) or numel.is_Integer for numel, _ in kernel.axes):
+        return f"kernels[{index}].grid"
+    return "*".join(
+        f"((({cexpr(numel, names)}) + kernels[{index}].blocks[{k}] - 1) / kernels[{index}].blocks[{k}])"
+        for k, (numel, _) in enumerate(kernel.axes)
+    )
