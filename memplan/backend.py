@@ -19,8 +19,10 @@ from torch._guards import TracingContext
 from torch._logging._internal import trace_log
 
 from . import recording
+from .calibration import figures_for
 from .capture.attention import simplify_masks
 from .capture.fx import capture
+from .capture.joint import Costs
 from .capture.partition import Chooser, Partitioned, partitioner
 from .compilation import PASS_NAMES, compile_program, plan_program
 from .ir.config import Config
@@ -28,7 +30,7 @@ from .ir.errors import UnsupportedError
 from .ir.plan import Plan
 from .ir.program import BufferKind, Phase, Program, TensorInput, View
 from .lowering.decompositions import decomposition_table
-from .passes.rematerialize import Value, choose_kept
+from .passes.rematerialize import choose_within
 from .runtime import cuda_graphs
 
 log = logging.getLogger(__name__)
@@ -393,11 +395,23 @@ def compile(
     return compile_with(module, example_inputs, config)
 
 
-CHOOSER = Chooser(
-    value=lambda name, keep, again, inputs, needed: Value(name, keep, again, inputs, needed),
-    choose=lambda values: choose_kept(values).kept,  # type: ignore[arg-type]
-    cheap=cheap_again,
-)
+def chooser(config: Config, device: str = "cpu") -> Chooser:
+    """What is kept for the backward on a device, where no budget is asked for."""
+    figures = figures_for(device, config)
+    return Chooser(
+        choose=lambda graph: choose_within(graph, config.recompute_time, figures),
+        costs=Costs(figures, cheap_again),
+    )
+
+
+def device_of(module: torch.fx.GraphModule) -> str:
+    """The device of a Dynamo graph's step: the first GPU that it names, else the CPU."""
+    found: dict[str, None] = {}
+    for node in module.graph.nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.Tensor):
+            found[str(value.device)] = None
+    return next((d for d in found if d.startswith("cuda")), "cpu")
 
 
 def compile_with(
@@ -411,7 +425,7 @@ def compile_with(
         fw_compiler=region.compile_forward,
         bw_compiler=region.compile_backward,
         inference_compiler=region.compile_inference,
-        partition_fn=partitioner(config, region.partitioned, CHOOSER),
+        partition_fn=partitioner(config, region.partitioned, chooser(config, device_of(module))),
         decompositions=decomposition_table(config),
         keep_inference_input_mutations=True,
     )

@@ -21,6 +21,9 @@ import numpy as np
 import scipy.sparse
 import scipy.sparse.csgraph
 
+from memplan.ir.device import DeviceFigures
+from memplan.ir.joint import JointGraph, NodeKind, Side
+
 #: Capacities are scaled below this, since the flow solver works in 32 bits.
 _LIMIT = 2**30 - 1
 
@@ -56,6 +59,94 @@ class Kept:
     kept: tuple[int, ...]
     recomputed: tuple[int, ...]
     nbytes: float
+
+
+#: Bytes that one would keep to save moving one byte in a fused recomputation.
+PREFERENCE = 0.02
+#: How much dearer recomputation becomes from one try to the next while it takes too much time.
+_DEARER = 4.0
+_TRIES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What recomputation costs in bytes.
+
+    ``weight``: bytes that one would keep to save a microsecond; infinite: only what is free is done twice.
+    ``preference``: bytes for a byte of the largest tensor that a recomputed node touches, whatever its time.
+    ``expensive``: whether products, convolutions and attention may be done twice too.
+    """
+
+    weight: float
+    preference: float = PREFERENCE
+    expensive: bool = False
+
+    def price(self, graph: JointGraph, k: int) -> float | None:
+        """Bytes that computing node ``k`` again is worth; None: never."""
+        node = graph.nodes[k]
+        if node.again is None or not (node.cheap or self.expensive):
+            return None
+        if node.again == 0:
+            return 0.0
+        if math.isinf(self.weight):
+            return None
+        return self.weight * node.again + self.preference * node.moved
+
+
+def joint_values(graph: JointGraph, prices: Prices) -> tuple[list[Value], list[int]]:
+    """The values of the forward and of either side, and their positions in the graph."""
+    positions = [k for k, n in enumerate(graph.nodes) if n.side is not Side.BACKWARD]
+    number = {k: v for v, k in enumerate(positions)}
+    values = []
+    for k in positions:
+        node = graph.nodes[k]
+        inputs = tuple(number[i] for i in node.inputs if i in number)
+        again = None if node.kind is NodeKind.INPUT else prices.price(graph, k)
+        values.append(Value(node.name, node.keep, again, inputs, graph.needed[k]))
+    return values, positions
+
+
+def choose_joint(graph: JointGraph, prices: Prices) -> tuple[int, ...]:
+    """Positions of the nodes to keep at the given prices."""
+    values, positions = joint_values(graph, prices)
+    return tuple(positions[v] for v in choose_kept(values).kept)
+
+
+def choose_within(graph: JointGraph, fraction: float, figures: DeviceFigures) -> tuple[int, ...]:
+    """The least that must be kept if recomputation may add ``fraction`` of the step's estimated time.
+
+    What fuses into one pass is done again at first for little more than its bytes; while that takes too long, at
+    ever more bytes a microsecond, so that what frees most bytes in a microsecond goes first. Layers that are alike are
+    worth the same; of them the first ones are recomputed, whose values would be alive longest.
+    """
+    limit = max(fraction * graph.microseconds, figures.launch) if fraction > 0 else 0.0
+    kept = choose_joint(graph, Prices(math.inf))
+    if fraction <= 0:
+        return kept
+    first = weight = PREFERENCE * figures.bandwidth
+    dearer = kept
+    for _ in range(_TRIES):
+        less = choose_joint(graph, Prices(weight))
+        if graph.added_microseconds(less) <= limit:
+            return less if weight == first else _mixed(graph, dearer, less, limit)
+        dearer, weight = less, weight * _DEARER
+    return _mixed(graph, dearer, kept, limit)
+
+
+def _mixed(graph: JointGraph, head: Sequence[int], tail: Sequence[int], limit: float) -> tuple[int, ...]:
+    """``head`` for the first nodes and ``tail`` for the rest, for as many as ``limit`` microseconds allow."""
+
+    def mix(cut: int) -> tuple[int, ...]:
+        return graph.completed([*(k for k in head if k < cut), *(k for k in tail if k >= cut)])
+
+    low, high = 0, len(graph.nodes)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if graph.added_microseconds(mix(middle)) <= limit:
+            low = middle
+        else:
+            high = middle
+    return mix(low)
 
 
 def choose_kept(values: Sequence[Value]) -> Kept:

@@ -21,7 +21,7 @@ FOLDERS = {
 }
 #: The order of `ir`'s files: each may import those of earlier ranks, and its own.
 RANKS = (
-    {"errors", "config", "communication"},
+    {"errors", "config", "communication", "device", "joint"},
     {"loops"},
     {"index"},
     {"program", "canonical"},

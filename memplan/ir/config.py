@@ -49,7 +49,7 @@ class Config:
     max_autotune:
         Search kernel configurations and templates.
     recompute_time:
-        Largest part of the step's estimated time that recomputation may add; 0 keeps only what costs nothing.
+        Largest part of the step's estimated time that recomputation may add; 0: only what costs nothing is recomputed.
     budget:
         Largest reserved bytes above those before the step, or None; text such as ``"12GiB"`` is understood.
     max_fused_buffers:
@@ -69,7 +69,7 @@ class Config:
     target: str | None = None
     cuda_graphs: bool = False
     max_autotune: bool = False
-    recompute_time: float = 0.02
+    recompute_time: float = 0.2
     budget: int | None = None
     max_fused_buffers: int = 24
     loss_chunk: int = 2**28

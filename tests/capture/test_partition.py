@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from memplan.capture.partition import is_view, keep_bytes, must_save
+from memplan.capture.joint import is_view, keep_bytes, must_save
 from memplan.ir.config import Config
 from memplan.ir.program import Phase
 from memplan.lowering.decompositions import decomposition_table

@@ -13,7 +13,7 @@ import torch
 import torch.fx
 from torch._dynamo.backends.common import aot_autograd
 
-from memplan.backend import CHOOSER
+from memplan.backend import chooser
 from memplan.capture.attention import Simplified, simplify_masks
 from memplan.capture.fx import capture
 from memplan.capture.partition import Partitioned, partitioner
@@ -42,7 +42,7 @@ class Traced:
             fw_compiler=self.compiler(Phase.FORWARD),
             bw_compiler=self.compiler(Phase.BACKWARD),
             inference_compiler=self.compiler(Phase.INFERENCE),
-            partition_fn=partitioner(self.config, self.partitioned, CHOOSER),
+            partition_fn=partitioner(self.config, self.partitioned, chooser(self.config)),
             decompositions=decomposition_table(self.config),
             keep_inference_input_mutations=True,
         )
