@@ -147,10 +147,10 @@ _LAUNCHES = 50
 def _seconds(run: Callable[[], object], device: str) -> float:
     """Median of a few timed runs, after one that is not."""
     run()
-    times = []
+    times: list[float] = []
     for _ in range(_REPEATS):
         if device.startswith("cuda"):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()
             run()
             end.record()

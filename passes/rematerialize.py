@@ -22,7 +22,7 @@ import scipy.sparse
 import scipy.sparse.csgraph
 
 from memplan.ir.device import DeviceFigures
-from memplan.ir.joint import JointGraph, NodeKind, Side
+from memplan.ir.joint import JointGraph, Side
 
 #: Capacities are scaled below this, since the flow solver works in 32 bits.
 _LIMIT = 2**30 - 1
@@ -101,8 +101,7 @@ def joint_values(graph: JointGraph, prices: Prices) -> tuple[list[Value], list[i
     for k in positions:
         node = graph.nodes[k]
         inputs = tuple(number[i] for i in node.inputs if i in number)
-        again = None if node.kind is NodeKind.INPUT else prices.price(graph, k)
-        values.append(Value(node.name, node.keep, again, inputs, graph.needed[k]))
+        values.append(Value(node.name, node.keep, prices.price(graph, k), inputs, graph.needed[k]))
     return values, positions
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.fx
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import flop_registry
 
@@ -222,7 +223,9 @@ def _operations(node: Node) -> int:
     formula = flop_registry.get(target.overloadpacket) if isinstance(target, torch._ops.OpOverload) else None
     if formula is None:
         return elements(node)
-    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: _hinted(n.meta.get("val")))  # type: ignore[type-var]
+    args, kwargs = pytree.tree_map(
+        lambda a: _hinted(a.meta.get("val")) if isinstance(a, Node) else a, (node.args, dict(node.kwargs))
+    )
     found = int(formula(*args, **kwargs, out_val=_hinted(node.meta["val"])))
     return found // 2 if argument_of(node, "is_causal") is True else found
 
