@@ -37,6 +37,8 @@ def emit_cpp(
 ) -> str:
     """The definition of ``extern "C" void name(T0* b0, ..., int64_t s0, ...)``.
 
+    A kernel that checks indices returns ``const char*`` instead: what was out of range, or null.
+
     Parameters
     ----------
     kernel:
@@ -60,12 +62,15 @@ def emit_cpp(
     pointers = pointer_types(body)
     parameters = [f"{storage_type(pointers[b])}* {b}" for b in pointers]
     parameters += [f"int64_t {s.name}" for s in kernel.symbols]
-    head = f'extern "C" void {name}({", ".join(parameters)})'
+    checks = body.checks_indices
+    head = f'extern "C" {"const char*" if checks else "void"} {name}({", ".join(parameters)})'
     if any(r.size == 0 for r in body.outer) or (any(r.size == 0 for r in body.row) and not body.reductions):
-        return f"{head} {{\n}}\n"
+        return f"{head} {{\n{'    return nullptr;' if checks else ''}\n}}\n"
     adds = any(s.mode is StoreMode.ADD and s.dtype.is_floating_point for s in body.stores)
     schedule = plan_loops(body, hints, threads=threads and not (deterministic and adds))
-    lines = Printer(schedule, Texts(schedule.kernel, pointers)).print()
+    lines = Printer(schedule, Texts(schedule.kernel, pointers), checks=checks).print()
+    if checks:
+        lines = ["    mp::Checks checks;", *lines, "    return checks.message();"]
     return f"{head} {{\n" + "\n".join(lines) + "\n}\n"
 
 

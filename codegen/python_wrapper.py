@@ -168,13 +168,14 @@ class _Printer:
             case Zero(buffer):
                 self.need_tensor(buffer.name)
                 self.line(f"{buffer.name}.zero_()")
-            case Launch(_, kernel, buffers, symbols, device, offsets):
+            case Launch(_, kernel, buffers, symbols, device, offsets, checks):
                 args = [self.address(b) for b in buffers]
                 for k, offset in enumerate(offsets):
                     args[k] += f" + {offset}" if offset else ""
                 args += [pexpr(s) for s in symbols]
                 stream = [] if device == "cpu" else [f"stream{_index(device)}"]
-                self.line(f"{kernel}({', '.join(stream + args)})")
+                launch = f"{kernel}({', '.join(stream + args)})"
+                self.line(f"all_in_range({launch}, {checks!r})" if checks else launch)
             case CallExtern(op):
                 self.extern(op)
             case CopyInto(op):

@@ -14,6 +14,7 @@ import torch
 from memplan.ir.errors import LoweringError
 from memplan.ir.index import expand, ranges_of
 from memplan.ir.loops import (
+    CHECKED_INDEX,
     Call,
     Cast,
     Constant,
@@ -306,10 +307,20 @@ class _Body:
         operand = self.kernel.nodes[own].dtype
         values = [self.value(a) for a in node.args]
         texts = [v.text for v in values]
+        if node.op == CHECKED_INDEX:
+            return self.checked_index(*values)
         if node.op in LITERAL_OPERANDS:
             self.inline(node, operand, texts)
         text = pointwise(node.op, tuple(texts), operand, node.dtype, self.functions.add)
         return self.define(k, text, frozenset().union(*(v.dims for v in values)))
+
+    def checked_index(self, position: Value, size: Value) -> Value:
+        """The position; outside of the ranges' masks it is what a masked load gave, and nothing is to be said of it."""
+        inside = f"(0 <= {position.text}) & ({position.text} < {size.text})"
+        mask = self.mask(position.dims | size.dims)
+        condition = f"({inside}) | ~({mask})" if mask else inside
+        self.line(f'tl.device_assert({condition}, "memplan: an index is out of range")')
+        return position
 
     def inline(self, node: Call, operand: torch.dtype, texts: list[str]) -> None:
         """Replace constant operands by literals, where a tensor operand gives them their type."""

@@ -50,6 +50,8 @@ class TritonKernel:
         For each pointer, whether it is a multiple of 16 bytes.
     index_limit:
         Sizes that must all be below 2**31, since the kernel counts in 32 bits; empty if they always are.
+    checks:
+        Whether it asserts that indices are in range: Triton leaves that out unless it builds for debugging.
     """
 
     name: str
@@ -61,6 +63,7 @@ class TritonKernel:
     axes: tuple[tuple[Size, str], ...]
     aligned: tuple[bool, ...]
     index_limit: tuple[sympy.Expr, ...] = ()
+    checks: bool = False
 
     def grid(self, config: LaunchConfig) -> Size:
         """Number of program instances; the grid is one-dimensional."""
@@ -139,7 +142,16 @@ def emit_triton(
     if aligned is not None and len(aligned) != pointers:
         raise ValueError(f"aligned names {len(aligned)} buffers, the kernel has {pointers}")
     return TritonKernel(
-        name, source, arguments, kernel.symbols, blocks, configs, grid_axes, aligned or (True,) * pointers, guard
+        name,
+        source,
+        arguments,
+        kernel.symbols,
+        blocks,
+        configs,
+        grid_axes,
+        aligned or (True,) * pointers,
+        guard,
+        body.checks_indices,
     )
 
 

@@ -83,7 +83,8 @@ class Zero:
 class Launch:
     """Run one of our kernels: ``kernel`` names the source, ``buffers`` and ``symbols`` are its arguments.
 
-    ``offsets`` are bytes to add to each buffer's address; empty for none.
+    ``offsets`` are bytes to add to each buffer's address; empty for none. ``checks`` says, for a kernel of the CPU that
+    checks indices, whose they are; empty where it checks none.
     """
 
     operation: str
@@ -92,6 +93,7 @@ class Launch:
     symbols: tuple[sympy.Symbol, ...]
     device: str
     offsets: tuple[int, ...] = ()
+    checks: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,11 +279,22 @@ def _run(
     match op:
         case KernelOp():
             source, buffers, symbols = kernels[op.name]
-            return Launch(op.name, source, buffers, symbols, op.device, offsets)
+            checks = _indexed_at(op) if op.device == "cpu" and op.kernel.checks_indices else ""
+            return Launch(op.name, source, buffers, symbols, op.device, offsets, checks)
         case Extern():
             return CallExtern(op)
         case Copy():
             return CopyInto(op)
+
+
+#: what operators that take indices have in their names
+_INDEXED = ("embedding", "gather", "index", "scatter", "take", "nll_loss")
+
+
+def _indexed_at(op: KernelOp) -> str:
+    """The operators of a kernel that take indices, with the user's lines."""
+    found = [o for o in op.origins if any(word in o.op for word in _INDEXED)] or list(op.origins)
+    return "; ".join(dict.fromkeys(" ".join(filter(None, (o.op, o.location))) for o in found)) or op.name
 
 
 def base_views(plan: Plan) -> dict[str, View]:

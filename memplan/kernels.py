@@ -111,7 +111,7 @@ def build_cpu(kernels: KernelSet, program: Program, config: Config) -> tuple[Cal
         raise KernelBuildError(failures) from error
     try:
         path = build_library(source, name=program.name, flags=BUILD_FLAGS, cache=store)
-        loaded = load_kernels(path, {n: (len(k.buffers), len(k.symbols)) for n, k in mine})
+        loaded = load_kernels(path, {n: (len(k.buffers), len(k.symbols), k.kernel.checks_indices) for n, k in mine})
     except CacheError as error:
         raise NoCompilerError("cpu", error) from error
     except CompilerError as error:

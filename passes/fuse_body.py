@@ -9,8 +9,9 @@ from functools import lru_cache
 import sympy
 import torch
 
-from memplan.ir.index import Ranges, expand, simplify
+from memplan.ir.index import Ranges, bounds, expand, is_nonnegative, simplify
 from memplan.ir.loops import (
+    CHECKED_INDEX,
     Call,
     Cast,
     Constant,
@@ -127,8 +128,22 @@ class Body:
                 return self.add(load)
             case Index():
                 return self.add(Index(self.index(node.expr, mapping, moved), node.dtype))
+            case Call(op) if op == CHECKED_INDEX:
+                return self._checked(moved[node.args[0]], moved[node.args[1]], mask)
             case _:
                 return self.add(renumber(node, moved))
+
+    def _checked(self, position: int, size: int, mask: int | None) -> int:
+        """A checked index: itself where it cannot be out of range; where a mask is false, nothing is to be checked."""
+        found, end = self.nodes[position], self.nodes[size]
+        if isinstance(found, Index) and isinstance(end, Constant):
+            known = bounds(found.expr, self.ranges)
+            if known is not None and all(is_nonnegative(expand(e)) for e in (known[0], end.value - 1 - known[1])):
+                return position
+        if mask is not None:
+            zero = self.add(Constant(0, torch.int64))
+            position = self.add(Call("where", (mask, position, zero), torch.int64))
+        return self.add(Call(CHECKED_INDEX, (position, size), torch.int64))
 
     def embed_stores(self, kernel: Kernel, mapping: Mapping_, moved: list[int]) -> list[Store]:
         """A kernel's stores over the new ranges and values (not yet added)."""

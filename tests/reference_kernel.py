@@ -315,6 +315,7 @@ _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mod": torch.remainder,
     "shl": torch.bitwise_left_shift,
     "shr": torch.bitwise_right_shift,
+    "checked_index": lambda p, n: torch.where((p >= 0) & (p < n), p, torch.zeros_like(p)),
 }
 
 

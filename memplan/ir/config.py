@@ -56,6 +56,10 @@ class Config:
         Largest number of buffers that one fused kernel may touch.
     loss_chunk:
         Largest bytes of a slice of logits in a loss computed by slices of tokens; 0 computes losses whole.
+    check_indices:
+        Raise where an index of a gather, a scatter, an embedding or a loss is out of range, as eager does: an
+        `IndexOutOfRangeError` from a CPU's kernels, a device-side assertion on a GPU. Without it such an index reads
+        or writes whatever lies there.
     pools:
         ``"auto"`` (what the simulated device allocator likes best), ``"always"`` or ``"never"``.
     """
@@ -73,6 +77,7 @@ class Config:
     budget: int | None = None
     max_fused_buffers: int = 24
     loss_chunk: int = 2**28
+    check_indices: bool = True
     pools: str = "auto"
     cache_dir: str | None = None
     #: make the plan and run the traced graph as it is; nothing is built (`memplan.analyze`)
@@ -180,7 +185,7 @@ def _checked(name: str, value: object, known_passes: tuple[str, ...]) -> object:
                         f"passes are {', '.join(known_passes)}"
                     )
             return tuple(names)
-        case "verify" | "poison" | "cuda_graphs" | "max_autotune":
+        case "verify" | "poison" | "cuda_graphs" | "max_autotune" | "check_indices":
             if not isinstance(value, bool):
                 raise OptionError(f"option {name!r} takes True or False, not {value!r}")
             return value

@@ -34,6 +34,13 @@ class CompilerError(MemplanError):
     """There is no working compiler, or it refused a source."""
 
 
+class IndexOutOfRangeError(MemplanError, IndexError, RuntimeError):
+    """An index that the user's tensors hold is out of range.
+
+    Eager raises `IndexError` for some operators and `RuntimeError` for others; this is both.
+    """
+
+
 class CacheError(MemplanError):
     """The on-disk cache cannot be used."""
 

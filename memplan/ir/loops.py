@@ -181,6 +181,10 @@ class Level(Enum):
 # `isinf` give bool; `where` takes (bool, a, b). `div` is true division of floats; `floordiv`, `truncdiv` and `mod`
 # (sign of the divisor, as Python), `fmod` (sign of the dividend) work on integers and floats. `maximum`, `minimum`
 # propagate NaN, `fmax`, `fmin` ignore it. Shifts: `shr` is arithmetic on signed types. `round` is to even.
+# `checked_index` takes a position and a size (int64): it is the position where ``0 <= position < size``, and elsewhere
+# 0 and an error of the kernel, which its caller raises once the kernel is done. Nobody may use it where the program
+# itself would not: a mask around it has to make the position one that is inside.
+CHECKED_INDEX = "checked_index"
 OPERATIONS: dict[str, int] = {
     **dict.fromkeys(
         [
@@ -270,6 +274,7 @@ OPERATIONS: dict[str, int] = {
             "bitwise_xor",
             "shl",
             "shr",
+            CHECKED_INDEX,
         ],
         2,
     ),
@@ -337,6 +342,11 @@ class Kernel:
     @cached_property
     def written_buffers(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(s.buffer for s in self.stores))
+
+    @cached_property
+    def checks_indices(self) -> bool:
+        """Whether running it may end with an index out of range."""
+        return any(isinstance(n, Call) and n.op == CHECKED_INDEX for n in self.nodes)
 
     @cached_property
     def reductions(self) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ import torch
 from .errors import VerificationError
 from .index import FloorDiv, Mod
 from .loops import (
+    CHECKED_INDEX,
     OPERATIONS,
     Call,
     Cast,
@@ -195,6 +196,8 @@ class _Check:
             raise self.fail(f"node v{k}: {node.op} takes {OPERATIONS[node.op]} operands, not {len(node.args)}")
         if node.op in _BOOLEAN_RESULTS and node.dtype is not torch.bool:
             raise self.fail(f"node v{k}: {node.op} gives bool, not {node.dtype}")
+        if node.op == CHECKED_INDEX and any(self.kernel.nodes[a].dtype is not torch.int64 for a in node.args):
+            raise self.fail(f"node v{k}: {node.op} takes a position and a size of int64")
         if node.op == "where" and self.kernel.nodes[node.args[0]].dtype is not torch.bool:
             raise self.fail(f"node v{k}: the condition v{node.args[0]} of where is not bool")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..ir.index import FloorDiv, Mod
-from ..ir.loops import IndexExpr, Size
+from ..ir.loops import CHECKED_INDEX, IndexExpr, Size
 from ..ir.program import View
 from .builder import ZERO, KernelBuilder, Value
 from .call_site import CallSite, Operations, lowers
@@ -27,12 +27,29 @@ def load_position(builder: KernelBuilder, view: View, coordinates: Sequence[Inde
     return builder.load_broadcast(view, coordinates).cast(torch.int64)
 
 
+def in_range(site: CallSite, position: Value, size: Size) -> Value:
+    """A position that eager would refuse unless it is below ``size`` and not negative."""
+    if not site.context.config.check_indices:
+        return position
+    return position.call(CHECKED_INDEX, position.builder.index(size))
+
+
+def unchanged(position: Value, checked: Value) -> Value | None:
+    """Whether a checked position is the one that was given; None where nothing was checked.
+
+    Stores happen where it is: nothing is written elsewhere, whatever error follows.
+    """
+    return None if checked.position == position.position else position.equals(checked)
+
+
 @lowers("aten.embedding.default")
 def _embedding(site: CallSite) -> Operations | None:
     weight, indices = site.view("weight"), site.view("indices")
+    if is_empty(weight):
+        return None
 
     def body(builder: KernelBuilder) -> Value:
-        row = load_position(builder, indices, builder.outer_coordinates[:-1])
+        row = in_range(site, load_position(builder, indices, builder.outer_coordinates[:-1]), weight.sizes[0])
         return builder.load(weight, (row.symbol(), builder.outer_coordinates[-1]))
 
     return pointwise_kernel(site, site.result, body)
@@ -48,10 +65,10 @@ def _gather(site: CallSite) -> Operations | None:
         position = builder.load(index, where).cast(torch.int64) if where else builder.load(index, ())
         if not source.sizes:
             return builder.load(source, ())
-        symbol = position.cast(torch.int64).symbol()
+        symbol = in_range(site, position.cast(torch.int64), source.sizes[dim]).symbol()
         return builder.load(source, [symbol if d == dim else c for d, c in enumerate(where or (ZERO,))])
 
-    if len(index.sizes) != len(source.sizes):
+    if len(index.sizes) != len(source.sizes) or is_empty(source):
         return None
     return pointwise_kernel(site, result, body)
 
@@ -62,23 +79,30 @@ def _index_select(site: CallSite) -> Operations | None:
     dim = site.dim("dim", len(source.sizes))
     if not source.sizes:
         return pointwise_kernel(site, site.result, lambda b: b.load(source, ()))
+    if is_empty(source):
+        return None
 
     def body(builder: KernelBuilder) -> Value:
         where = list(builder.outer_coordinates)
         at = (where[dim],) if index.sizes else ()
-        where[dim] = load_position(builder, index, at).symbol()
+        where[dim] = in_range(site, load_position(builder, index, at), source.sizes[dim]).symbol()
         return builder.load(source, where)
 
     return pointwise_kernel(site, site.result, body)
 
 
 def advanced_positions(
-    builder: KernelBuilder, source: View, indices: Sequence[View | None], coordinates: Sequence[IndexExpr]
-) -> list[IndexExpr]:
+    site: CallSite,
+    builder: KernelBuilder,
+    source: View,
+    indices: Sequence[View | None],
+    coordinates: Sequence[IndexExpr],
+) -> tuple[list[IndexExpr], Value | None]:
     """Coordinates in ``source`` of the point ``coordinates`` of the indexed result, by numpy's rules.
 
-    The index tensors broadcast together; their dimensions stand where the first of them stood if they are next to
-    each other, and in front otherwise.
+    They are checked unless the operator says that it is unsafe; with them comes whether all of them are in range (None
+    without a check). The index tensors broadcast together; their dimensions stand where the first of them stood if
+    they are next to each other, and in front otherwise.
     """
     present = [d for d, v in enumerate(indices) if v is not None]
     rank = max((len(v.sizes) for v in indices if v is not None), default=0)
@@ -87,13 +111,19 @@ def advanced_positions(
     block = coordinates[start : start + rank]
     rest = iter([*coordinates[:start], *coordinates[start + rank :]])
     out: list[IndexExpr] = []
+    inside: Value | None = None
     for d, size in enumerate(source.sizes):
         view = indices[d] if d < len(indices) else None
         if view is None:
             out.append(next(rest))
         else:
-            out.append(wrapped(load_position(builder, view, block), size).symbol())
-    return out
+            position = wrapped(load_position(builder, view, block), size)
+            unsafe = site.op.target.startswith("aten._unsafe_")
+            checked = position if unsafe else in_range(site, position, size)
+            same = unchanged(position, checked)
+            inside = same if inside is None or same is None else inside.both(same)
+            out.append(checked.symbol())
+    return out, inside
 
 
 def index_views(site: CallSite) -> list[View | None] | None:
@@ -113,7 +143,8 @@ def _index(site: CallSite) -> Operations | None:
         return None
 
     def body(builder: KernelBuilder) -> Value:
-        return builder.load(source, advanced_positions(builder, source, indices, builder.outer_coordinates))
+        where, _ = advanced_positions(site, builder, source, indices, builder.outer_coordinates)
+        return builder.load(source, where)
 
     return pointwise_kernel(site, site.result, body)
 
@@ -127,7 +158,7 @@ def _masked_index(site: CallSite) -> Operations | None:
 
     def body(builder: KernelBuilder) -> Value:
         inside = builder.load_broadcast(mask, builder.outer_coordinates)
-        where = advanced_positions(builder, source, indices, builder.outer_coordinates)
+        where, _ = advanced_positions(site, builder, source, indices, builder.outer_coordinates)
         return builder.load(source, where, inside, fill)
 
     return pointwise_kernel(site, site.result, body)
@@ -140,8 +171,9 @@ def _take(site: CallSite) -> Operations | None:
         return None
 
     def body(builder: KernelBuilder) -> Value:
-        position = wrapped(builder.load(index, builder.outer_coordinates), source.numel).symbol()
-        return builder.load(source, row_major(builder, position, source.sizes))
+        position = wrapped(builder.load(index, builder.outer_coordinates), source.numel)
+        position = in_range(site, position, source.numel)
+        return builder.load(source, row_major(builder, position.symbol(), source.sizes))
 
     return pointwise_kernel(site, site.result, body)
 

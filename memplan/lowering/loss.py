@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from ..ir.loops import Size
 from ..ir.program import View
 from .builder import KernelBuilder, Value
 from .call_site import SUPPORTED, CallSite, Operations, lowers
+from .indexing import in_range
 from .pointwise import is_empty, pointwise_kernel
 
 NONE, MEAN, SUM = 0, 1, 2
@@ -30,6 +32,11 @@ def _target(builder: KernelBuilder, target: View, where: tuple[object, ...], ign
     return found, found.differs(ignore)
 
 
+def _checked_class(site: CallSite, wanted: Value, valid: Value, classes: Size) -> Value:
+    """The class as a position, 0 where it does not count: only targets that count must be classes."""
+    return in_range(site, valid.where(wanted, 0), classes)
+
+
 @lowers("aten.nll_loss_forward.default", "aten.nll_loss2d_forward.default")
 def _nll_loss_forward(site: CallSite) -> Operations | None:
     log_probabilities, target, weight = site.view("self"), site.view("target"), site.optional_view("weight")
@@ -41,7 +48,8 @@ def _nll_loss_forward(site: CallSite) -> Operations | None:
     outer, row = (target.sizes, ()) if reduction == NONE else ((), target.sizes)
     builder = KernelBuilder(outer, row)
     where = builder.outer_coordinates if reduction == NONE else builder.row_coordinates
-    wanted, valid = _target(builder, target, where, ignore)
+    target_class, valid = _target(builder, target, where, ignore)
+    wanted = _checked_class(site, target_class, valid, log_probabilities.sizes[dim])
     point = (*where[:dim], wanted.symbol(), *where[dim:])
     value = builder.compute(builder.load(log_probabilities, point, valid, 0))
     scale = _weight_of(builder, weight, wanted, valid, value.dtype)
@@ -76,7 +84,8 @@ def _nll_loss_backward(site: CallSite) -> Operations | None:
         others = (*where[:dim], *where[dim + 1 :])
         wanted, valid = _target(builder, target, others, ignore)
         arriving = builder.compute(builder.load(grad, () if reduction != NONE else others))
-        scale = _weight_of(builder, weight, wanted, valid, arriving.dtype)
+        place = wanted if weight is None else _checked_class(site, wanted, valid, self.sizes[dim])
+        scale = _weight_of(builder, weight, place, valid, arriving.dtype)
         if reduction == MEAN:
             arriving = arriving / builder.compute(builder.load(total, ())).cast(arriving.dtype)
         here = builder.index(where[dim]).equals(wanted).both(valid)

@@ -16,7 +16,7 @@ from .arithmetic import converted_kernel
 from .builder import KernelBuilder, Value
 from .call_site import SUPPORTED, CallSite, Operations, lowers
 from .creation import filled
-from .indexing import advanced_positions, index_views, load_position
+from .indexing import advanced_positions, in_range, index_views, load_position, unchanged
 from .pointwise import is_empty
 
 #: dtypes that atomic addition exists for on every device, in the precision that eager adds in
@@ -33,10 +33,13 @@ def scatter_kernel(
         return None
     builder = KernelBuilder(index.sizes)
     where = list(builder.outer_coordinates)
+    inside = None
     if result.sizes:
         dim = site.dim("dim", len(result.sizes))
-        where[dim] = load_position(builder, index, builder.outer_coordinates).symbol()
-    builder.store(result, where, value(builder).cast(result.dtype), mode)
+        position = load_position(builder, index, builder.outer_coordinates)
+        checked = in_range(site, position, result.sizes[dim])
+        inside, where[dim] = unchanged(position, checked), checked.symbol()
+    builder.store(result, where, value(builder).cast(result.dtype), mode, inside)
     return (site.kernel(builder, mutates=(result.buffer,)),)
 
 
@@ -100,9 +103,9 @@ def _index_put(site: CallSite) -> Operations | None:
     if len(values.sizes) > len(sizes):
         return None
     builder = KernelBuilder(sizes)
-    where = advanced_positions(builder, self, indices, builder.outer_coordinates)
+    where, inside = advanced_positions(site, builder, self, indices, builder.outer_coordinates)
     value = builder.load_broadcast(values, builder.outer_coordinates).cast(self.dtype)
-    builder.store(site.result, where, value, StoreMode.ADD if accumulate else StoreMode.SET)
+    builder.store(site.result, where, value, StoreMode.ADD if accumulate else StoreMode.SET, inside)
     return (*copy, site.kernel(builder, mutates=(site.result.buffer,)))
 
 
@@ -136,8 +139,11 @@ def _index_add(site: CallSite) -> Operations | None:
     where = list(builder.outer_coordinates)
     value = builder.load(source, where).cast(self.dtype)
     alpha = site.scalar("alpha")
-    where[dim] = load_position(builder, index, (where[dim],)).symbol()
-    builder.store(site.result, where, value * alpha if alpha != 1 else value, StoreMode.ADD)
+    position = load_position(builder, index, (where[dim],))
+    checked = in_range(site, position, self.sizes[dim])
+    where[dim] = checked.symbol()
+    inside = unchanged(position, checked)
+    builder.store(site.result, where, value * alpha if alpha != 1 else value, StoreMode.ADD, inside)
     return (*copy, site.kernel(builder, mutates=(site.result.buffer,)))
 
 
@@ -156,7 +162,11 @@ def _embedding_dense_backward(site: CallSite) -> Operations | None:
     builder = KernelBuilder(grad.sizes)
     where = builder.outer_coordinates
     row = load_position(builder, indices, where[:-1])
+    checked = in_range(site, row, result.sizes[0])
+    mask = unchanged(row, checked)
     padding = site.integer("padding_idx")
-    mask = row.differs(padding) if padding >= 0 else None
-    builder.store(result, (row.symbol(), where[-1]), builder.load(grad, where), StoreMode.ADD, mask)
+    if padding >= 0:
+        differs = row.differs(padding)
+        mask = differs if mask is None else mask.both(differs)
+    builder.store(result, (checked.symbol(), where[-1]), builder.load(grad, where), StoreMode.ADD, mask)
     return (*fill, site.kernel(builder, mutates=(result.buffer,)))

@@ -9,19 +9,20 @@ from pathlib import Path
 from .build import load_library
 
 
-def load_kernels(path: Path, signatures: Mapping[str, tuple[int, int]]) -> dict[str, Callable[..., object]]:
+def load_kernels(path: Path, signatures: Mapping[str, tuple[int, int, bool]]) -> dict[str, Callable[..., object]]:
     """The functions of a kernel library.
 
     Parameters
     ----------
     signatures:
-        For each function: (pointer arguments, int64 arguments after them).
+        For each function: (pointer arguments, int64 arguments after them, whether it checks indices). One that does
+        gives None where all are in range, else bytes of text.
     """
     library = load_library(path)
     found: dict[str, Callable[..., object]] = {}
-    for name, (pointers, integers) in signatures.items():
+    for name, (pointers, integers, checks) in signatures.items():
         function = getattr(library, name)
         function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * integers
-        function.restype = None
+        function.restype = ctypes.c_char_p if checks else None
         found[name] = function
     return found

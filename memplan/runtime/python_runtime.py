@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch._C._dynamo.guards import _empty_strided_cpu, _reinterpret_tensor  # type: ignore[attr-defined]
 from torch.utils import _pytree as pytree
+
+from memplan.ir.errors import IndexOutOfRangeError
 
 #: Byte that poison mode writes over what the plan calls free: a NaN in every floating dtype, a large odd integer.
 POISON = 0xFF
@@ -102,6 +105,23 @@ def poison_range(pool: torch.Tensor, offset: int, nbytes: int) -> None:
     pool[offset : offset + nbytes].fill_(POISON)
 
 
+def all_in_range(message: bytes | None, where: str) -> None:
+    """What a kernel that checks indices returned.
+
+    Raises
+    ------
+    IndexOutOfRangeError
+        If an index was out of range; ``where`` names the operator and the user's line.
+    """
+    if message is not None:
+        raise IndexOutOfRangeError(message.decode(), where=where)
+
+
+def raise_out_of_range(address: int, where: str) -> None:
+    """The same for a message that C++ has: its address."""
+    all_in_range(ctypes.string_at(address), where)
+
+
 def flatten(value: object) -> list[object]:
     """The flat results of an operator."""
     return pytree.tree_leaves(value)
@@ -137,6 +157,8 @@ def namespace(
         "poison_tensor": poison_tensor,
         "poison_range": poison_range,
         "flatten": flatten,
+        "all_in_range": all_in_range,
+        "raise_out_of_range": raise_out_of_range,
         "empty_cpu": _empty_strided_cpu,
         **{name: find_operator(target, callables) for name, target in operators.items()},
         **{name: aligned(constant) for name, constant in constants.items()},

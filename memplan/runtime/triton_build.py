@@ -56,6 +56,8 @@ class KernelSource(Protocol):
     def aligned(self) -> tuple[bool, ...]: ...
     @property
     def configs(self) -> Sequence[Configuration]: ...
+    @property
+    def checks(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +88,23 @@ class Build:
     blocks: tuple[tuple[str, int], ...]
     num_warps: int
     num_stages: int
+    checks: bool = False
 
     @property
     def request(
         self,
-    ) -> tuple[str, str, tuple[tuple[str, str], ...], tuple[bool, ...], tuple[tuple[str, int], ...], int, int]:
-        return (self.name, self.source, self.arguments, self.aligned, self.blocks, self.num_warps, self.num_stages)
+    ) -> tuple[str, str, tuple[tuple[str, str], ...], tuple[bool, ...], tuple[tuple[str, int], ...], int, int, bool]:
+        """What `triton_worker.build` takes."""
+        return (
+            self.name,
+            self.source,
+            self.arguments,
+            self.aligned,
+            self.blocks,
+            self.num_warps,
+            self.num_stages,
+            self.checks,
+        )
 
     @staticmethod
     def of(kernel: KernelSource, config: Configuration) -> Build:
@@ -103,6 +116,7 @@ class Build:
             config.blocks,
             config.num_warps,
             config.num_stages,
+            kernel.checks,
         )
 
 

@@ -4,8 +4,8 @@ Run as a script this file imports neither torch nor memplan, so that a process i
 front end holds the interpreter's lock, so that threads gain nothing (measured: 24 kernels in 7.7 s with one thread,
 8.6 s with four); processes share nothing but Triton's cache on disk.
 
-A request is a line of JSON, ``[cache folder, name, source, arguments, aligned, blocks, warps, stages, target]``; the
-answer is a line, empty or the error.
+A request is a line of JSON, ``[cache folder, name, source, arguments, aligned, blocks, warps, stages, checks,
+target]``; the answer is a line, empty or the error.
 """
 
 from __future__ import annotations
@@ -41,10 +41,14 @@ def build(
     blocks: Sequence[Sequence[object]],
     num_warps: int,
     num_stages: int,
+    checks: bool,
     *,
     target: tuple[str, int, int],
 ) -> object:
-    """Compile, or load from Triton's cache; gives Triton's `CompiledKernel`."""
+    """Compile, or load from Triton's cache; gives Triton's `CompiledKernel`.
+
+    ``checks``: with its device-side assertions, but without those that Triton itself makes of integers' overflow.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -54,7 +58,10 @@ def build(
     signature = {**dict(arguments), **dict.fromkeys(constants, "constexpr")}
     attrs = {(k,): [["tt.divisibility", 16]] for k, is_aligned in enumerate(aligned) if is_aligned}
     text = ASTSource(function, signature, constexprs=constants, attrs=attrs)
-    return triton.compile(text, target=GPUTarget(*target), options={"num_warps": num_warps, "num_stages": num_stages})
+    options: dict[str, object] = {"num_warps": num_warps, "num_stages": num_stages}
+    if checks:
+        options |= {"debug": True, "sanitize_overflow": False}
+    return triton.compile(text, target=GPUTarget(*target), options=options)
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from sample_kernels import BF16, BOOL, F16, F32, I64, Builder, R, X
 
-from memplan.ir.loops import OPERATIONS, Kernel
+from memplan.ir.loops import CHECKED_INDEX, OPERATIONS, Kernel
 
 Buffers = dict[str, torch.Tensor]
 Case = tuple[str, Kernel, Buffers]
@@ -132,9 +132,9 @@ def operations(dtype: torch.dtype) -> list[str]:
         return sorted(_BOOLS)
     if dtype.is_floating_point:
         # the neighbour of a half type's number is another in float32, where it is computed
-        without = REFUSED | _INTEGERS_ONLY | ({"nextafter"} if dtype.itemsize < 4 else set())
+        without = {CHECKED_INDEX} | REFUSED | _INTEGERS_ONLY | ({"nextafter"} if dtype.itemsize < 4 else set())
         return [op for op in OPERATIONS if op not in without]
-    floats = _FLOATS_ONLY | {"i0e", "i1e"}
+    floats = {CHECKED_INDEX} | _FLOATS_ONLY | {"i0e", "i1e"}
     return [
         op for op in OPERATIONS if op not in floats and not (dtype == U8 and op in ("neg", "abs", "sign", "signbit"))
     ]

@@ -54,7 +54,7 @@ def test_entry_and_parameters_are_what_launching_assumes(cache: Path) -> None:
 def test_failed_build_is_an_error_in_its_place(cache: Path) -> None:
     good = emitted(100)
     source = good.source.replace("tl.load", "tl.no_such_function")
-    bad = Build(good.name, source, good.arguments, good.aligned, good.configs[0].blocks, 4, 1)
+    bad = Build(good.name, source, good.arguments, good.aligned, good.configs[0].blocks, 4, 1, False)
     found = compile_builds([Build.of(good, good.configs[0]), *[bad] * 3], Target(), workers=1)
     assert isinstance(found[0], Compiled)
     assert all(isinstance(f, CompilerError) for f in found[1:])

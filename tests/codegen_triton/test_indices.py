@@ -18,7 +18,7 @@ from memplan.codegen.triton_printer import IndexPrinter, texpr
 from memplan.ir.canonical import canonicalize
 from memplan.ir.errors import LoweringError
 from memplan.ir.index import FloorDiv, Mod
-from memplan.ir.loops import StoreMode
+from memplan.ir.loops import CHECKED_INDEX, StoreMode
 from memplan.runtime.triton_build import Build, Target, compile_one
 from memplan.runtime.triton_launch import make_launcher
 
@@ -358,3 +358,31 @@ def test_random(kind: str, check) -> None:
     buffers = {"seed": torch.tensor([-(2**40) + 12345]), "out": torch.zeros(70, dtype=dtype)}
     check.numbers(k.done(), buffers, rtol=1e-5, atol=1e-6)
     check.builds(k.done())
+
+
+def _checked(size: int, rows: int = 20) -> Builder:
+    """``out[x] = table[index[x]]``, checked."""
+    k = Builder((rows,))
+    position = k.call(CHECKED_INDEX, k.load("index", X[0], I64), k.const(size, I64), dtype=I64)
+    k.store("out", X[0], k.load("table", sympy.Symbol(f"v{position}", integer=True)))
+    return k
+
+
+def test_checked_indices(check) -> None:
+    """Lanes behind the end, where a masked load gives what would be out of range, are not asked."""
+    kernel = _checked(7).done()
+    buffers = {"index": torch.randint(0, 7, (20,)), "table": torch.randn(7), "out": torch.zeros(20)}
+    emitted = check.numbers(kernel, buffers)
+    assert emitted.checks
+    assert "tl.device_assert" in emitted.source
+    assert "| ~(xmask)" in emitted.source
+    assert b"__assertfail" in compile_one(Build.of(emitted, emitted.configs[0]), Target()).cubin
+    plain = emit_triton(canonicalize(s.add_relu(20)), name="kernel", hints={})
+    assert not plain.checks
+    assert b"__assertfail" not in compile_one(Build.of(plain, plain.configs[0]), Target()).cubin
+
+
+def test_an_index_out_of_range_fails_in_the_interpreter(check) -> None:
+    buffers = {"index": torch.full((20,), 7), "table": torch.randn(9), "out": torch.zeros(20)}
+    with pytest.raises(Exception, match="index is out of range"):
+        check.numbers(_checked(7).done(), buffers)
