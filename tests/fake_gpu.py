@@ -102,7 +102,7 @@ class FakeGpu:
         """Kernels of the CPU for what was emitted; the cubin tells the driver which."""
         parts = [(b.name, self.emitted[b.name][0]) for b in builds]
         path = build_library(emit_cpp_library(parts, {}), name="fake_gpu", flags=BUILD_FLAGS)
-        functions = load_kernels(path, {n: (len(k.buffers), len(k.symbols)) for n, k in parts})
+        functions = load_kernels(path, {n: (len(k.buffers), len(k.symbols), k.kernel.checks_indices) for n, k in parts})
         out = []
         for build in builds:
             function = functions[build.name]
