@@ -86,6 +86,8 @@ class CppWrapper:
     operators: Mapping[str, str]
     tensors_out: int
     numbers_out: int
+
+
 def print_line(frame: Frame, line: Line) -> None:
     """Print one wrapper line."""
     match line:

@@ -67,9 +67,7 @@ def _relay(frame: Frame, view: View, target: str) -> None:
     old = frame.local("AtenTensorHandle", target)
     shape = [f"a{k}" for k in range(2 * len(view.sizes))]
     sizes, strides = shape[: len(view.sizes)], shape[len(view.sizes) :]
-    text = (
-        f"    return (laid_out(r, ({''.join(s + ', ' for s in sizes)}), ({''.join(s + ', ' for s in strides)})),)\n"
-    )
+    text = f"    return (laid_out(r, ({''.join(s + ', ' for s in sizes)}), ({''.join(s + ', ' for s in strides)})),)\n"
     numbers = [frame.size(n) for n in (*view.sizes, *view.strides)]
     call_python(frame, text, ["r", *shape], [old], numbers, [], [target], [])
     frame.line(f"mp::drop({old});")

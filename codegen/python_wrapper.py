@@ -29,9 +29,11 @@ from ..ir.program import (
     SymbolInput,
     TensorInput,
     Tuple,
+    UserKernel,
     View,
     Wait,
 )
+from ..ir.user_kernel import Fixed
 from .printers import pexpr
 from .wrapper_lines import (
     Align,
@@ -46,6 +48,7 @@ from .wrapper_lines import (
     FreePool,
     GiveBack,
     Launch,
+    LaunchUser,
     Line,
     Place,
     Return,
@@ -176,6 +179,8 @@ class _Printer:
                 stream = [] if device == "cpu" else [f"stream{_index(device)}"]
                 launch = f"{kernel}({', '.join(stream + args)})"
                 self.line(f"all_in_range({launch}, {checks!r})" if checks else launch)
+            case LaunchUser(op, kernel, tensors):
+                self.launch_user(op, kernel, tensors)
             case CallExtern(op):
                 self.extern(op)
             case CopyInto(op):
@@ -199,6 +204,25 @@ class _Printer:
             case GiveBack(changed):
                 for name in changed:
                     self.line(f"if given_{name} is not {name}: given_{name}.copy_({name})")
+
+    def launch_user(self, op: UserKernel, kernel: str, tensors: frozenset[str]) -> None:
+        """``kernel(stream, grids, arguments...)``: what is no constant, in the order of the kernel's parameters."""
+        args = []
+        for name, value in op.arguments:
+            match value:
+                case View() if name in tensors:
+                    args.append(self.tensor(value))
+                case View():
+                    offset = self.size(value.offset * value.dtype.itemsize)
+                    args.append(self.address(value.buffer) + (f" + {offset}" if offset != "0" else ""))
+                case Symbolic(expr):
+                    args.append(pexpr(expr))
+                case Fixed():
+                    pass
+        made = [f"({self.sizes(d.sizes)}, {self.sizes(d.block)}, {self.size(d.itemsize)})" for _, d in op.descriptors]
+        grids = "".join(f"{self.sizes(g)}, " for g in op.grids)
+        stream = "0" if op.device == "cpu" else f"stream{_index(op.device)}"
+        self.line(f"{kernel}({', '.join([stream, f'({grids})', *args, *made])})")
 
     def device(self, device: str) -> str:
         return repr(device)

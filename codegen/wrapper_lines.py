@@ -25,6 +25,7 @@ from ..ir.program import (
     ProgramInput,
     ProgramOutput,
     TensorInput,
+    UserKernel,
     View,
 )
 
@@ -97,6 +98,19 @@ class Launch:
 
 
 @dataclass(frozen=True, slots=True)
+class LaunchUser:
+    """Run a user's Triton kernel: ``kernel`` names what was built of it.
+
+    ``tensors`` are the parameters that it gets as tensors: TMA descriptors are made of them, or runs are timed and what
+    they change is put back. The rest it gets as addresses.
+    """
+
+    operation: UserKernel
+    kernel: str
+    tensors: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
 class CallExtern:
     """Call a torch operator; with contract OUT it writes into ``operation.results``' buffers."""
 
@@ -154,8 +168,8 @@ class GiveBack:
 
 
 Line = (
-    Comment | AllocatePool | FreePool | Allocate | Place | Reuse | Zero | Launch | CallExtern | CopyInto | Free | End
-    | Forget | Return | Align | GiveBack
+    Comment | AllocatePool | FreePool | Allocate | Place | Reuse | Zero | Launch | LaunchUser | CallExtern | CopyInto
+    | Free | End | Forget | Return | Align | GiveBack
 )  # fmt: skip
 
 
@@ -232,6 +246,8 @@ def alignment_check(plan: Plan) -> Align:
         changed.update(plan.storage_of(b) for b in (*op.mutates, *op.writes))
         if isinstance(op, KernelOp) and op.device.startswith("cuda"):
             used.update(op.kernel.read_buffers, op.kernel.written_buffers)
+        if isinstance(op, UserKernel) and op.device.startswith("cuda"):
+            used.update(op.reads)
     inputs = [i.view.buffer for i in program.inputs if isinstance(i, TensorInput)]
     checked = tuple(dict.fromkeys(b for b in inputs if b in used))
     return Align(checked, tuple(b for b in checked if b in changed and not program.buffers[b].donated))
@@ -285,6 +301,21 @@ def _run(
             return CallExtern(op)
         case Copy():
             return CopyInto(op)
+        case UserKernel():
+            return LaunchUser(op, kernels[op.name][0], tensor_parameters(op))
+
+
+def tensor_parameters(op: UserKernel) -> frozenset[str]:
+    """Parameters of a user's kernel that its launcher needs as tensors.
+
+    On a CPU all are: nothing but Triton's interpreter runs a kernel there, and that takes no addresses.
+    """
+    if op.device == "cpu":
+        return frozenset(n for n, a in op.arguments if isinstance(a, View))
+    names = {n for n, _ in op.descriptors}
+    if len(op.kernel.configs) > 1:
+        names |= {n for n, a in op.arguments if isinstance(a, View) and a.buffer in op.mutates}
+    return frozenset(names)
 
 
 #: what operators that take indices have in their names
@@ -330,6 +361,9 @@ def base_views(plan: Plan) -> dict[str, View]:
         elif isinstance(op, Copy):
             offer(op.source)
             offer(op.target)
+        elif isinstance(op, UserKernel):
+            for view in op.views:
+                offer(view)
     for b in program.buffers.values():
         if b.kind is BufferKind.CONSTANT and b.name in program.constants:
             t = program.constants[b.name]
@@ -363,4 +397,7 @@ def _tensors_needed(plan: Plan, known: frozenset[str]) -> frozenset[str]:
         if isinstance(op, (Extern, Copy)):
             need.update(op.reads)
             need.update(op.writes)
+        elif isinstance(op, UserKernel):
+            tensors = tensor_parameters(op)
+            need.update(a.buffer for n, a in op.arguments if n in tensors and isinstance(a, View))
     return frozenset(need & known)

@@ -36,6 +36,7 @@ from .passes.schedule import lifetimes, make_plan, storages, timeline
 from .passes.split_reductions import SplitReductions
 from .planner import planner_libraries
 from .runtime.python_runtime import namespace
+from .user_kernels import build_user_kernels
 
 log = logging.getLogger(__name__)
 
@@ -212,7 +213,10 @@ def _compile(program: Program, config: Config, kept: Kept) -> CompiledProgram:
     plan = planned.plan
     found = kernel_sets.collect(plan.program)
     built = kernel_sets.build(found, plan.program, config)
+    user = build_user_kernels(plan.program)
+    built = replace(built, callables={**built.callables, **user.launchers})
     arguments = {n: (a.source, a.buffers, a.symbols) for n, a in found.arguments.items()}
+    arguments.update((n, (kernel, (), ())) for n, kernel in user.names.items())
     lines = wrapper_lines(plan, arguments, {n: a.offsets for n, a in found.arguments.items()})
     wrapper = print_python(lines, poison=config.poison)
     if config.dump:
@@ -230,7 +234,11 @@ def _compile(program: Program, config: Config, kept: Kept) -> CompiledProgram:
         others = [(title, plan_program(program, c, kept).plan) for title, c in alternatives(config)]
         return explain_oom(plan, step, requested=requested, alternatives=others)
 
-    if config.wrapper == "cpp":
+    if config.wrapper == "cpp" and user.names:
+        log.warning(
+            "%s launches user Triton kernels, which the C++ wrapper does not: its wrapper is Python", program.name
+        )
+    elif config.wrapper == "cpp":
         wrapped = wrap_in_cpp(lines, built, config)
         if config.dump:
             (Path(config.dump) / f"{program.name}.wrapper.cpp").write_text(wrapped.source)

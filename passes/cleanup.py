@@ -12,7 +12,7 @@ import sympy
 from memplan.ir.config import Config
 from memplan.ir.index import FloorDiv, Mod, Ranges, expand, ranges_of, simplify
 from memplan.ir.loops import Kernel, Range, walk_expressions
-from memplan.ir.program import EXTERNAL_KINDS, Contract, Copy, Extern, KernelOp, Operation, Program, Wait
+from memplan.ir.program import EXTERNAL_KINDS, Contract, Copy, Extern, KernelOp, Operation, Program, UserKernel, Wait
 
 from .fuse_body import Body
 from .fuse_kernels import without_stores
@@ -68,10 +68,12 @@ def live_operations(program: Program) -> tuple[Operation, ...]:
     return tuple(reversed(kept))
 
 
-def _stays(op: Extern | Copy, wanted: set[str]) -> bool:
+def _stays(op: Extern | Copy | UserKernel, wanted: set[str]) -> bool:
     """Sizes that a call defines are named freely by buffers and loops, so such a call stays."""
     if isinstance(op, Copy):
         return op.target.buffer in wanted
+    if isinstance(op, UserKernel):
+        return not op.mutates or bool(wanted.intersection(op.mutates))  # one that changes nothing may print
     if op.effect or op.symbols or op.contract is Contract.ALIAS or isinstance(op, Wait):
         return True
     changed = {*op.writes, *op.mutates}

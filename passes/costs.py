@@ -24,6 +24,7 @@ from memplan.ir.program import (
     Operation,
     Program,
     Symbolic,
+    UserKernel,
     View,
     argument_views,
     evaluate,
@@ -53,6 +54,9 @@ def work_of(op: Operation, program: Program) -> Work:
             return Work(2 * _view_bytes(op.target, program))
         case Extern():
             return _call_work(op, program)
+        case UserKernel():  # what it computes nobody knows; what it is given it reads, and what it changes it writes
+            given = sum(_view_bytes(v, program) for v in op.views)
+            return Work(given + sum(_view_bytes(v, program) for v in op.views if v.buffer in op.mutates))
 
 
 def _kernel_work(op: KernelOp, program: Program) -> Work:

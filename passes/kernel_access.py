@@ -14,7 +14,7 @@ import sympy
 
 from ..ir.index import bounds, expand, is_nonnegative, ranges_of, simplify
 from ..ir.loops import Kernel, Level, Load, Reduce, Store, StoreMode, operands, value_references
-from ..ir.program import Copy, Extern, KernelOp, Operation, View, argument_views
+from ..ir.program import Copy, Extern, KernelOp, Operation, UserKernel, View, argument_views
 
 #: ATen operators that walk all operands with one iterator: `out=` on an operand of the same layout is in place.
 ELEMENTWISE = frozenset(
@@ -42,6 +42,8 @@ def may_take(op: Operation, old: str, new: str) -> str:
             return "" if same_layout(op.source, op.target) else "the copy changes the layout"
         case Extern():
             return extern_reason(op, old, new)
+        case UserKernel():
+            return "nobody knows in which order a user's kernel reads and writes"
 
 
 def extern_reason(op: Extern, old: str, new: str) -> str:

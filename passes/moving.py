@@ -26,6 +26,7 @@ from ..ir.program import (
     KernelOp,
     Operation,
     Program,
+    UserKernel,
     View,
     argument_views,
     evaluate,
@@ -159,6 +160,8 @@ class Mover:
             ranges = (*writer.kernel.outer, *(writer.kernel.row if point else ()))
             written = product(r.size for r in ranges)
             return len(stores) == 1 and stores[0].mask is None and bool(expand(written - copy.count) == 0)
+        if isinstance(writer, UserKernel):
+            return False
         views = (
             [v for v in _views(writer) if v.buffer == copy.source] if isinstance(writer, Extern) else [writer.target]
         )

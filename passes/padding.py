@@ -19,6 +19,7 @@ from ..ir.program import (
     Operation,
     Program,
     Tuple,
+    UserKernel,
     View,
     argument_views,
 )
@@ -97,6 +98,8 @@ def _possible(program: Program, name: str, rows: _Rows, writes_strided: Callable
     if not isinstance(b.nbytes, int) or b.nbytes % (rows.columns * b.dtype.itemsize) or name in program.output_buffers:
         return False
     for op in program.operations:
+        if isinstance(op, UserKernel) and any(v.buffer == name for v in op.views):
+            return False
         touched = [v for v in _views(op) if v.buffer == name]
         if any(v.dtype != b.dtype or _moved(v, rows) is None for v in touched):
             return False

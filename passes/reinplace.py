@@ -21,7 +21,7 @@ import sympy
 
 from ..ir.config import Config
 from ..ir.index import expand, simplify
-from ..ir.program import EXTERNAL_KINDS, Buffer, BufferKind, Operation, Program, TensorInput, View
+from ..ir.program import EXTERNAL_KINDS, Buffer, BufferKind, Operation, Program, TensorInput, UserKernel, View
 from .expose_clones import expose_clones
 from .relocation import CopyForm, Relocation, copy_form, relocation_of_target, touched_buffers
 
@@ -131,13 +131,19 @@ class _Elimination:
     def kinds_forbid(self, base: Buffer, copy: Buffer) -> str:
         if base.kind is BufferKind.CONSTANT:
             return f"{base.name!r} is a constant"
-        if base.name in {o.buffer for o in self.outputs if isinstance(o, View)} and base.kind not in EXTERNAL_KINDS:
-            return f"{base.name!r} is returned as it was"
         if copy.kind in _LEAVING and base.kind in EXTERNAL_KINDS:
             return f"{copy.name!r} is returned, and may not be the caller's {base.name!r}"
+        if copy.kind in _LEAVING and self.returned(base):
+            return f"{base.name!r} is returned as it was, and {copy.name!r} besides"
         if copy.zero_fill or copy.alignment > base.alignment:
             return f"{copy.name!r} needs a storage of its own (alignment {copy.alignment})"
         return ""
+
+    def returned(self, base: Buffer) -> bool:
+        """Whether it is made here and leaves the program."""
+        return base.kind not in EXTERNAL_KINDS and any(
+            isinstance(o, View) and o.buffer == base.name for o in self.outputs
+        )
 
     def next_use(self, clone: CopyForm, relocation: Relocation, position: int) -> int | str | None:
         """Position of the copy back that goes with the clone, None where there is none, or why the clone must stay."""
@@ -145,6 +151,8 @@ class _Elimination:
         uses = self.later(base.name, position)
         whole = self.covers(base, clone)
         if not uses:
+            if self.returned(base):
+                return f"{base.name!r} is returned as it was"
             if base.kind in EXTERNAL_KINDS and not base.donated:
                 return f"the caller keeps {base.name!r}, which is not changed"
             return None if whole else f"it is a part of {base.name!r}, which would be kept for it"
@@ -159,7 +167,7 @@ class _Elimination:
             if copy.kind in _LEAVING or any(p >= uses[0] for p in self.later(copy.name, position)):
                 return f"{copy.name!r} is still used when {_named(first)} writes {base.name!r}"
             return None
-        if not self.same_region(relocation, back):
+        if not self.same_region(relocation, back, position):
             return f"{_named(first)} copies it back to another place"
         for p in self.later(copy.name, uses[0]):
             if copy.name in self.at(p).mutates:
@@ -177,13 +185,34 @@ class _Elimination:
         elements = self.elements.get(buffer.name)
         return elements is not None and bool(expand(copy.count - elements) == 0)
 
-    def same_region(self, relocation: Relocation, back: CopyForm) -> bool:
-        """Whether the copy back writes each element to where it has been all the time, and all of them."""
+    def same_region(self, relocation: Relocation, back: CopyForm, position: int) -> bool:
+        """Whether the copy back writes each element to where it has been all the time, and all that were changed."""
         moved = relocation.index(back.read, back.space)
         if moved is None or simplify(expand(moved - back.write), back.space) != 0:
             return False
         count = expand(_count(relocation) - back.count)
-        return bool(count == 0)
+        return bool(count == 0) or self.changed_within(back, position)
+
+    def changed_within(self, back: CopyForm, position: int) -> bool:
+        """Whether only users' kernels change the clone, and those just the elements that are copied back.
+
+        A kernel is given a pointer, so its clone has what lies between the elements of a strided view as well.
+        """
+        dimensions = sorted((back.read.coeff(s, 1), n) for s, n in back.space if n != 1)
+        start = back.read.xreplace({s: sympy.Integer(0) for s, _ in back.space})
+        for p in self.later(back.source, position):
+            op = self.at(p)
+            if back.source not in op.mutates:
+                continue
+            if not isinstance(op, UserKernel):
+                return False
+            for view in op.views:
+                if view.buffer != back.source:
+                    continue
+                own = sorted((sympy.sympify(t), n) for t, n in zip(view.strides, view.sizes, strict=True) if n != 1)
+                if own != dimensions or expand(start - view.offset) != 0:
+                    return False
+        return True
 
     # -- doing it ---------------------------------------------------------------------------------------------------
 

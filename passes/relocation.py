@@ -14,7 +14,19 @@ import sympy
 
 from ..ir.index import FloorDiv, Mod, Ranges, expand, flat_index, invert, ranges_of, simplify
 from ..ir.loops import Cast, Kernel, Load, Size, Store, StoreMode, value_references
-from ..ir.program import Argument, Collective, Copy, Extern, KernelOp, Operation, Tuple, View, argument_views
+from ..ir.program import (
+    Argument,
+    Collective,
+    Copy,
+    Extern,
+    KernelOp,
+    Operation,
+    Tuple,
+    UserArgument,
+    UserKernel,
+    View,
+    argument_views,
+)
 
 
 @dataclass(frozen=True)
@@ -205,6 +217,9 @@ class Relocation:
                     return None  # libraries take contiguous tensors
                 kwargs = tuple((k, v) for (k, _), v in zip(op.kwargs, values, strict=True))
                 return replace(op, args=args, kwargs=kwargs, results=results, mutates=mutates)
+            case UserKernel():
+                moved = self._user_arguments(op.arguments)
+                return None if moved is None else replace(op, arguments=moved, mutates=mutates)
 
     def kernel(self, kernel: Kernel) -> Kernel | None:
         """The kernel with its loads and stores moved."""
@@ -234,6 +249,21 @@ class Relocation:
 
     def _maybe(self, view: View) -> View | None:
         return self.view(view) if view.buffer == self.source else view
+
+    def _user_arguments(
+        self, arguments: tuple[tuple[str, UserArgument], ...]
+    ) -> tuple[tuple[str, UserArgument], ...] | None:
+        """None if a stride would change: the kernel was told the old one."""
+        out: list[tuple[str, UserArgument]] = []
+        for name, value in arguments:
+            if isinstance(value, View) and value.buffer == self.source:
+                moved = self.view(value)
+                if moved is None or moved.strides != value.strides:
+                    return None
+                out.append((name, moved))
+            else:
+                out.append((name, value))
+        return tuple(out)
 
     def _arguments(self, args: tuple[Argument, ...]) -> tuple[Argument, ...] | None:
         out: list[Argument] = []

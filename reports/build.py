@@ -249,6 +249,8 @@ def _step(program: ir.Program, op: ir.Operation, graph: str, notes: Mapping[str,
             kind, target, scratch = "extern", op.target, ir.evaluate(op.scratch, program.hints)
         case ir.Copy():
             kind, target, scratch = "copy", "copy", 0
+        case ir.UserKernel():
+            kind, target, scratch = "user kernel", op.kernel.function.name, 0
     return Step(
         name=op.name,
         graph=graph,

@@ -29,6 +29,7 @@ from memplan.ir.program import (
     SymbolInput,
     TensorInput,
     Tuple,
+    UserKernel,
     View,
     evaluate,
 )
@@ -92,6 +93,8 @@ class ProgramRunner:
                 self.view(op.target).copy_(self.view(op.source))
             case Extern():
                 self.call(op)
+            case UserKernel():
+                raise AssertionError(f"{op.name} needs Triton's interpreter, see tests/user_kernels")
 
     def storage(self, name: str) -> torch.Tensor:
         """The flat tensor of a buffer, made (poisoned) on first use."""

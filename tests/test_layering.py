@@ -22,7 +22,7 @@ FOLDERS = {
 #: The order of `ir`'s files: each may import those of earlier ranks, and its own.
 RANKS = (
     {"errors", "config", "communication", "device", "joint"},
-    {"loops"},
+    {"loops", "user_kernel"},
     {"index"},
     {"program", "canonical"},
     {"plan"},

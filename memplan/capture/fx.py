@@ -43,6 +43,7 @@ from . import communication
 from .origin import operator_name, origin_of
 from .random_state import fill_random_values
 from .sizes import convert, extent, size_of, sizes_of
+from .user_kernels import FUNCTIONAL, MUTATION, capture_user_kernel, operator_is
 
 #: What an FX node stands for: a view, a size, a literal, or a nest of these.
 Value = Argument | None
@@ -277,7 +278,25 @@ class _Capture:
         effect = random or _is_effect(name)
         self.finish(node, name, args, kwargs, tuple(mutates), written, effect=effect)
 
+    def user_kernel(self, node: torch.fx.Node) -> bool:
+        """A launch of a user's Triton kernel; False where it can only be called as a higher-order operator."""
+        origin = origin_of(node)
+        captured = capture_user_kernel(
+            node,
+            self.argument,
+            lambda name, value: self.fresh(name, value, BufferKind.TEMPORARY, origin),
+            lambda view: self.buffers[view.buffer].device,
+            origin,
+        )
+        if captured is None:
+            return False
+        self.operations.extend(captured.operations)
+        self.values[node] = dict(captured.changed) if operator_is(node, FUNCTIONAL) else Literal(None)
+        return True
+
     def higher_order(self, node: torch.fx.Node) -> None:
+        if (operator_is(node, FUNCTIONAL) or operator_is(node, MUTATION)) and self.user_kernel(node):
+            return
         leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
         template: list[object] = []
         slots: list[int] = []

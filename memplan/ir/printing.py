@@ -48,10 +48,12 @@ from .program import (
     SymbolInput,
     TensorInput,
     Tuple,
+    UserKernel,
     View,
     Wait,
     evaluate,
 )
+from .user_kernel import Fixed, format_fixed
 
 _SHORT = {
     torch.float64: "f64",
@@ -217,6 +219,9 @@ def format_operation(op: Operation, indent: str = "") -> str:
         case Copy():
             lines.append(f"{indent}{op.name}: copy on {op.device}{mutates}")
             lines.append(f"{indent}  {format_view(op.target)} = {format_view(op.source)}")
+        case UserKernel():
+            lines.append(f"{indent}{op.name}: user kernel on {op.device}{mutates}")
+            lines += [f"{indent}  {text}" for text in format_user_kernel(op)]
         case _:
             assert_never(op)
     return "\n".join(lines)
@@ -226,6 +231,24 @@ def _called(op: Extern) -> str:
     if isinstance(op, Collective):
         return f"collective of group {op.group!r}"
     return "wait" if isinstance(op, Wait) else "extern"
+
+
+def format_user_kernel(op: UserKernel) -> list[str]:
+    """The launch of a user's Triton kernel: its arguments, and a line for each configuration."""
+    made = dict(op.descriptors)
+    arguments = []
+    for name, value in op.arguments:
+        text = format_fixed(value.value) if isinstance(value, Fixed) else format_argument(value)
+        if name in made:
+            text = f"descriptor({text}, block [{', '.join(map(str, made[name].block))}])"
+        arguments.append(f"{name}={text}")
+    lines = [f"{op.kernel.function.name}({', '.join(arguments)})"]
+    for config, grid in zip(op.kernel.configs, op.grids, strict=True):
+        values = [f"{n}={format_fixed(v)}" for n, v in (*config.constants, *config.options, *op.options)]
+        lines.append(f"grid ({', '.join(map(str, grid))}){': ' if values else ''}{', '.join(values)}")
+    tuning = {"key": op.kernel.key, "restore": op.kernel.restore_value, "zero": op.kernel.reset_to_zero}
+    lines += [f"{what} {', '.join(names)}" for what, names in tuning.items() if names]
+    return lines
 
 
 def format_buffer(buffer: Buffer) -> str:
@@ -280,9 +303,10 @@ def format_program(program: Program) -> str:
 
 def summarize_program(program: Program) -> str:
     """One line of counts, for logs and for the head of a comparison."""
-    kinds = {KernelOp: "kernels", Extern: "externs", Copy: "copies"}
+    kinds = {KernelOp: "kernels", Extern: "externs", Copy: "copies", UserKernel: "user kernels"}
     counts = {name: sum(isinstance(op, kind) for op in program.operations) for kind, name in kinds.items()}
     total = sum(evaluate(b.nbytes, program.hints) for b in program.buffers.values())
+    counts = {name: n for name, n in counts.items() if n or name != "user kernels"}
     return ", ".join(f"{n} {name}" for name, n in counts.items()) + f", {format_bytes(total)} in buffers"
 
 

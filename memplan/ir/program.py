@@ -21,6 +21,7 @@ import torch
 
 from .communication import Memory, collective_form
 from .loops import Kernel, Size
+from .user_kernel import Fixed, FixedValue, KernelSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +247,65 @@ class Copy:
         return () if self.target.buffer in self.mutates else (self.target.buffer,)
 
 
-Operation = KernelOp | Extern | Copy
+@dataclass(frozen=True, slots=True)
+class Descriptor:
+    """How a tensor argument of a user's kernel becomes a TMA descriptor just before the launch.
+
+    ``block`` is the shape of a tile. The older interface of Triton also wants ``sizes`` and ``itemsize``; in the newer
+    one (both empty) the tensor's own shape counts.
+    """
+
+    block: tuple[Size, ...]
+    sizes: tuple[Size, ...] = ()
+    itemsize: Size = 0
+
+
+UserArgument = View | Symbolic | Fixed
+
+
+@dataclass(frozen=True, slots=True)
+class UserKernel:
+    """A launch of a user's Triton kernel.
+
+    Attributes
+    ----------
+    arguments:
+        (parameter, value) in the order of the kernel's parameters; those that a configuration gives are not among them.
+    grids:
+        For each configuration the number of program instances along three axes; where one is 0 nothing is launched.
+    mutates:
+        Buffers that it may change; what else it is given it only reads. A kernel may reach bytes of a buffer that its
+        view does not show, so its arguments keep their strides wherever they are moved.
+    descriptors:
+        (parameter, what to make of its tensor).
+    options:
+        Further options of the launch.
+    """
+
+    name: str
+    kernel: KernelSource
+    arguments: tuple[tuple[str, UserArgument], ...]
+    grids: tuple[tuple[Size, Size, Size], ...]
+    device: str
+    origins: tuple[Origin, ...] = ()
+    mutates: tuple[str, ...] = ()
+    descriptors: tuple[tuple[str, Descriptor], ...] = ()
+    options: tuple[tuple[str, FixedValue], ...] = ()
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        return tuple(a for _, a in self.arguments if isinstance(a, View))
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*(v.buffer for v in self.views), *self.mutates)))
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return ()
+
+
+Operation = KernelOp | Extern | Copy | UserKernel
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from .program import (
     Program,
     SymbolInput,
     TensorInput,
+    UserKernel,
     View,
     argument_views,
 )
@@ -78,6 +79,8 @@ def operation_views(op: Operation) -> Iterator[View]:
     elif isinstance(op, Extern):
         yield from argument_views((*op.args, *(a for _, a in op.kwargs)))
         yield from (v for v in op.results if v is not None)
+    elif isinstance(op, UserKernel):
+        yield from op.views
 
 
 class _ProgramCheck:
@@ -192,6 +195,8 @@ class _ProgramCheck:
                 self.check_extern(op)
             case Copy():
                 self.check_copy(op)
+            case UserKernel():
+                self.check_user_kernel(op)
         for name in op.mutates:
             self.check_mutation(name, op)
         for name in op.writes:
@@ -252,7 +257,8 @@ class _ProgramCheck:
             return [store_region(op.kernel, s, self.hints) for s in op.kernel.stores if s.buffer == name]
         if isinstance(op, Copy):
             return [view_region(op.target, self.hints)]
-        return [view_region(v, self.hints) for v in op.results if v is not None and v.buffer == name]
+        results = op.results if isinstance(op, Extern) else ()
+        return [view_region(v, self.hints) for v in results if v is not None and v.buffer == name]
 
     def check_kernel(self, op: KernelOp) -> None:
         verify_kernel(op.kernel, self.program.buffers, self.hints, name=op.name, where=location(op))
@@ -297,7 +303,7 @@ class _ProgramCheck:
             for other in own[1:]:
                 self.check_repeated(op, own[0], other, pointwise)
 
-    def check_repeated(self, op: Extern, first: View, other: View, pointwise: bool) -> None:
+    def check_repeated(self, op: Extern | UserKernel, first: View, other: View, pointwise: bool) -> None:
         """A changed argument must not be read through another argument as well."""
         if pointwise and same_elements(first, other):
             return
@@ -318,6 +324,28 @@ class _ProgramCheck:
             apart = regions_disjoint(view_region(op.source, self.hints), view_region(op.target, self.hints), self.hints)
             if apart is False:
                 raise self.fail(f"it copies {op.source.buffer!r} onto itself, to elements that it still reads", op)
+
+    def check_user_kernel(self, op: UserKernel) -> None:
+        if len(op.grids) != len(op.kernel.configs):
+            raise self.fail(f"it has {len(op.grids)} grids for {len(op.kernel.configs)} configurations", op)
+        names = [n for n, _ in op.arguments]
+        known = {*op.kernel.parameters, *(n for n, _ in op.descriptors)}
+        for name in names:
+            if name not in known or names.count(name) > 1:
+                raise self.fail(f"it gives {name!r}, which the kernel does not take (or takes once)", op)
+        for name, _ in op.descriptors:
+            if not isinstance(dict(op.arguments).get(name), View):
+                raise self.fail(f"it makes a descriptor of {name!r}, which is no tensor", op)
+        for view in op.views:
+            device = self.program.buffers[view.buffer].device
+            if device != op.device:
+                raise self.fail(f"it runs on {op.device}, and {view.buffer!r} is on {device}", op)
+        for name in op.mutates:
+            own = [v for v in op.views if v.buffer == name]
+            if not own:
+                raise self.fail(f"it declares that it changes {name!r}, which it is not given", op)
+            for other in own[1:]:
+                self.check_repeated(op, own[0], other, pointwise=False)
 
     # -- outputs ----------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ import sympy
 from .errors import VerificationError
 from .loops import Size
 from .plan import External, InPlaceOf, InPool, Lifetime, Own, Plan, Pool
-from .program import EXTERNAL_KINDS, Buffer, BufferKind, Contract, Copy, Extern, KernelOp, Operation
+from .program import EXTERNAL_KINDS, Buffer, BufferKind, Contract, Copy, Extern, KernelOp, Operation, UserKernel
 from .verify import location, verify_program
 from .verify_access import extern_hazard, in_place_hazard, same_elements
 from .verify_communication import check_flights
@@ -331,6 +331,8 @@ class _PlanCheck:
                 return extern_hazard(op, old, new)
             case Copy():
                 return "" if same_elements(op.source, op.target) else "it copies to another layout"
+            case UserKernel():
+                return f"nobody knows in which order {op.kernel.function.name} reads and writes"
 
     # -- bytes ------------------------------------------------------------------------------------------------------
 

@@ -11,11 +11,14 @@ from .builder import KernelBuilder, Value, opmath
 from .call_site import SUPPORTED, CallSite, Operations, lowers
 from .pointwise import pointwise_kernel
 
-
-@lowers(
+#: calls that make room and write nothing
+EMPTY = (
     "aten.empty.memory_format", "aten.empty_like.default", "aten.empty_strided.default", "aten.empty_permuted.default",
     "aten.new_empty.default", "aten.new_empty_strided.default",
 )  # fmt: skip
+
+
+@lowers(*EMPTY)
 def _empty(site: CallSite) -> Operations | None:
     return ()
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ..ir.config import Config
 from ..ir.errors import LoweringError
-from ..ir.program import Copy, Extern, KernelOp, Operation, Program, View, argument_views
+from ..ir.program import Copy, Extern, KernelOp, Operation, Program, UserKernel, View, argument_views
 
 # registers the lowerings
 from . import (  # noqa: F401
@@ -27,6 +27,7 @@ from . import (  # noqa: F401
 )
 from .builder import KernelBuilder
 from .call_site import LOWERINGS, SUPPORTED, CallSite, Context
+from .creation import EMPTY
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,16 @@ def lower_program(program: Program, config: Config, kept: Kept = NOTHING_KEPT) -
     for op in program.operations:
         operations.extend((op,) if op in kept else lower_one(op, context))
     buffers = {**program.buffers, **context.added}
-    return replace(program, buffers=buffers).with_operations(tuple(operations))
+    return replace(program, buffers=buffers).with_operations(without_empties(tuple(operations)))
+
+
+def without_empties(operations: tuple[Operation, ...]) -> tuple[Operation, ...]:
+    """Without the calls that only make room: what is named by something else besides gets its place from the plan."""
+    empties = {k: op for k, op in enumerate(operations) if isinstance(op, Extern) and op.target in EMPTY}
+    if not empties:
+        return operations
+    named = {b for k, op in enumerate(operations) if k not in empties for b in (*op.reads, *op.writes, *op.mutates)}
+    return tuple(op for k, op in enumerate(operations) if k not in empties or not named.issuperset(op.writes))
 
 
 def lower_one(op: Operation, context: Context) -> tuple[Operation, ...]:
@@ -137,7 +147,9 @@ def _kernel_readers(program: Program, kept: Kept) -> dict[str, bool]:
     """For each buffer that is read, whether all that reads it has a lowering and it does not leave the program."""
     found: dict[str, bool] = {}
     for op in program.operations:
-        lowered = not isinstance(op, Extern) or (op.target in LOWERINGS and op not in kept)
+        lowered = not isinstance(op, Extern | UserKernel)
+        if isinstance(op, Extern):
+            lowered = op.target in LOWERINGS and op not in kept
         for buffer in op.reads:
             found[buffer] = found.get(buffer, True) and lowered
     for output in program.outputs:
