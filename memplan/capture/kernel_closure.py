@@ -67,7 +67,7 @@ def kernel_source(
         raise UnsupportedError(f"a Triton kernel wrapped in {type(function).__name__}")
     closure = _Closure()
     entry = closure.function(function)
-    found = KernelSource(entry.key, (), tuple(function.arg_names), function.cache_key)
+    found = KernelSource(entry.key, (), tuple(function.arg_names))
     where = f"{entry.file}:{entry.line + entry.head}"
     if isinstance(kernel, Autotuner):
         found = _autotuned(kernel, found, closure, where)

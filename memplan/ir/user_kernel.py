@@ -1,8 +1,9 @@
 """A user's Triton kernel as data: the source of every function it reaches, its constants and its autotuner's fields.
 
 Nothing here is a live object, so that caching, printing and code generation read the program alone, and a kernel can
-be built again in another process. `KernelSource.source_hash` is Triton's own hash of the function, which follows every
-function and constant that it reaches, also through modules (``helpers.scale``).
+be built again in another process. `KernelSource.digest` follows what Triton's own hash follows: every function and
+constant that the kernel reaches, also through modules (``helpers.scale``). Triton's hash itself depends on what was
+hashed before in the process (3.6, 3.7: a callee's constants are missed the first time), so it is no key.
 """
 
 from __future__ import annotations
@@ -114,7 +115,6 @@ class KernelSource:
     entry: str
     functions: tuple[FunctionSource, ...]
     parameters: tuple[str, ...]
-    source_hash: str
     configs: tuple[KernelConfig, ...] = (KernelConfig(),)
     key: tuple[str, ...] = ()
     restore_value: tuple[str, ...] = ()
@@ -131,10 +131,9 @@ class KernelSource:
 
     def digest(self) -> str:
         """A hash of everything here but where the files lie: equal kernels of two processes have equal digests."""
-        functions = [(f.key, f.source, f.names, f.options) for f in self.functions]
+        functions = [(f.key, f.source, f.names, f.options, f.future_annotations) for f in self.functions]
         parts = (
-            self.source_hash, functions, self.entry, self.parameters, self.configs, self.key, self.restore_value,
-            self.reset_to_zero,
+            functions, self.entry, self.parameters, self.configs, self.key, self.restore_value, self.reset_to_zero,
         )  # fmt: skip
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 

@@ -11,8 +11,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import memplan
+from memplan.capture.kernel_closure import kernel_source
 from memplan.ir.plan import Plan
 from memplan.ir.program import Copy, Extern, KernelOp, UserKernel
+from memplan.runtime.user_kernel_build import build_kernel
 from memplan.user_kernels import build_user_kernels
 from tests.user_kernels.pretended_gpu import pretended_gpu
 
@@ -27,6 +29,20 @@ with pretended_gpu():
 def gpu() -> Iterator[None]:
     with pretended_gpu():
         yield
+
+
+def test_what_is_built_from_data_has_tritons_hash_of_what_the_user_wrote() -> None:
+    """In a process in which nothing was hashed before: else Triton hashes a callee's constants as well."""
+    from torch.testing._internal import triton_utils as samples
+    from triton.runtime.autotuner import Autotuner
+    from triton.runtime.jit import JITFunction
+
+    found = [k for k in vars(samples).values() if isinstance(k, JITFunction | Autotuner)]
+    assert len(found) > 30
+    for kernel in found:
+        source, _ = kernel_source(kernel)
+        function = kernel.fn if isinstance(kernel, Autotuner) else kernel
+        assert build_kernel(source).entry.cache_key == function.cache_key  # type: ignore[attr-defined]
 
 
 def plans(case: Case) -> list[Plan]:
