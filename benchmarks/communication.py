@@ -1,30 +1,43 @@
-"""Tensor parallelism on the GPUs of one host: eager, Inductor, Inductor with ``_collective.auto_select``, memplan.
+"""Tensor parallelism on the GPUs of one host: eager, Inductor with and without ``_collective.auto_select``, memplan.
 
-``torchrun --nproc-per-node 2 -m benchmarks.communication`` (``--device cpu`` for a small run over gloo). A Llama-style
-block and a model of 16 of them, sharded by `parallelize_module`, each for a decode step (a few tokens) and a prefill.
-Every line is printed by rank 0 as soon as it is measured: milliseconds a step, the largest difference from eager,
-bytes of live and reserved memory above those before. Then some iterations of memplan with random delays on each rank,
-which have to be bitwise equal to those without.
+``torchrun --nproc-per-node 2 -m benchmarks.communication --results benchmarks/results`` (``--device cpu`` for a small
+run over gloo). A Llama-style block and a model of 16 of them, sharded by `parallelize_module`, each for a decode step
+(one token) and a prefill. Rank 0 prints every line as soon as it is measured, and at the end writes
+``communication.json`` and ``communication.md``:
+
+* milliseconds a step; the largest difference from the library's all-reduce in the same compiler, and whether all bits
+  are equal; bytes asked of the symmetric allocator; device copies in one step, as the profiler counts them;
+* iterations with random delays on each rank, on inputs that change: all bits as without delays;
+* a rank with another plan, which has to be refused;
+* a rank that is killed, in processes of their own: the other one has to end within the group's timeout.
+
+What does not fit into ``--seconds`` is left out and said. NVLink multicast stays off.
 """
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+
 import argparse
 import contextlib
 import json
-import os
 import random
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-SYSTEMS = ("eager", "inductor", "inductor-auto", "memplan")
+SYSTEMS = ("eager", "inductor", "inductor-auto", "memplan-library", "memplan")
 Step = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -68,15 +81,245 @@ PLAN = {
 }
 
 
-def build(args: argparse.Namespace, mesh: DeviceMesh, layers: int) -> nn.Module:
-    """The sharded model, with the same weights on every rank."""
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    with torch.device(args.device):
-        model = Model(layers, args.width, args.heads, args.hidden).to(dtype)
-    for block in model.blocks:
-        parallelize_module(block, mesh, PLAN)
-    return model.requires_grad_(False).eval()
+class SymmetricBytes:
+    """Counts what is asked of torch's symmetric allocator: each allocation id once, as it is kept under it."""
+
+    def __init__(self) -> None:
+        self.by_id: dict[object, int] = {}
+        kind = torch._C._distributed_c10d._SymmetricMemory
+        real = kind.empty_strided_p2p
+
+        def counted(size, stride, dtype, device, *rest, **named):  # type: ignore[no-untyped-def]
+            nbytes = dtype.itemsize
+            for n in size:
+                nbytes *= n
+            key = named.get("alloc_id") or (rest[1] if len(rest) > 1 else None) or ("own", len(self.by_id))
+            self.by_id[key] = nbytes
+            return real(size, stride, dtype, device, *rest, **named)
+
+        kind.empty_strided_p2p = staticmethod(counted)
+
+    @property
+    def total(self) -> int:
+        return sum(self.by_id.values())
+
+
+class Run:
+    """One process's part in the measurement."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.begun = args, time.monotonic()
+        self.device: str = args.device
+        self.rows: list[dict[str, object]] = []
+        # control messages go over the CPU: they disturb nothing that is measured
+        self.control = dist.new_group(backend="gloo")
+        self.mesh = init_device_mesh(args.device, (dist.get_world_size(),))
+        self.symmetric = SymmetricBytes()
+
+    def time_left(self, needed: float) -> bool:
+        """Whether rank 0 still has so many seconds, told to all."""
+        flag = torch.tensor([self.args.seconds - (time.monotonic() - self.begun) > needed], dtype=torch.int32)
+        dist.broadcast(flag, 0, group=self.control)
+        return bool(flag.item())
+
+    def report(self, row: dict[str, object]) -> None:
+        """Rank 0 keeps and prints the line; another rank prints its own errors."""
+        if dist.get_rank() == 0:
+            self.rows.append(row)
+        if dist.get_rank() == 0 or "error" in row:
+            print(
+                json.dumps({"rank": dist.get_rank(), "at_s": round(time.monotonic() - self.begun, 1), **row}),
+                flush=True,
+            )
+
+    def sync(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def build(self, layers: int) -> nn.Module:
+        """The sharded model, with the same weights on every rank."""
+        torch.manual_seed(0)
+        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        with torch.device(self.device):
+            model = Model(layers, self.args.width, self.args.heads, self.args.hidden).to(dtype)
+        for block in model.blocks:
+            parallelize_module(block, self.mesh, PLAN)
+        return model.requires_grad_(False).eval()
+
+    def inputs(self, tokens: int) -> list[torch.Tensor]:
+        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        generator = torch.Generator().manual_seed(1)
+        shape = (1, tokens, self.args.width)
+        return [torch.randn(shape, generator=generator).to(self.device, dtype) for _ in range(3)]
+
+    # -- one model, one size ------------------------------------------------------------------------------------------
+
+    def case(self, layers: int, tokens: int) -> None:
+        """All systems."""
+        model = self.build(layers)
+        xs = self.inputs(tokens)
+        exact: torch.Tensor | None = None
+        for system in self.args.systems:
+            if system == "memplan-library" and layers == 1:
+                continue
+            row: dict[str, object] = {"layers": layers, "tokens": tokens, "system": system}
+            if not self.time_left(25):
+                self.report({**row, "left out": "no time"})
+                continue
+            try:
+                with torch.no_grad(), symmetric_memory(system == "inductor-auto" and self.device == "cuda"):
+                    exact = self.measure(row, system, model, xs, exact)
+            except Exception as error:  # one system's failure is a line of the table, not the end of it
+                traceback.print_exc()
+                row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
+            self.report(row)
+
+    def measure(
+        self, row: dict[str, object], system: str, model: nn.Module, xs: list[torch.Tensor], exact: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        before = self.symmetric.total
+        begun = time.perf_counter()
+        step = compiled(model, system)
+        got = step(xs[0]).float().clone()
+        self.sync()
+        row["first_s"] = round(time.perf_counter() - begun, 2)
+        if exact is None and system in ("eager", "memplan-library"):
+            exact = got
+        if system == "memplan-library":
+            exact = got  # the same kernels, the library's sums
+        if exact is not None:
+            row["difference"] = float((got - exact).abs().max())
+            row["equal bits"] = bool(torch.equal(got, exact))
+            row["largest"] = float(exact.abs().max())
+        for _ in range(5):
+            step(xs[0])
+        self.sync()
+        row["symmetric bytes"] = self.symmetric.total - before
+        row |= self.memory(step, xs[0])
+        found = self.times(step, xs[0])
+        row["ms"], row["ms_least"] = round(statistics.median(found), 4), round(min(found), 4)
+        if self.device == "cuda":
+            row |= profiled(step, xs[0])
+        return exact
+
+    def times(self, step: Step, x: torch.Tensor) -> list[float]:
+        """Milliseconds a step, of each of several batches of 10; ranks start each batch together."""
+        out = []
+        for _ in range(self.args.repeats):
+            dist.barrier(self.control)
+            self.sync()
+            started = time.perf_counter()
+            for _ in range(10):
+                step(x)
+            self.sync()
+            out.append((time.perf_counter() - started) * 100)
+        return out
+
+    def memory(self, step: Step, x: torch.Tensor) -> dict[str, object]:
+        """Peak of live bytes above those before the step (symmetric memory is not in it)."""
+        if self.device != "cuda":
+            return {}
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step(x)
+        torch.cuda.synchronize()
+        return {"peak": torch.cuda.max_memory_allocated() - before}
+
+    # -- what may go wrong --------------------------------------------------------------------------------------------
+
+    def delays(self, layers: int, tokens: int, iterations: int) -> None:
+        """Iterations with random waits on each rank, on three inputs in turn: the bits of those without."""
+        row: dict[str, object] = {"check": "delays", "layers": layers, "tokens": tokens}
+        try:
+            with torch.no_grad():
+                step = compiled(self.build(layers), "memplan")
+                xs = self.inputs(tokens)
+                want = [step(x).clone() for x in xs]
+                rng = random.Random(dist.get_rank())
+                wrong = torch.zeros((), dtype=torch.int64, device=self.device)
+                self.sync()
+                begun = time.monotonic()
+                for k in range(iterations):
+                    if rng.random() < 0.25:
+                        self.tarry(rng)
+                    wrong += (step(xs[k % 3]) != want[k % 3]).any()
+                self.sync()
+            row |= {"iterations": iterations, "wrong": int(wrong), "seconds": round(time.monotonic() - begun, 1)}
+        except Exception as error:
+            traceback.print_exc()
+            row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
+        self.report(row)
+
+    def tarry(self, rng: random.Random) -> None:
+        if self.device == "cuda":
+            torch.cuda._sleep(int(rng.random() * 200_000))
+        else:
+            time.sleep(rng.random() * 1e-3)
+
+    def other_plan(self) -> None:
+        """Rank 1 has another number of tokens."""
+        row: dict[str, object] = {"check": "another plan"}
+        options = {"communication": {"timeout": 60}}
+        try:
+            torch._dynamo.reset()
+            step = torch.compile(self.build(1), backend="memplan", dynamic=False, options=options)
+            with torch.no_grad():
+                step(self.inputs(2 + dist.get_rank())[0])
+            row["refused"] = False
+        except Exception as error:
+            row |= {"refused": type(error).__name__ == "CommunicationError", "message": str(error)[:400]}
+        self.report(row)
+
+    def killed_rank(self) -> None:
+        """In processes of their own, on the same devices: rank 1 kills itself; how rank 0 ends."""
+        row: dict[str, object] = {"check": "a killed rank", "timeout_s": KILL_TIMEOUT}
+        context = torch.multiprocessing.get_context("spawn")
+        dist.barrier(self.control)
+        path = [f"/tmp/memplan-killed-{os.getpid()}"]
+        dist.broadcast_object_list(path, 0, group=self.control)
+        child = context.Process(target=_child, args=(dist.get_rank(), dist.get_world_size(), path[0], self.args))
+        begun = time.monotonic()
+        child.start()
+        child.join(KILL_TIMEOUT * 2 + 60)
+        if child.is_alive():
+            child.kill()
+            row["error"] = "it hangs"
+        started = Path(f"{path[0]}-killed")
+        since = time.time() - started.stat().st_mtime if started.exists() else time.monotonic() - begun
+        row |= {"exit code": child.exitcode, "seconds after the kill": round(since, 1)}
+        dist.barrier(self.control)
+        self.report(row)
+
+
+KILL_TIMEOUT = 15
+
+
+def _child(rank: int, world: int, path: str, args: argparse.Namespace) -> None:
+    """A small tensor-parallel model; the last rank kills itself after some steps."""
+    import signal
+    from datetime import timedelta
+
+    os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "0"
+    if args.device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        "nccl" if args.device == "cuda" else "gloo", init_method=f"file://{path}", rank=rank, world_size=world,
+        timeout=timedelta(seconds=KILL_TIMEOUT),
+    )  # fmt: skip
+    run = Run(args)
+    step = compiled(run.build(1), "memplan")
+    x = run.inputs(1)[0]
+    with torch.no_grad():
+        for _ in range(5):
+            step(x)
+        run.sync()
+        dist.barrier(run.control)
+        if rank == world - 1:
+            Path(f"{path}-killed").write_text("")
+            os.kill(os.getpid(), signal.SIGKILL)
+        for _ in range(20):
+            step(x)
+        run.sync()
 
 
 def compiled(model: nn.Module, system: str) -> Step:
@@ -85,30 +328,12 @@ def compiled(model: nn.Module, system: str) -> Step:
     match system:
         case "eager":
             return model
-        case "memplan":
-            return torch.compile(model, backend="memplan", dynamic=False)  # type: ignore[no-any-return]
+        case "memplan" | "memplan-library":
+            options = {"communication": {"all_reduce": "library"}} if system == "memplan-library" else {}
+            return torch.compile(model, backend="memplan", dynamic=False, options=options)  # type: ignore[no-any-return]
         case _:
-            options = {"_collective.auto_select": True} if system == "inductor-auto" else None
+            options = {"_collective.auto_select": True} if system == "inductor-auto" else {}
             return torch.compile(model, backend="inductor", dynamic=False, options=options)  # type: ignore[no-any-return]
-
-
-def sync(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def times(step: Step, x: torch.Tensor, device: str, repeats: int) -> list[float]:
-    """Milliseconds of each of ``repeats`` batches of 10 steps, by step; ranks start each batch together."""
-    out = []
-    for _ in range(repeats):
-        dist.barrier()
-        sync(device)
-        started = time.perf_counter()
-        for _ in range(10):
-            step(x)
-        sync(device)
-        out.append((time.perf_counter() - started) * 100)
-    return out
 
 
 @contextlib.contextmanager
@@ -121,92 +346,71 @@ def symmetric_memory(enabled: bool) -> Iterator[None]:
     yield
 
 
-def memory(step: Step, x: torch.Tensor, device: str) -> dict[str, int]:
-    """Bytes above those before the step: live, and taken from the device (symmetric memory is only in the latter)."""
-    if device != "cuda":
-        return {}
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step(x)
-    torch.cuda.synchronize()
-    return {"peak": torch.cuda.max_memory_allocated() - before, "reserved": torch.cuda.memory_reserved()}
+def profiled(step: Step, x: torch.Tensor) -> dict[str, object]:
+    """Of one step: kernels on the device, of them copies, and microseconds in all-reduces."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        step(x)
+        torch.cuda.synchronize()
+    events = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    copies = [e for e in events if "memcpy dtod" in e.name.lower() or "copy_kernel" in e.name.lower()]
+    reduces = [e for e in events if "allreduce" in e.name.lower() or "all_reduce" in e.name.lower()]
+    return {
+        "device operations": len(events),
+        "copies": len(copies),
+        "all-reduces": len(reduces),
+        "all-reduce_us": round(sum(e.device_time_total for e in reduces), 1),
+    }
 
 
-def case(args: argparse.Namespace, mesh: DeviceMesh, layers: int, tokens: int) -> None:
-    """All systems on one model and one number of tokens."""
-    model = build(args, mesh, layers)
-    torch.manual_seed(1)
-    x = torch.randn(1, tokens, args.width, device=args.device, dtype=next(model.parameters()).dtype)
-    want: torch.Tensor | None = None
-    for system in args.systems:
-        row: dict[str, object] = {"layers": layers, "tokens": tokens, "system": system, "world": dist.get_world_size()}
-        try:
-            with symmetric_memory(system == "inductor-auto" and args.device == "cuda"), torch.no_grad():
-                begun = time.perf_counter()
-                free = torch.cuda.mem_get_info()[0] if args.device == "cuda" else 0
-                step = compiled(model, system)
-                got = step(x).float().clone()
-                sync(args.device)
-                row["compile_s"] = round(time.perf_counter() - begun, 2)
-                want = got if want is None else want
-                row["difference"] = float((got - want).abs().max())
-                row["largest"] = float(want.abs().max())
-                for _ in range(3):
-                    step(x)
-                row |= memory(step, x, args.device)
-                found = times(step, x, args.device, args.repeats)
-                row["ms"] = round(statistics.median(found), 4)
-                row["ms_least"] = round(min(found), 4)
-                if args.device == "cuda":
-                    row["device_bytes"] = free - torch.cuda.mem_get_info()[0]
-                if system == "memplan" and args.delays:
-                    row["delayed_equal"] = delayed(step, x, args)
-        except Exception as error:  # one system's failure is a line of the table, not the end of it
-            row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
-        report(row)
-
-
-def delayed(step: Step, x: torch.Tensor, args: argparse.Namespace) -> bool:
-    """Whether ``args.delays`` iterations with random waits on each rank all give the first one's bits."""
-    want = step(x).clone()
-    rng = random.Random(dist.get_rank())
-    equal = torch.ones((), dtype=torch.bool, device=args.device)
-    for _ in range(args.delays):
-        if rng.random() < 0.25:
-            if args.device == "cuda":
-                torch.cuda._sleep(int(rng.random() * 200_000))
-            else:
-                time.sleep(rng.random() * 1e-3)
-        equal &= (step(x) == want).all()
-    return bool(equal)
-
-
-def report(row: dict[str, object]) -> None:
-    """Rank 0 prints the line; an error of any rank is printed by that rank."""
-    if dist.get_rank() == 0 or "error" in row:
-        print(json.dumps({"rank": dist.get_rank(), **row}), flush=True)
+def write(args: argparse.Namespace, run: Run) -> None:
+    """The lines as JSON and as tables."""
+    folder = Path(args.results)
+    folder.mkdir(parents=True, exist_ok=True)
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    about = {"device": device, "ranks": dist.get_world_size(), "torch": torch.__version__}
+    (folder / "communication.json").write_text(json.dumps({**about, "rows": run.rows}, indent=1) + "\n")
+    columns = ("layers", "tokens", "system", "ms", "ms_least", "difference", "equal bits", "symmetric bytes", "peak",
+               "copies", "all-reduce_us", "first_s", "error", "left out")  # fmt: skip
+    lines = [f"# Tensor parallelism: {about['ranks']} x {device}, torch {torch.__version__}", ""]
+    lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    for row in run.rows:
+        if "system" in row:
+            lines.append("| " + " | ".join(str(row.get(c, "")) for c in columns) + " |")
+    lines += ["", *(f"- {json.dumps(row)}" for row in run.rows if "system" not in row), ""]
+    (folder / "communication.md").write_text("\n".join(lines))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
-    parser.add_argument("--layers", nargs="+", type=int, default=[1, 16])
+    parser.add_argument("--layers", nargs="+", type=int, default=[16, 1])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2048], help="tokens of decode and of prefill")
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=11008)
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--delays", type=int, default=500, help="iterations with random delays (10,000 for the record)")
+    parser.add_argument("--delays", type=int, default=10_000, help="iterations with random delays")
+    parser.add_argument("--seconds", type=float, default=330, help="what does not fit is left out")
+    parser.add_argument("--results", default="communication-results", help="folder for JSON and Markdown")
     args = parser.parse_args()
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    mesh = init_device_mesh(args.device, (dist.get_world_size(),))
+    run = Run(args)
+    checks = [lambda: run.delays(1, args.tokens[0], args.delays), run.other_plan, run.killed_rank]
     for layers in args.layers:
         for tokens in args.tokens:
-            case(args, mesh, layers, tokens)
+            run.case(layers, tokens)
+            if dist.get_rank() == 0:
+                write(args, run)
+        if checks and layers == args.layers[0]:
+            while checks:
+                checks.pop(0)()
+                if dist.get_rank() == 0:
+                    write(args, run)
     dist.destroy_process_group()
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..ir.communication import Memory
 from ..ir.loops import Size
 from ..ir.plan import InPlaceOf, InPool, Pool
 from ..ir.program import (
@@ -157,7 +158,10 @@ class _Printer:
                 for text in dict.fromkeys(_origin_text(o.node, o.op, o.location, o.code) for o in origins[:6]):
                     self.line(f"# {text}")
             case AllocatePool(pool):
-                self.line(f"{pool.name} = allocate_pool({self.size(pool.nbytes)}, {self.device(pool.device)})")
+                made = f"allocate_pool({self.size(pool.nbytes)}, {self.device(pool.device)})"
+                if pool.memory is not Memory.PLAIN:
+                    made = f"{pool.name}_memory()"
+                self.line(f"{pool.name} = {made}")
                 self.line(f"{pool.name}_p = {pool.name}.data_ptr()")
             case FreePool(pool):
                 self.line(f"del {pool.name}")
@@ -288,7 +292,7 @@ class _Printer:
                 self.line(f"out = {outs[0]}")
                 args[0] = outs[0] = "out"
                 temporary = True
-            names = _out_names(op.target)
+            names = _out_names(op.target, len(outs))
             self.line(f"{name}({', '.join([*args, *(f'{n}={o}' for n, o in zip(names, outs, strict=True))])})")
             if temporary:
                 self.line("del out")
@@ -411,8 +415,12 @@ def _origin_text(node: str, op: str, location: str, code: str) -> str:
 __all__ = ["PythonWrapper", "literal", "print_python", "python_line"]
 
 
-def _out_names(target: str) -> list[str]:
-    """What an ``out=`` overload calls the tensors that it writes: ``out``, ``out0``, ``indices``, ..."""
+def _out_names(target: str, count: int) -> list[str]:
+    """What an ``out=`` overload calls the ``count`` tensors that it writes: ``out``, ``out0``, ``indices``, ...
+
+    Some operators take them as the last of their ordinary arguments.
+    """
     namespace, name, overload = target.split(".")
     schema = getattr(getattr(getattr(torch.ops, namespace), name), overload)._schema
-    return [a.name for a in schema.arguments if a.is_out]
+    found = [a.name for a in schema.arguments if a.is_out]
+    return found or [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write][-count:]

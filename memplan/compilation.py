@@ -13,6 +13,7 @@ from . import kernels as kernel_sets
 from .codegen import cpp_kernel, triton_kernel
 from .codegen.python_wrapper import print_python
 from .codegen.wrapper_lines import wrapper_lines
+from .communicating import Communicating, facts_of
 from .cpp_wrapping import wrap_in_cpp
 from .fallback import with_fallback
 from .ir.canonical import canonicalize
@@ -26,6 +27,7 @@ from .lowering.call_site import LOWERINGS
 from .lowering.contracts import contract
 from .lowering.lower import NOTHING_KEPT, Kept, lower_program
 from .out_of_memory import explained
+from .passes.comm import Communication, place_in_arenas
 from .passes.inplace import decide_in_place, plan_in_place
 from .passes.padding import pad_rows
 from .passes.pipeline import PASSES as PIPELINE
@@ -77,7 +79,7 @@ class Lowering:
         return with_contracts(lower_program(program, self.config, self.kept))
 
 
-PASSES: tuple[type[Pass], ...] = (Lowering, *PIPELINE, SplitReductions)
+PASSES: tuple[type[Pass], ...] = (Lowering, *PIPELINE, SplitReductions, Communication)
 #: names that ``options={"disable": [...]}`` accepts
 PASS_NAMES = (
     "attention",
@@ -107,7 +109,9 @@ def plan_program(program: Program, config: Config, kept: Kept = NOTHING_KEPT) ->
         if after is not before:
             stages.append((name, _unplanned_peak(after, {})))
 
-    program = run_pipeline(program, config, verify_program, on_pass, passes=(Lowering(config, kept), *PASSES[1:]))
+    communication = Communication(facts_of(program, config), config.communication)
+    passes: tuple[type[Pass] | Pass, ...] = (Lowering(config, kept), *PASSES[1:-1], communication)
+    program = run_pipeline(program, config, verify_program, on_pass, passes=passes)
     libraries = planner_libraries()
     order: tuple[str, ...] = tuple(op.name for op in program.operations)
     bound, program_peak, note = 0, None, libraries.note
@@ -120,15 +124,16 @@ def plan_program(program: Program, config: Config, kept: Kept = NOTHING_KEPT) ->
     in_place = dict(taken.taken) if taken is not None else {}
     stages.append(("inplace", _unplanned_peak(program, in_place, order)))
     pooled = Pooled()
+    stores = storages(program, lifetimes(program, order), in_place)
+    arenas, in_arenas = place_in_arenas(program, len(order), stores, libraries.pack)
     if config.enabled("pools") and config.pools != "never" and order:
-        stores = storages(program, lifetimes(program, order), in_place)
         pooled = choose_pools(program, order, stores, native=libraries.pack, always=config.pools == "always")
     plan = make_plan(
         program,
         order,
         in_place=in_place,
-        pools=pooled.pools,
-        offsets=pooled.offsets,
+        pools=(*pooled.pools, *arenas),
+        offsets={**(pooled.offsets or {}), **in_arenas},
         order_bound=bound,
         program_peak=program_peak,
         notes=taken.notes if taken is not None else (),
@@ -225,6 +230,9 @@ def _compile(program: Program, config: Config, kept: Kept) -> CompiledProgram:
         (folder / f"{program.name}.py").write_text(wrapper.source)
         (folder / f"{program.name}.kernels.txt").write_text(built.source)
     names = namespace(wrapper.operators, plan.program.callables, plan.program.constants, built.callables)
+    communicating = Communicating.of(plan, config)
+    if communicating is not None:
+        names.update(communicating.names())
     filename = f"<memplan {program.name}>"
     exec(compile(wrapper.source, filename, "exec"), names)
 
@@ -243,8 +251,10 @@ def _compile(program: Program, config: Config, kept: Kept) -> CompiledProgram:
         if config.dump:
             (Path(config.dump) / f"{program.name}.wrapper.cpp").write_text(wrapped.source)
         call = explained(wrapped.call, plan, filename, (), explain)
+        call = call if communicating is None else communicating.guarded(call)
         return CompiledProgram(plan, call, wrapped.source, planned.waterfall)
     call = explained(names["call"], plan, filename, wrapper.starts, explain)  # type: ignore[arg-type]
+    call = call if communicating is None else communicating.guarded(call)
     return CompiledProgram(plan, call, wrapper.source, planned.waterfall)
 
 

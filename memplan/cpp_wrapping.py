@@ -10,6 +10,7 @@ from functools import partial
 from .codegen.cpp_wrapper import CPP_WRAPPER_FLAGS, print_cpp
 from .codegen.wrapper_lines import WrapperProgram
 from .ir.config import Config
+from .ir.errors import UnsupportedError
 from .kernels import BuiltKernels
 from .runtime.cache import Cache
 from .runtime.cpp_wrapper import KernelRow, build_wrapper, load_wrapper
@@ -33,6 +34,12 @@ def wrap_in_cpp(lines: WrapperProgram, kernels: BuiltKernels, config: Config) ->
     CompilerError, CacheError
         If the library cannot be built.
     """
+    if lines.plan.arenas:
+        raise UnsupportedError(
+            "wrapper='cpp' does not take symmetric memory yet; use 'auto' or 'python', or "
+            "communication={'all_reduce': 'library'}",
+            where=lines.name,
+        )
     printed = print_cpp(lines, kernels.emitted, poison=config.poison)
     cache = Cache(config.cache_dir) if config.cache_dir else Cache()
     path = build_wrapper(printed, lines.name, CPP_WRAPPER_FLAGS, cache)

@@ -138,6 +138,8 @@ class _Decision:
         mine = self.program.buffers[new]
         if root.device != mine.device:
             return "it is on another device"
+        if (root.memory, root.group) != (mine.memory, mine.group):
+            return f"it is in {mine.memory.value} memory, the old value in {root.memory.value} memory"
         if mine.alignment > root.alignment:
             return f"it needs alignment {mine.alignment}"
         if not at_least(root.nbytes, mine.nbytes):

@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..ir.communication import Memory
 from ..ir.loops import Size
 from ..ir.plan import Lifetime, Pool
 from ..ir.program import EXTERNAL_KINDS, Program
@@ -53,6 +54,7 @@ def choose_pools(
         s
         for s in stores
         if program.buffers[s.root].kind not in EXTERNAL_KINDS
+        and program.buffers[s.root].memory is Memory.PLAIN
         and not any(m in own for m in s.members)
         and all(isinstance(program.buffers[m].nbytes, int) for m in s.members)
         and s.nbytes > 0

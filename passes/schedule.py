@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..ir.communication import Memory
 from ..ir.plan import (
     Certificate,
     External,
@@ -98,18 +99,19 @@ def timeline(
 ) -> list[int]:
     """Live bytes while each step runs: own allocations and whole pools, rounded, and the step's own scratch.
 
-    Externals count only where they are donated (the caller's other memory was there before the step).
+    Externals count only where they are donated (the caller's other memory was there before the step), arenas of
+    communication memory not at all (they outlive the step).
     """
     n = max(1, len(order))
     change = [0] * (n + 2)
     for s in stores:
         b = program.buffers[s.root]
-        if s.root in pooled or (b.kind in EXTERNAL_KINDS and not b.donated):
+        if s.root in pooled or (b.kind in EXTERNAL_KINDS and not b.donated) or b.memory is Memory.SYMMETRIC:
             continue
         size = rounded(s.nbytes, b.device)
         change[s.lifetime.start] += size
         change[min(s.lifetime.stop, n + 1)] -= size
-    for p in pools:
+    for p in (p for p in pools if p.memory is not Memory.SYMMETRIC):
         size = rounded(evaluate(p.nbytes, program.hints), p.device)
         change[p.lifetime.start] += size
         change[min(p.lifetime.stop, n + 1)] -= size

@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
+from .communication_options import CommunicationOptions
 from .errors import OptionError
 
 WRAPPERS = ("auto", "python", "cpp")
@@ -62,6 +63,8 @@ class Config:
         or writes whatever lies there.
     pools:
         ``"auto"`` (what the simulated device allocator likes best), ``"always"`` or ``"never"``.
+    communication:
+        How collectives run and what memory they use: a dictionary, see `CommunicationOptions`.
     """
 
     wrapper: str = "auto"
@@ -79,6 +82,7 @@ class Config:
     loss_chunk: int = 2**28
     check_indices: bool = True
     pools: str = "auto"
+    communication: CommunicationOptions = field(default_factory=CommunicationOptions)
     cache_dir: str | None = None
     #: make the plan and run the traced graph as it is; nothing is built (`memplan.analyze`)
     plan_only: bool = False
@@ -174,6 +178,8 @@ def _checked(name: str, value: object, known_passes: tuple[str, ...]) -> object:
             return _choice(name, value, RANDOM)
         case "pools":
             return _choice(name, value, ("auto", "always", "never"))
+        case "communication":
+            return CommunicationOptions.checked(value)
         case "disable":
             names = (value,) if isinstance(value, str) else value
             if not isinstance(names, (tuple, list)):

@@ -68,5 +68,9 @@ class ReportError(MemplanError):
     """A report file cannot be read: damaged, or of another version."""
 
 
+class CommunicationError(MemplanError):
+    """The ranks of a process group do not agree, or one of them does not come."""
+
+
 class SavedModelError(MemplanError):
     """A model cannot be saved, or a saved one cannot be loaded here or called like this."""

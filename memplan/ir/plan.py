@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from .communication import Memory
 from .loops import Size
 from .program import Program
 
@@ -57,12 +58,18 @@ Placement = External | Own | InPool | InPlaceOf
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """One allocation that holds many buffers, made at its lifetime's start, freed at its end."""
+    """One allocation that holds many buffers, made at its lifetime's start, freed at its end.
+
+    An *arena* (``memory`` is symmetric) is there before the program and after it, at the same place in every call, and
+    shared by all programs that communicate in its ``group``. Its bytes are in no timeline and no peak.
+    """
 
     name: str
     nbytes: Size
     device: str
     lifetime: Lifetime
+    memory: Memory = Memory.PLAIN
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +114,11 @@ class Plan:
     notes: tuple[tuple[str, str], ...] = ()
     #: bytes at the hinted sizes, rounded as the device allocator rounds them, by device
     predicted_peak: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def arenas(self) -> tuple[Pool, ...]:
+        """The pools of communication memory."""
+        return tuple(p for p in self.pools if p.memory is not Memory.PLAIN)
 
     def storage_of(self, buffer: str) -> str:
         """The buffer whose storage ``buffer`` uses, following in-place reuse."""

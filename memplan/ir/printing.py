@@ -323,6 +323,7 @@ def format_plan(plan: Plan) -> str:
         lines.append(
             f"pool {pool.name}: {_format_size(pool.nbytes)} on {pool.device}, "
             f"[{pool.lifetime.start}, {pool.lifetime.stop})"
+            + ("" if pool.memory is Memory.PLAIN else f", {pool.memory.value} memory of group {pool.group!r}")
         )
     c = plan.certificate
     lines.append(

@@ -7,12 +7,21 @@ the former or change the latter. It is checked along the order in which steps ru
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
 
 from .communication import SYMMETRIC_FORMS, Memory
 from .errors import VerificationError
+from .plan import InPool, Plan
 from .program import Buffer, Collective, Extern, Operation, View, Wait
+from .verify_kernel import evaluate_index
 
 Fail = Callable[[str, Operation], VerificationError]
+
+
+class PlanFail(Protocol):
+    """Makes the error of a plan; the operations say which of the user's lines is meant."""
+
+    def __call__(self, message: str, *ops: Operation) -> VerificationError: ...
 
 
 class Flights:
@@ -90,3 +99,74 @@ def check_flights(operations: Iterable[Operation], fail: Fail) -> None:
     for op in operations:
         flights.step(op)
     flights.finish()
+
+
+def check_arenas(plan: Plan, fail: PlanFail) -> None:
+    """Symmetric buffers, and no others, lie in the arena of their group, and are overwritten when no peer reads them.
+
+    Raises
+    ------
+    VerificationError
+        Naming the buffer, or the operation that overwrites too early.
+    """
+    pools = {p.name: p for p in plan.pools}
+    held: dict[str, InPool] = {}
+    for name, b in plan.program.buffers.items():
+        if name not in plan.placements:
+            continue
+        root = plan.program.buffers[plan.storage_of(name)]
+        place = plan.placements[root.name]
+        pool = pools.get(place.pool) if isinstance(place, InPool) else None
+        there = Memory.PLAIN if pool is None else pool.memory
+        if (b.memory, b.group) != (root.memory, root.group):
+            raise fail(f"{name!r} ({b.memory.value} memory) is in place of {root.name!r} ({root.memory.value} memory)")
+        if (b.memory is Memory.SYMMETRIC) != (there is Memory.SYMMETRIC):
+            raise fail(f"{name!r} wants {b.memory.value} memory, and lies in {there.value} memory")
+        if pool is not None and b.memory is Memory.SYMMETRIC:
+            if pool.group != b.group:
+                raise fail(f"{name!r} is of group {b.group!r}, its arena {pool.name!r} of group {pool.group!r}")
+            if pool.lifetime.start != 0 or pool.lifetime.stop != len(plan.order) + 1:
+                raise fail(f"the arena {pool.name!r} does not stay from call to call")
+            assert isinstance(place, InPool)
+            held[name] = place
+    _check_barriers(plan, held, fail)
+
+
+def _check_barriers(plan: Plan, held: Mapping[str, InPool], fail: PlanFail) -> None:
+    """No byte of an arena is written before a barrier has shown that every peer has read it.
+
+    What is still unguarded when the program ends is so when it (or another program in the same arena) begins again.
+    """
+    hints = plan.program.hints
+    open_reads: dict[str, list[tuple[str, int, int, Operation]]] = {}  # by group: pool, bytes, who reads them
+
+    def span(name: str) -> tuple[str, int, int]:
+        low = evaluate_index(held[name].offset, hints)
+        return held[name].pool, low, low + evaluate_index(plan.program.buffers[name].nbytes, hints)
+
+    for step in plan.order:
+        op = plan.program.by_name[step]
+        form = SYMMETRIC_FORMS.get(op.target) if isinstance(op, Extern) else None
+        view = op.args[form.argument] if isinstance(op, Extern) and form is not None else None
+        group = plan.program.buffers[view.buffer].group if isinstance(view, View) else ""
+        if form is not None and form.barrier_before:
+            open_reads.pop(group, None)
+        for name in (n for n in (*op.writes, *op.mutates) if n in held):
+            pool, low, high = span(name)
+            for other, start, stop, reader in open_reads.get(plan.program.buffers[name].group, ()):
+                if other == pool and start < high and low < stop:
+                    raise fail(
+                        f"bytes [{low}, {high}) of arena {pool!r} are written for {name!r}, while peers may still read "
+                        f"[{start}, {stop}) for {reader.name!r} ({getattr(reader, 'target', '')}), which ends without "
+                        "a barrier",
+                        op,
+                    )
+        if form is not None and isinstance(view, View) and not form.barrier_after:
+            open_reads.setdefault(group, []).append((*span(view.buffer), op))
+    for reads in open_reads.values():
+        for pool, start, stop, reader in reads:
+            raise fail(
+                f"bytes [{start}, {stop}) of arena {pool!r} may still be read by peers when the next call writes them: "
+                "nothing after it has a barrier",
+                reader,
+            )

@@ -8,6 +8,7 @@ What it takes a plan to mean:
 * live bytes at a step are those of the storages that exist then, each rounded up as its device's allocator does,
   without the externals that the caller keeps (donated inputs count from step 0 until they stop), and the scratch of
   the operation that runs; the certificate's peak is the largest of these;
+* arenas of symmetric memory, and what lies in them, are in no count: they are there before and after;
 * held bytes count whole pools instead of the storages inside them: the plan's timeline, and its placed peak.
 """
 
@@ -19,13 +20,14 @@ from collections.abc import Callable, Iterator, Mapping
 
 import sympy
 
+from .communication import Memory
 from .errors import VerificationError
 from .loops import Size
 from .plan import External, InPlaceOf, InPool, Lifetime, Own, Plan, Pool
 from .program import EXTERNAL_KINDS, Buffer, BufferKind, Contract, Copy, Extern, KernelOp, Operation, UserKernel
 from .verify import location, verify_program
 from .verify_access import extern_hazard, in_place_hazard, same_elements
-from .verify_communication import check_flights
+from .verify_communication import check_arenas, check_flights
 from .verify_kernel import evaluate_index
 
 Values = Mapping[sympy.Symbol, int]
@@ -109,6 +111,7 @@ class _PlanCheck:
             self.check_placement(b)
         self.check_fresh_results()
         self.check_storages()
+        check_arenas(self.plan, self.fail)
         for values in trial_sizes(self.plan):
             self.check_bytes(values)
         self.check_claims()
@@ -445,7 +448,7 @@ class _PlanCheck:
 
         for root, names in self.members().items():
             b = self.program.buffers[root]
-            if b.kind in EXTERNAL_KINDS and not b.donated:
+            if (b.kind in EXTERNAL_KINDS and not b.donated) or b.memory is Memory.SYMMETRIC:
                 continue
             if placed and isinstance(self.plan.placements[root], InPool):
                 continue
@@ -453,7 +456,7 @@ class _PlanCheck:
             whole = Lifetime(min(x.start for x in lives), max(x.stop for x in lives))
             count(whole, self.program.nbytes(root), b.device)
         if placed:
-            for p in self.plan.pools:
+            for p in (p for p in self.plan.pools if p.memory is not Memory.SYMMETRIC):
                 count(p.lifetime, evaluate_index(p.nbytes, self.hints), p.device)
         out = list(itertools.accumulate(change[:steps]))
         for step, name in enumerate(self.plan.order):

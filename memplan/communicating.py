@@ -1,0 +1,154 @@
+"""Joins the parts of communication: facts of groups for the planner, and agreement and arenas for what it made."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .ir.communication import SYMMETRIC_FORMS, GroupFacts, collective_form
+from .ir.config import Config
+from .ir.errors import CommunicationError
+from .ir.plan import InPool, Plan
+from .ir.program import Collective, Extern, Literal, Operation, Program, Symbolic, View, argument_views
+from .runtime.agreement import agree
+from .runtime.groups import group_facts
+from .runtime.symmetric import ArenaUse, resolve
+
+
+def facts_of(program: Program, config: Config) -> dict[str, GroupFacts]:
+    """Facts of the groups in which a program communicates."""
+    found: dict[str, GroupFacts] = {}
+    for op in program.operations:
+        if isinstance(op, Collective) and op.group not in found:
+            ask = config.communication.agree and not config.plan_only
+            facts = group_facts(op.group, with_index(op.device), ask=ask, seconds=config.communication.timeout)
+            if facts is not None:
+                found[op.group] = facts
+    return found
+
+
+def with_index(device: str) -> torch.device:
+    """The device; of a GPU without a number the current one."""
+    found = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if found.type == "cuda" and found.index is None else found
+
+
+def communication_lines(plan: Plan) -> dict[str, tuple[str, ...]]:
+    """What the ranks of each group must have in common, by group: arenas, then communication in the plan's order.
+
+    Names of groups and devices, and numbers that ranks may rightly have of their own, are left out.
+    """
+    found: dict[str, list[str]] = {}
+    for name in plan.order:
+        op = plan.program.by_name[name]
+        group = group_of(op)
+        if group is not None:
+            found.setdefault(group, []).append(_line(plan, op))
+    for pool in plan.arenas:
+        found[pool.group].append(f"an arena of {pool.nbytes} bytes")
+    return {group: tuple(lines) for group, lines in found.items()}
+
+
+def group_of(op: Operation) -> str | None:
+    """The group in which an operation communicates, if it does."""
+    if isinstance(op, Collective):
+        return op.group
+    if isinstance(op, Extern) and op.target in SYMMETRIC_FORMS:
+        return str(next(a.value for a in reversed(op.args) if isinstance(a, Literal)))
+    return None
+
+
+def _line(plan: Plan, op: Operation) -> str:
+    assert isinstance(op, Extern)
+    form = collective_form(op.target)
+    if form is not None and form.uneven:
+        return form.kind
+    parts = [op.target]
+    for view in argument_views(op.args):
+        parts.append(f"{view.numel if isinstance(view.numel, int) else 'some'} of {view.dtype}{_place(plan, view)}")
+    group = group_of(op)
+    parts += [str(a.value) for a in op.args if isinstance(a, Literal) and a.value != group]
+    parts += ["some" for a in op.args if isinstance(a, Symbolic)]
+    return ", ".join(parts)
+
+
+def _place(plan: Plan, view: View) -> str:
+    place = plan.placements[plan.storage_of(view.buffer)]
+    arenas = {p.name for p in plan.arenas}
+    return f" at {place.offset} of the arena" if isinstance(place, InPool) and place.pool in arenas else ""
+
+
+@dataclass(eq=False)
+class Communicating:
+    """A program that communicates: its ranks agree before it is called first, and when an arena is missing."""
+
+    plan: Plan
+    config: Config
+    uses: dict[str, ArenaUse] = field(default_factory=dict)  # by group
+    agreed: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def of(cls, plan: Plan, config: Config) -> Communicating | None:
+        """None where the plan does not communicate."""
+        if not any(group_of(op) is not None for op in plan.program.operations):
+            return None
+        made = cls(plan, config)
+        for pool in plan.arenas:
+            assert isinstance(pool.nbytes, int)
+            made.uses[pool.group] = ArenaUse(pool.group, str(with_index(pool.device)), pool.nbytes, made.renew)
+        return made
+
+    def names(self) -> Mapping[str, Callable[..., object]]:
+        """What the wrapper calls to have its arenas."""
+        return {f"{pool.name}_memory": self.uses[pool.group] for pool in self.plan.arenas}
+
+    def guarded(self, call: Callable[..., object]) -> Callable[..., object]:
+        """The call, after an agreement the first time."""
+
+        def agreeing(args: list[object]) -> object:
+            if not self.agreed:
+                with self.lock:
+                    if not self.agreed:
+                        self.renew()
+            return call(args)
+
+        agreeing._boxed_call = True  # type: ignore[attr-defined]
+        return agreeing
+
+    def renew(self) -> None:
+        """Agree with the other ranks of each group on what is about to happen, and on the size of its arena.
+
+        Raises
+        ------
+        CommunicationError
+            If a rank has other plans or does not come, or a group does not exist.
+        """
+        for name, lines in communication_lines(self.plan).items():
+            self.agree_in(name, lines)
+        self.agreed = True
+
+    def agree_in(self, name: str, lines: Sequence[str]) -> None:
+        """`renew` for one group."""
+        group = resolve(name)
+        if group is None:
+            raise CommunicationError(
+                f"{self.plan.program.name} communicates in process group {name!r}, which does not exist (any more): "
+                "call init_process_group, and compile again"
+            )
+        use = self.uses.get(name)
+        options = self.config.communication
+        if torch.distributed.get_backend(group) == "fake" or (not options.agree and use is None):
+            return
+        arena = None if use is None else use.arena
+        state = [0, 0, 0] if arena is None else [arena.needed, arena.capacity, arena.generation]
+        told = agree(group, self.plan.program.name, lines, json.dumps(state), options.timeout)
+        if arena is None:
+            return
+        needed, capacity, generations = zip(*map(json.loads, told), strict=True)
+        if min(capacity) < max(needed) or len(set(generations)) > 1:
+            arena.grow(max(needed), max(generations) + 1)

@@ -1,0 +1,245 @@
+"""Arenas of symmetric memory: one for each device and process group of this process, shared by its compiled programs.
+
+An allocation of symmetric memory is collective: every rank makes it, of the same size, and learns where its peers'
+are. So an arena is made (or made larger) only inside of an agreement of all ranks (`memplan.runtime.agreement`), at
+the first call of a program that needs more. It goes when the last program that uses it has gone, and with its process
+group. Every call of a program finds it at the same place, unless it grew.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from .agreement import group_timeout
+from .watch import Watch, cuda_mark
+
+log = logging.getLogger(__name__)
+
+
+class SymmetricBackend(Protocol):
+    """Where symmetric memory of one type of device comes from."""
+
+    def obstacle(self, group: dist.ProcessGroup, device: torch.device) -> str:
+        """Why this process sees no way to have it for the group, "" if it does; asks no other rank."""
+        ...
+
+    def allocate(self, nbytes: int, group: dist.ProcessGroup, device: torch.device) -> torch.Tensor:
+        """``nbytes`` bytes that the group's operations can use; called on all ranks with the same number."""
+        ...
+
+
+class TorchSymmetricMemory:
+    """Torch's own, over NVLink or PCIe peer access inside one host. Multicast is left alone: nothing here needs it."""
+
+    def obstacle(self, group: dist.ProcessGroup, device: torch.device) -> str:
+        """See `SymmetricBackend`."""
+        if group.size() < 2:
+            return "the group has one rank"
+        if not dist.is_nccl_available() or dist.get_backend(group) == "fake":
+            return f"the group's backend is {dist.get_backend(group)}"
+        try:
+            from torch._C._distributed_c10d import _SymmetricMemory
+        except ImportError:
+            return "this build of torch has no symmetric memory"
+        if not hasattr(_SymmetricMemory, "empty_strided_p2p"):
+            return "this build of torch has no symmetric memory"
+        peers = [k for k in range(torch.cuda.device_count()) if k != device.index]
+        visible = [k for k in peers if torch.cuda.can_device_access_peer(device.index, k)]
+        # a process that sees one GPU alone cannot say: then the trial allocation does
+        return f"GPU {device.index} cannot access its peers' memory" if peers and not visible else ""
+
+    def allocate(self, nbytes: int, group: dist.ProcessGroup, device: torch.device) -> torch.Tensor:
+        """See `SymmetricBackend`."""
+        from torch._C._distributed_c10d import _SymmetricMemory
+        from torch.distributed import _symmetric_memory as symmetric
+
+        made: torch.Tensor = _SymmetricMemory.empty_strided_p2p((nbytes,), [1], torch.uint8, device, group.group_name)
+        symmetric.rendezvous(made, group.group_name)
+        return made
+
+
+#: by type of device; tests put a simulated one here
+BACKENDS: dict[str, SymmetricBackend] = {"cuda": TorchSymmetricMemory()}
+
+
+def resolve(group: str) -> dist.ProcessGroup | None:
+    """The process group of this name, None if there is none (any more)."""
+    from torch.distributed import distributed_c10d
+
+    if not dist.is_initialized():
+        return None
+    try:
+        return distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type]
+    except (RuntimeError, ValueError, KeyError):
+        return None
+
+
+@dataclass(eq=False)
+class Arena:
+    """The symmetric memory of one device and group. ``generation`` counts its allocations, equally on all ranks."""
+
+    group: str
+    device: torch.device
+    process_group: weakref.ref[dist.ProcessGroup]
+    generation: int = 0
+    tensor: torch.Tensor | None = None
+    #: the raw stream on which it was used last
+    stream: int = 0
+    users: dict[int, int] = field(default_factory=dict)  # bytes by use
+    calls: int = 0
+    watch: Watch | None = None
+
+    @property
+    def capacity(self) -> int:
+        return 0 if self.tensor is None else self.tensor.numel()
+
+    @property
+    def needed(self) -> int:
+        """Bytes that the program with the largest arena has planned."""
+        return max(self.users.values(), default=0)
+
+    def grow(self, nbytes: int, generation: int) -> None:
+        """A new allocation in place of the old one; on all ranks at once, with equal arguments.
+
+        Raises
+        ------
+        RuntimeError
+            If the group has gone.
+        """
+        group = self.process_group()
+        if group is None:
+            raise RuntimeError(f"process group {self.group!r} was destroyed; compile again for the new one")
+        self.release()
+        self.tensor = BACKENDS[self.device.type].allocate(nbytes, group, self.device)
+        self.generation = generation
+        if self.device.type == "cuda":
+            self.watch = Watch(
+                f"process group {self.group!r} on {self.device}",
+                lambda: self.calls,
+                lambda: cuda_mark(self.device, self.stream),
+                group_timeout(group),
+            )
+            self.watch.start()
+        log.info("arena of group %s on %s: %d bytes, allocation %d", self.group, self.device, nbytes, generation)
+
+    def release(self) -> None:
+        """Give the memory back, once nothing on the device can still use it."""
+        if self.tensor is not None and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if self.watch is not None:
+            self.watch.stop()
+        self.tensor = self.watch = None
+
+
+_arenas: dict[tuple[str, str], Arena] = {}
+_lock = threading.RLock()
+_uses = iter(range(1 << 62))
+
+
+def arena_of(group: str, device: torch.device) -> Arena:
+    """The arena of a device and group, without memory so far if it is new.
+
+    Raises
+    ------
+    RuntimeError
+        If there is no such group.
+    """
+    found = resolve(group)
+    if found is None:
+        raise RuntimeError(f"there is no process group {group!r}: init_process_group and compile again")
+    with _lock:
+        arena = _arenas.get((group, str(device)))
+        if arena is None or arena.process_group() is not found:
+            if arena is not None:
+                arena.release()
+            arena = _arenas[group, str(device)] = Arena(group, device, weakref.ref(found))
+            weakref.finalize(found, _drop, arena)
+    return arena
+
+
+def _drop(arena: Arena) -> None:
+    """Its process group has gone."""
+    with _lock:
+        if arena.watch is not None:
+            arena.watch.stop()
+        arena.tensor = arena.watch = None
+        if _arenas.get((arena.group, str(arena.device))) is arena:
+            del _arenas[arena.group, str(arena.device)]
+
+
+def arenas() -> tuple[Arena, ...]:
+    """All arenas of this process, for reports and tests."""
+    with _lock:
+        return tuple(_arenas.values())
+
+
+def release_arenas() -> None:
+    """Give all arenas' memory back; programs that are still alive agree on new ones when they are called again."""
+    with _lock:
+        for arena in _arenas.values():
+            arena.release()
+
+
+class ArenaUse:
+    """One program's use of an arena: called at each of its calls, gives the memory.
+
+    Parameters
+    ----------
+    group, device, nbytes:
+        Of the plan's arena; ``device`` with an index where its type has them.
+    prepare:
+        Brings the ranks to an agreement, in which the arena is made; called while it is missing or too small.
+    """
+
+    def __init__(self, group: str, device: str, nbytes: int, prepare: Callable[[], None]) -> None:
+        self.group, self.device, self.nbytes, self.prepare = group, torch.device(device), nbytes, prepare
+        self.number = next(_uses)
+        self.join()
+
+    def __call__(self) -> torch.Tensor:
+        tensor = self.arena.tensor
+        if tensor is None or tensor.numel() < self.nbytes:
+            self.renew()
+            tensor = self.arena.tensor
+            assert tensor is not None
+        self.arena.calls += 1
+        if self.device.type == "cuda":
+            stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+            if stream != self.arena.stream:
+                self.follow(stream)
+        return tensor
+
+    def renew(self) -> None:
+        """Join the arena of the group that has this name now, and agree on its size."""
+        self.arena.users.pop(self.number, None)
+        self.join()
+        self.prepare()
+
+    def join(self) -> None:
+        """Be counted among the users of the arena."""
+        self.arena = arena_of(self.group, self.device)
+        self.arena.users[self.number] = self.nbytes
+        weakref.finalize(self, _forget, self.arena, self.number)
+
+    def follow(self, stream: int) -> None:
+        """What ran in the arena on another stream comes first."""
+        if self.arena.stream or self.arena.generation:
+            before = torch.cuda.ExternalStream(self.arena.stream, device=self.device)  # type: ignore[no-untyped-call]
+            torch.cuda.current_stream(self.device).wait_stream(before)
+        self.arena.stream = stream
+
+
+def _forget(arena: Arena, number: int) -> None:
+    """A program has gone; with the last one its arena's memory goes."""
+    with _lock:
+        arena.users.pop(number, None)
+        if not arena.users:
+            arena.release()

@@ -1,0 +1,151 @@
+"""What both ranks run with symmetric memory: a small tensor-parallel model, and what can go wrong."""
+
+from __future__ import annotations
+
+import gc
+import time
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+from torch import Tensor, nn
+
+import memplan
+from memplan.ir.plan import Plan
+from memplan.ir.program import Copy, Extern
+from memplan.runtime.symmetric import ArenaUse, arena_of, arenas
+from tests.distributed import shared_memory
+from tests.distributed.shared_memory import shared_files
+from tests.tolerances import assert_near
+
+WORLD = dist.group.WORLD
+
+
+class Block(nn.Module):
+    """Two linear layers, the second of which gives this rank's part of a sum."""
+
+    def __init__(self, width: int, hidden: int, group: dist.ProcessGroup | None = None) -> None:
+        super().__init__()
+        self.group = group or WORLD
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.down(torch.relu(self.up(self.norm(x))))
+        return x + collectives.all_reduce(h, "sum", self.group)
+
+
+class Model(nn.Module):
+    """Three blocks. (Of `nn.Sequential`, Dynamo keeps compiled functions in a module of its own.)"""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (Block(16, 24, group) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x)))
+
+
+def model(group: dist.ProcessGroup | None = None) -> nn.Module:
+    torch.manual_seed(dist.get_rank())
+    return Model(group).eval()
+
+
+def targets(plan: Plan) -> list[str]:
+    return [op.target for op in plan.program.operations if isinstance(op, Extern) and "all_reduce" in op.target]
+
+
+def runs(folder: str, options: dict[str, object], grad: bool) -> tuple[list[str], int, int, int]:
+    """Against eager, in several calls; targets, arena's bytes, what the sites would take apart, number of copies."""
+    with shared_files(folder) as backend:
+        net = model(dist.new_group([0, 1]))  # Dynamo may keep programs of other tests: they are in other groups
+        x = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
+        with memplan.record() as recording:
+            compiled = torch.compile(net, backend="memplan", options={"poison": True, "communication": options})
+            with torch.set_grad_enabled(grad):
+                want, found = net(x), compiled(x)
+                assert_near(found, want, "result")
+                shared_memory.tarry[0] = 2e-3
+                for _ in range(10):
+                    again = compiled(x)
+                    assert torch.equal(again, found)
+                shared_memory.tarry[0] = 0.0
+        if grad:
+            found.square().sum().backward()
+        plan = recording.graphs[0].plan
+        assert len(plan.arenas) == 1, plan.notes
+        (arena,) = plan.arenas
+        # the first was the trial; forward and backward were built together
+        assert backend.sizes[1:] == [max(a.nbytes for g in recording.graphs for a in g.plan.arenas)]
+        sites = [b for b in plan.program.buffers.values() if b.group]
+        copies = sum(isinstance(op, Copy) for op in plan.program.operations)
+        return targets(plan), int(arena.nbytes), sum(int(b.nbytes) for b in sites), copies
+
+
+def released(folder: str) -> tuple[int, int, int]:
+    """Bytes held while two programs use an arena, when one has gone, and when both have."""
+    with shared_files(folder):
+        name = dist.new_group([0, 1]).group_name
+        first = ArenaUse(name, "cpu", 1000, lambda: arena_of(name, torch.device("cpu")).grow(1000, 1))
+        second = ArenaUse(name, "cpu", 500, lambda: None)
+        arena = first.arena
+        assert first() is second()
+        held = [arena.capacity]
+        del first
+        gc.collect()
+        held.append(arena.capacity)
+        del second
+        gc.collect()
+        return held[0], held[1], arena.capacity
+
+
+def grows(folder: str) -> tuple[list[int], int]:
+    """Two programs in one arena, the second larger; then the first again."""
+    with shared_files(folder) as backend, torch.no_grad():
+        group = dist.new_group([0, 1])
+        net = model(group)
+        compiled = torch.compile(net, backend="memplan", dynamic=False)
+        small, large = torch.ones(4, 16), torch.ones(64, 16)
+        for x in (small, large, small, large):
+            assert_near(compiled(x), net(x), "result")
+        return backend.sizes[1:], sum(a.group == group.group_name for a in arenas())
+
+
+def other_plans(folder: str) -> str:
+    """Ranks with other shapes: what the error says."""
+    with shared_files(folder), torch.no_grad():
+        net = model()
+        compiled = torch.compile(net, backend="memplan", options={"communication": {"timeout": 20}})
+        try:
+            compiled(torch.ones(4 + dist.get_rank(), 16))
+        except memplan.ir.errors.CommunicationError as error:
+            return str(error)
+        return "nothing"
+
+
+def one_rank_only(folder: str) -> str:
+    """Only rank 0 compiles, in a group of its own making; the other one does not come."""
+    net = model(dist.new_group([0, 1]))
+    if dist.get_rank() == 1:
+        time.sleep(1.5)
+        return ""
+    begun = time.monotonic()
+    try:
+        with torch.no_grad():
+            torch.compile(net, backend="memplan", options={"communication": {"timeout": 0.5}})(torch.ones(4, 16))
+    except memplan.ir.errors.CommunicationError as error:
+        assert time.monotonic() - begun < 30
+        return str(error)
+    return "nothing"
+
+
+def fallback(folder: str) -> tuple[list[str], tuple[tuple[str, str], ...]]:
+    """One rank has no symmetric memory: all use the library, and say so."""
+    with shared_files(folder, "its GPU is too old" if dist.get_rank() == 1 else ""), torch.no_grad():
+        net = model()
+        x = torch.ones(4, 16)
+        with memplan.record() as recording:
+            assert_near(torch.compile(net, backend="memplan")(x), net(x), "result")
+        plan = recording.graphs[0].plan
+        assert not plan.arenas
+        return targets(plan), plan.notes

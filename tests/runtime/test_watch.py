@@ -1,0 +1,35 @@
+"""The watch over kernels that wait for other ranks."""
+
+from __future__ import annotations
+
+from memplan.runtime.watch import Watch
+
+
+def watched(reached: bool) -> tuple[list[str], Watch]:
+    told: list[str] = []
+    calls = iter(range(1, 1 << 30))
+
+    def mark():
+        return lambda: reached
+
+    def count() -> int:
+        found = next(calls)
+        if reached and found > 6:
+            watch.stop()
+        return found
+
+    watch = Watch("group '0'", count, mark, 0.1, told.append)
+    return told, watch
+
+
+def test_a_device_that_stands_still_ends_it() -> None:
+    told, watch = watched(reached=False)
+    watch.run()
+    assert len(told) == 1
+    assert "group '0'" in told[0]
+
+
+def test_a_device_that_gets_on_does_not() -> None:
+    told, watch = watched(reached=True)
+    watch.run()
+    assert not told
