@@ -29,6 +29,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -36,6 +37,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import memplan
 
 SYSTEMS = ("eager", "inductor", "inductor-auto", "memplan-library", "memplan")
 Step = Callable[[torch.Tensor], torch.Tensor]
@@ -126,6 +129,7 @@ class Run:
         """Rank 0 keeps and prints the line; another rank prints its own errors."""
         if dist.get_rank() == 0:
             self.rows.append(row)
+            write(self.args, self)
         if dist.get_rank() == 0 or "error" in row:
             print(
                 json.dumps({"rank": dist.get_rank(), "at_s": round(time.monotonic() - self.begun, 1), **row}),
@@ -180,8 +184,10 @@ class Run:
         before = self.symmetric.total
         begun = time.perf_counter()
         step = compiled(model, system)
-        got = step(xs[0]).float().clone()
+        with memplan.record() as recording:
+            got = step(xs[0]).float().clone()
         self.sync()
+        row |= planned(recording)
         row["first_s"] = round(time.perf_counter() - begun, 2)
         if exact is None and system in ("eager", "memplan-library"):
             exact = got
@@ -297,7 +303,6 @@ KILL_TIMEOUT = 15
 def _child(rank: int, world: int, path: str, args: argparse.Namespace) -> None:
     """A small tensor-parallel model; the last rank kills itself after some steps."""
     import signal
-    from datetime import timedelta
 
     os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "0"
     if args.device == "cuda":
@@ -364,6 +369,16 @@ def profiled(step: Step, x: torch.Tensor) -> dict[str, object]:
     }
 
 
+def planned(recording: memplan.Recording) -> dict[str, object]:
+    """What memplan's plans say of communication: arenas' bytes, all-reduces in them, and why others are not."""
+    if not recording.plans:
+        return {}
+    symmetric = sum("symm_mem." in getattr(op, "target", "") for p in recording.plans for op in p.program.operations)
+    reasons = {why for p in recording.plans for _, why in p.notes if "unregistered memory" in why}
+    arenas = sum(int(a.nbytes) for p in recording.plans for a in p.arenas)
+    return {"arena": arenas, "symmetric operations": symmetric, "left to the library": sorted(reasons)[:2]}
+
+
 def write(args: argparse.Namespace, run: Run) -> None:
     """The lines as JSON and as tables."""
     folder = Path(args.results)
@@ -371,8 +386,8 @@ def write(args: argparse.Namespace, run: Run) -> None:
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     about = {"device": device, "ranks": dist.get_world_size(), "torch": torch.__version__}
     (folder / "communication.json").write_text(json.dumps({**about, "rows": run.rows}, indent=1) + "\n")
-    columns = ("layers", "tokens", "system", "ms", "ms_least", "difference", "equal bits", "symmetric bytes", "peak",
-               "copies", "all-reduce_us", "first_s", "error", "left out")  # fmt: skip
+    columns = ("layers", "tokens", "system", "ms", "ms_least", "difference", "equal bits", "symmetric bytes", "arena",
+               "peak", "copies", "all-reduce_us", "first_s", "error", "left out")  # fmt: skip
     lines = [f"# Tensor parallelism: {about['ranks']} x {device}, torch {torch.__version__}", ""]
     lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for row in run.rows:
@@ -398,19 +413,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    backend = "nccl" if args.device == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=120))  # a failure on one rank is not to last
     run = Run(args)
     checks = [lambda: run.delays(1, args.tokens[0], args.delays), run.other_plan, run.killed_rank]
     for layers in args.layers:
         for tokens in args.tokens:
             run.case(layers, tokens)
-            if dist.get_rank() == 0:
-                write(args, run)
         if checks and layers == args.layers[0]:
             while checks:
                 checks.pop(0)()
-                if dist.get_rank() == 0:
-                    write(args, run)
     dist.destroy_process_group()
 
 

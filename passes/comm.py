@@ -81,6 +81,8 @@ class Communication:
         """Put an operation on symmetric memory in place of the collective, or say why not."""
         if op.target != _ALL_REDUCE:
             return "only all-reduce has a form on symmetric memory here"
+        if self.options.all_reduce == "library":
+            return "the options ask for the library"
         facts = self.groups.get(op.group)
         if facts is None or facts.obstacle:
             return "nothing is known of its group" if facts is None else facts.obstacle

@@ -9,6 +9,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import memplan
 from memplan.ir.plan import Plan
@@ -149,3 +152,58 @@ def fallback(folder: str) -> tuple[list[str], tuple[tuple[str, str], ...]]:
         plan = recording.graphs[0].plan
         assert not plan.arenas
         return targets(plan), plan.notes
+
+
+class Gated(nn.Module):
+    """A gated MLP behind a norm, as `parallelize_module` takes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(16)
+        self.gate, self.up, self.down = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return x + self.down(nn.functional.silu(self.gate(h)) * self.up(h))
+
+
+def tensor_parallel(folder: str) -> list[tuple[list[str], int]]:
+    """A model sharded by DTensor, training; targets and copies of forward and backward."""
+    mesh = init_device_mesh("cpu", (2,))
+    plan = {"gate": ColwiseParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()}
+    results = []
+    with shared_files(folder), memplan.record() as recording:
+        for compiled in (False, True):
+            torch.manual_seed(3)
+            net = parallelize_module(Gated(), mesh, plan)
+            run = torch.compile(net, backend="memplan", options={"poison": True}) if compiled else net
+            x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+            out = run(x)
+            out.square().sum().backward()
+            grads = [p.grad.to_local() for p in net.gate.parameters()]  # type: ignore[union-attr, operator]
+            results.append((out.detach(), x.grad, *grads))
+        for found, want in zip(results[1], results[0], strict=True):
+            assert_near(found, want, "tensor parallel")
+    return [
+        (targets(p), sum(isinstance(op, Copy) for op in p.program.operations if op.device == "cpu"))
+        for p in recording.plans
+    ]
+
+
+def sharded_weights(_: str) -> list[list[str]]:
+    """FSDP2, training: the collectives of its hooks are eager's or in the graph; the numbers are the same."""
+    results = []
+    with memplan.record() as recording:
+        for compiled in (False, True):
+            torch.manual_seed(3)
+            net = Gated()
+            if compiled:
+                net.compile(backend="memplan", options={"poison": True})
+            fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+            x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(dist.get_rank()))
+            out = net(x)
+            out.square().sum().backward()
+            results.append((out.detach(), *(p.grad.full_tensor() for p in net.parameters())))  # type: ignore[union-attr]
+        for found, want in zip(results[1], results[0], strict=True):
+            assert_near(found, want, "sharded weights")
+    return [[op.name for op in p.program.operations] for p in recording.plans]

@@ -50,3 +50,15 @@ def test_a_rank_without_symmetric_memory_sends_all_to_the_library(ranks: Ranks, 
     for targets, notes in ranks.run(CASES, "fallback", str(tmp_path)):
         assert targets == ["_c10d_functional.all_reduce_.default"] * 3
         assert any("rank 1: its GPU is too old" in text for _, text in notes)
+
+
+def test_tensor_parallel_training(ranks: Ranks, tmp_path: Path) -> None:
+    for graphs in ranks.run(CASES, "tensor_parallel", str(tmp_path)):
+        reduces = [t for targets, _ in graphs for t in targets]
+        assert len(reduces) == 2  # one of the forward, one of the backward
+        assert all(t.startswith("symm_mem.") for t in reduces)
+
+
+def test_sharded_weights_training(ranks: Ranks, tmp_path: Path) -> None:
+    for graphs in ranks.run(CASES, "sharded_weights", str(tmp_path)):
+        assert graphs
