@@ -71,6 +71,19 @@ def log_ndtr(x):
     tail = libdevice.log(libdevice.erfcx(-t) * 0.5) - t * t
     return tl.where(x < -1.0, tail, libdevice.log1p(-libdevice.erfc(t) * 0.5))
 """,
+    # eager's Bessel functions give NaN at infinity, libdevice's their limits
+    **{
+        name: f"""
+def {name}(x):
+    return tl.where(tl.abs(x) < float("inf"), libdevice.{function}(x), float("nan"))
+"""
+        for name, function in (
+            ("i0", "cyl_bessel_i0"),
+            ("i1", "cyl_bessel_i1"),
+            ("bessel_j0", "j0"),
+            ("bessel_j1", "j1"),
+        )
+    },
     "random_int64": """
 def random_int64(seed, offset):
     low, high, _third, _fourth = tl.randint4x(seed, offset)

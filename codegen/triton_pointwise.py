@@ -67,13 +67,11 @@ _LIBDEVICE = frozenset(
     ]
 )
 _LIBDEVICE_NAMES = {
-    "i0": "cyl_bessel_i0",
-    "i1": "cyl_bessel_i1",
     "ndtri": "normcdfinv",
-    "bessel_j0": "j0",
-    "bessel_j1": "j1",
     **{name: name for name in _LIBDEVICE},
 }
+#: device functions around libdevice's: eager's have no limits at infinity
+_BESSEL = frozenset(["i0", "i1", "bessel_j0", "bessel_j1"])
 _INFIX = {
     "eq": "==",
     "ne": "!=",
@@ -132,6 +130,10 @@ def pointwise(
         If Triton has no such function on this type.
     """
     o = Operation(op, args, compute_type(operand), operand.is_floating_point and operand.itemsize < 4, use)
+    if op in _BESSEL:
+        if not o.floating:
+            raise LoweringError(f"{op} of {operand} has no Triton form")
+        return o.device(op)
     if op in _LIBDEVICE_NAMES:
         if not o.floating:
             raise LoweringError(f"{op} of {operand} has no Triton form")

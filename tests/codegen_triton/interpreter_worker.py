@@ -43,13 +43,18 @@ def _function(compute: Callable[..., torch.Tensor]) -> Callable[..., object]:
     return call
 
 
+def _with_limit(compute: Callable[[torch.Tensor], torch.Tensor], at_infinity: float) -> Callable[..., torch.Tensor]:
+    """As libdevice has it: the limit at infinity, where torch's function is NaN."""
+    return lambda x: torch.where(x.isinf(), torch.full_like(x, at_infinity), compute(x))
+
+
 _OTHER_NAMES = {
     "nearbyint": torch.round,
-    "cyl_bessel_i0": torch.i0,
-    "cyl_bessel_i1": torch.special.i1,
+    "cyl_bessel_i0": _with_limit(torch.i0, float("inf")),
+    "cyl_bessel_i1": _with_limit(torch.special.i1, float("inf")),
     "normcdfinv": torch.special.ndtri,
-    "j0": torch.special.bessel_j0,
-    "j1": torch.special.bessel_j1,
+    "j0": _with_limit(torch.special.bessel_j0, 0.0),
+    "j1": _with_limit(torch.special.bessel_j1, 0.0),
     "erfcx": torch.special.erfcx,
 }
 

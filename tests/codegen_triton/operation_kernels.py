@@ -158,8 +158,11 @@ def _domain(op: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:
             a = a.abs() + 1.01
         case "floordiv" | "mod" | "fmod" | "truncdiv" | "div":
             b = torch.where(b.abs() < 0.1, 0.7, b)
-        case "tan" | "digamma" | "i1" | "i0" | "log_ndtr":
+        case "tan" | "digamma" | "log_ndtr":
             a = a / 3
+        case "i0" | "i1":
+            a = a / 3
+            a[: len(special)] = special
         case _:
             a[: len(special)] = special
             b[5 : 5 + len(special)] = special
