@@ -42,6 +42,7 @@ from ..ir.program import (
 from . import communication
 from .origin import operator_name, origin_of
 from .random_state import fill_random_values
+from .reach import reached
 from .sizes import convert, extent, size_of, sizes_of
 from .user_kernels import FUNCTIONAL, MUTATION, capture_user_kernel, operator_is
 
@@ -234,6 +235,10 @@ class _Capture:
             base = self.argument(node.args[aliased] if aliased < len(node.args) else None)
             if isinstance(base, View):
                 self.values[node] = pytree.tree_map(lambda v: self.reseen(base, v), value)
+                if name == "aten.as_strided.default":
+                    seen = self.values[node]
+                    assert isinstance(seen, View)
+                    self.buffers[seen.buffer] = reached(self.buffers[seen.buffer], seen, origin_of(node))
                 return
         self.extern(node, _LAZY_BITS.get(name, name), target)
 

@@ -326,3 +326,13 @@ def test_what_aot_never_hands_over_is_refused_by_name() -> None:
     graph.output((graph.call_method("sin", (x,)),))
     with pytest.raises(UnsupportedError, match="call_method"):
         capture(torch.fx.GraphModule(nn.Module(), graph), Phase.INFERENCE, name="bad")
+
+
+def test_as_strided_reaches_beyond_an_input() -> None:
+    """What lies behind an input's own elements is read where it is; what lies before them cannot be."""
+    storage = torch.arange(12.0)
+    compiled = torch.compile(lambda x: x.as_strided((3, 2), (3, 1)) * 2, backend="memplan", dynamic=False)
+    torch.testing.assert_close(compiled(storage[:4]), storage.as_strided((3, 2), (3, 1)) * 2)
+    before = torch.compile(lambda x: x.as_strided((3,), (1,), 0) * 2, backend="memplan", dynamic=False)
+    with pytest.raises(Exception, match=r"as_strided.* reads memory outside of the tensor .*(.|\n)*test_fx\.py"):
+        before(storage[4:])
