@@ -191,12 +191,11 @@ class Region:
             recording.tell(recording.CompiledGraph(planned.plan, self.group, joins, planned.waterfall))
             return make_boxed_func(module.forward)  # type: ignore[no-any-return]
         compiled = compile_program(program, self.config)
-        trace(compiled.plan)
-        recording.tell(
-            recording.CompiledGraph(
-                compiled.plan, self.group, self.joins(compiled.plan), compiled.waterfall, compiled.source
-            )
-        )
+        if recording.listening() or trace_log.handlers:  # a plan from the cache is read for them alone
+            plan = compiled.plan
+            trace(plan)
+            joins = self.joins(plan)
+            recording.tell(recording.CompiledGraph(plan, self.group, joins, compiled.waterfall, compiled.source))
         return true_elements(program, module, compiled.call)
 
     def joins(self, plan: Plan) -> tuple[tuple[str, str], ...]:

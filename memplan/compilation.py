@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import ClassVar
 
 from . import kernels as kernel_sets
+from .artifact import Artifact, Linked, cached, load_cached
 from .codegen import cpp_kernel, triton_kernel
-from .codegen.python_wrapper import print_python
+from .codegen.cpp_wrapper import CppWrapper
+from .codegen.python_wrapper import PythonWrapper, print_python
 from .codegen.wrapper_lines import wrapper_lines
 from .communicating import Communicating, facts_of
-from .cpp_wrapping import wrap_in_cpp
+from .cpp_wrapping import load_in_cpp, print_in_cpp
 from .fallback import with_fallback
 from .ir.canonical import canonicalize
 from .ir.config import Config
+from .ir.errors import CompilerError
 from .ir.loops import Kernel, Size
 from .ir.plan import Plan
 from .ir.program import Contract, Extern, KernelOp, Operation, Program
@@ -36,9 +39,10 @@ from .passes.pools import Pooled, choose_pools
 from .passes.reorder import reorder
 from .passes.schedule import lifetimes, make_plan, storages, timeline
 from .passes.split_reductions import SplitReductions
+from .plan_cache import Found, find_entry
 from .planner import planner_libraries
 from .runtime.python_runtime import namespace
-from .user_kernels import build_user_kernels
+from .user_kernels import UserKernels, build_user_kernels
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +52,19 @@ _PRODUCTS = ("aten.mm.default", "aten.addmm.default", "aten.mm.dtype")
 
 @dataclass(frozen=True)
 class CompiledProgram:
-    """A program ready to run: ``call`` takes one boxed list of arguments and returns a tuple."""
+    """A program ready to run: ``call`` takes one boxed list of arguments and returns a tuple.
 
-    plan: Plan
+    The plan is read when it is first asked for, where it comes from the cache.
+    """
+
+    make_plan: Callable[[], Plan]
     call: Callable[..., object]
     source: str
     waterfall: tuple[tuple[str, int], ...] = ()
+
+    @cached_property
+    def plan(self) -> Plan:
+        return self.make_plan()
 
 
 DEFAULTS = Config()
@@ -91,6 +102,9 @@ PASS_NAMES = (
     "inplace",
     "pools",
 )
+
+
+NO_USER_KERNELS = UserKernels({}, {})
 
 
 @dataclass(frozen=True)
@@ -202,12 +216,49 @@ def _safe_canonical(cpu: bool, kernel: Kernel, old: str, new: str) -> bool:
 
 
 def compile_program(program: Program, config: Config) -> CompiledProgram:
-    """Plan, print, build and load; what no kernel can be built for runs as calls, with a warning."""
-    return with_fallback(program, lambda kept: _compile(program, config, kept))
+    """Plan, print, build and load, or take all that from the cache.
+
+    What no kernel can be built for runs as calls, with a warning; such a result is not kept.
+    """
+    entry = find_entry(program, config)
+    found = entry.read() if entry is not None else None
+    if found is not None:
+        ready = _from_cache(found, program, config)
+        if ready is not None:
+            return ready
+
+    def attempt(kept: Kept) -> CompiledProgram:
+        made, artifact = _compile(program, config, kept)
+        if entry is not None and artifact is not None and kept == NOTHING_KEPT and not made.plan.certificate.note:
+            entry.write(artifact, made.plan)
+        return made
+
+    return with_fallback(program, attempt)
 
 
-def _compile(program: Program, config: Config, kept: Kept) -> CompiledProgram:
-    """`compile_program` for what is left to calls so far.
+def _from_cache(found: Found, program: Program, config: Config) -> CompiledProgram | None:
+    """The cached result ready to run; None if its kernels are gone."""
+    artifact = found.artifact
+    try:
+        kernels = load_cached(artifact.library, found.entry.store)
+    except CompilerError as error:
+        log.warning("%s is compiled again: %s", program.name, error)
+        return None
+    if kernels is None:
+        return None
+    if not found.same_origins:
+        plan = found.plan()
+        sets = kernel_sets.collect(plan.program)
+        if not sets.sources.keys() <= kernels.keys():  # their names are made of the operators that they came from
+            return None
+        python, cpp = _printed(plan, sets, kernel_sets.BuiltKernels(kernels, ""), NO_USER_KERNELS, config)
+        artifact = replace(artifact, python=python, cpp=cpp)
+    linked = Linked(kernels, {}, found.callables(), found.constants())
+    return _assemble(artifact, linked, found.plan, program, config, NOTHING_KEPT)
+
+
+def _compile(program: Program, config: Config, kept: Kept) -> tuple[CompiledProgram, Artifact | None]:
+    """`compile_program` for what is left to calls so far, and the result as data where it can be had as such.
 
     Raises
     ------
@@ -220,21 +271,43 @@ def _compile(program: Program, config: Config, kept: Kept) -> CompiledProgram:
     built = kernel_sets.build(found, plan.program, config)
     user = build_user_kernels(plan.program)
     built = replace(built, callables={**built.callables, **user.launchers})
-    arguments = {n: (a.source, a.buffers, a.symbols) for n, a in found.arguments.items()}
-    arguments.update((n, (kernel, (), ())) for n, kernel in user.names.items())
-    lines = wrapper_lines(plan, arguments, {n: a.offsets for n, a in found.arguments.items()})
-    wrapper = print_python(lines, poison=config.poison)
+    python, cpp = _printed(plan, found, built, user, config)
     if config.dump:
         folder = Path(config.dump)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{program.name}.py").write_text(wrapper.source)
+        (folder / f"{program.name}.py").write_text(python.source)
         (folder / f"{program.name}.kernels.txt").write_text(built.source)
-    names = namespace(wrapper.operators, plan.program.callables, plan.program.constants, built.callables)
-    communicating = Communicating.of(plan, config)
-    if communicating is not None:
-        names.update(communicating.names())
+        if cpp is not None:
+            (folder / f"{program.name}.wrapper.cpp").write_text(cpp.source)
+    artifact = Artifact(python, cpp, cached(built.library), planned.waterfall)
+    held, communicating = plan.program, Communicating.of(plan, config)
+    linked = Linked(built.callables, built.launchers, held.callables, held.constants, communicating)
+    ready = _assemble(artifact, linked, lambda: plan, program, config, kept)
+    return ready, None if built.launchers or user.launchers else artifact
+
+
+def _printed(
+    plan: Plan, found: kernel_sets.KernelSet, built: kernel_sets.BuiltKernels, user: UserKernels, config: Config
+) -> tuple[PythonWrapper, CppWrapper | None]:
+    """The plan's wrapper in Python, and in C++ where that is asked for."""
+    arguments = {n: (a.source, a.buffers, a.symbols) for n, a in found.arguments.items()}
+    arguments.update((n, (kernel, (), ())) for n, kernel in user.names.items())
+    lines = wrapper_lines(plan, arguments, {n: a.offsets for n, a in found.arguments.items()})
+    python = print_python(lines, poison=config.poison)
+    if config.wrapper != "cpp":
+        return python, None
+    if user.names:
+        name = plan.program.name
+        log.warning("%s launches user Triton kernels, which the C++ wrapper does not: its wrapper is Python", name)
+        return python, None
+    return python, print_in_cpp(lines, built, config)
+
+
+def _assemble(
+    artifact: Artifact, linked: Linked, make_plan: Callable[[], Plan], program: Program, config: Config, kept: Kept
+) -> CompiledProgram:
+    """The wrapper joined to what it calls."""
     filename = f"<memplan {program.name}>"
-    exec(compile(wrapper.source, filename, "exec"), names)
 
     def explain(plan: Plan, step: int | None, requested: int) -> str:
         from .reports.oom import explain_oom  # only then: reports bring pydantic and rich
@@ -242,20 +315,20 @@ def _compile(program: Program, config: Config, kept: Kept) -> CompiledProgram:
         others = [(title, plan_program(program, c, kept).plan) for title, c in alternatives(config)]
         return explain_oom(plan, step, requested=requested, alternatives=others)
 
-    if config.wrapper == "cpp" and user.names:
-        log.warning(
-            "%s launches user Triton kernels, which the C++ wrapper does not: its wrapper is Python", program.name
-        )
-    elif config.wrapper == "cpp":
-        wrapped = wrap_in_cpp(lines, built, config)
-        if config.dump:
-            (Path(config.dump) / f"{program.name}.wrapper.cpp").write_text(wrapped.source)
-        call = explained(wrapped.call, plan, filename, (), explain)
-        call = call if communicating is None else communicating.guarded(call)
-        return CompiledProgram(plan, call, wrapped.source, planned.waterfall)
-    call = explained(names["call"], plan, filename, wrapper.starts, explain)  # type: ignore[arg-type]
-    call = call if communicating is None else communicating.guarded(call)
-    return CompiledProgram(plan, call, wrapper.source, planned.waterfall)
+    if artifact.cpp is not None:
+        source, starts = artifact.cpp.source, ()  # type: tuple[str, tuple[int, ...]]
+        call = load_in_cpp(artifact.cpp, program.name, linked, config)
+    else:
+        source, starts = artifact.python.source, artifact.python.starts
+        names = namespace(artifact.python.operators, linked.callables, linked.constants, linked.kernels)
+        if linked.communicating is not None:
+            names.update(linked.communicating.names())
+        exec(compile(source, filename, "exec"), names)
+        call = names["call"]  # type: ignore[assignment]
+    made = CompiledProgram(make_plan, call, source, artifact.waterfall)
+    call = explained(call, lambda: made.plan, filename, starts, explain)
+    call = call if linked.communicating is None else linked.communicating.guarded(call)
+    return replace(made, call=call)
 
 
 def alternatives(config: Config) -> list[tuple[str, Config]]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
-from .codegen.cpp_wrapper import CPP_WRAPPER_FLAGS, print_cpp
+from .artifact import Linked
+from .codegen.cpp_wrapper import CPP_WRAPPER_FLAGS, CppWrapper, print_cpp
 from .codegen.wrapper_lines import WrapperProgram
 from .ir.config import Config
 from .ir.errors import UnsupportedError
@@ -16,23 +16,13 @@ from .runtime.cache import Cache
 from .runtime.cpp_wrapper import KernelRow, build_wrapper, load_wrapper
 
 
-@dataclass(frozen=True)
-class WrappedInCpp:
-    """The callable, and the C++ text that it runs."""
-
-    call: Callable[..., object]
-    source: str
-
-
-def wrap_in_cpp(lines: WrapperProgram, kernels: BuiltKernels, config: Config) -> WrappedInCpp:
-    """The program as a library of its own, called through the native host.
+def print_in_cpp(lines: WrapperProgram, kernels: BuiltKernels, config: Config) -> CppWrapper:
+    """The program's wrapper as C++.
 
     Raises
     ------
     UnsupportedError
         For what only the Python wrapper does, naming it.
-    CompilerError, CacheError
-        If the library cannot be built.
     """
     if lines.plan.arenas:
         raise UnsupportedError(
@@ -40,23 +30,37 @@ def wrap_in_cpp(lines: WrapperProgram, kernels: BuiltKernels, config: Config) ->
             "communication={'all_reduce': 'library'}",
             where=lines.name,
         )
-    printed = print_cpp(lines, kernels.emitted, poison=config.poison)
+    return print_cpp(lines, kernels.emitted, poison=config.poison)
+
+
+def load_in_cpp(
+    printed: CppWrapper,
+    name: str,
+    linked: Linked,
+    config: Config,
+) -> Callable[..., object]:
+    """The wrapper as a library of its own, called through the native host.
+
+    Raises
+    ------
+    CompilerError, CacheError
+        If the library cannot be built.
+    """
     cache = Cache(config.cache_dir) if config.cache_dir else Cache()
-    path = build_wrapper(printed, lines.name, CPP_WRAPPER_FLAGS, cache)
-    program = lines.plan.program
-    call = load_wrapper(
+    path = build_wrapper(printed, name, CPP_WRAPPER_FLAGS, cache)
+    launchers = linked.launchers
+    return load_wrapper(
         printed,
         path,
         {
-            name: kernels.launchers[name].row if name in kernels.launchers else partial(_cpu_row, function)
-            for name, function in kernels.callables.items()
+            name: launchers[name].row if name in launchers else partial(_cpu_row, function)
+            for name, function in linked.kernels.items()
         },
-        callables=program.callables,
-        constants=program.constants,
-        python_kernels=kernels.callables,
+        callables=linked.callables,
+        constants=linked.constants,
+        python_kernels=linked.kernels,
         cache=cache,
     )
-    return WrappedInCpp(call, printed.source)
 
 
 def _cpu_row(function: Callable[..., object]) -> KernelRow:

@@ -21,7 +21,7 @@ from .ir.loops import Kernel
 from .ir.program import KernelOp, Program
 from .runtime.build import build_library, load_library
 from .runtime.cache import Cache
-from .runtime.cpp_launch import load_kernels
+from .runtime.cpp_launch import CpuLibrary, load_kernels
 from .runtime.toolchain import available_cpus, find_toolchain
 from .runtime.triton_build import Build, Target, compile_builds
 from .runtime.triton_launch import IndexLimitError, Launcher, make_launcher
@@ -83,8 +83,33 @@ def _describe(op: KernelOp) -> str:
 _EMITTER_ERRORS = (MemplanError, TypeError, ValueError, KeyError, IndexError, AssertionError, AttributeError)
 
 
-def build_cpu(kernels: KernelSet, program: Program, config: Config) -> tuple[Callables, str]:
-    """Build and load the CPU kernels; returns them and their source.
+@dataclass(frozen=True)
+class BuiltKernels:
+    """Kernels ready to run.
+
+    Attributes
+    ----------
+    callables:
+        For the Python wrapper: functions of addresses and sizes, after the stream where they run on a GPU.
+    launchers:
+        For the C++ wrapper: what is launched on a GPU, loaded when it is asked for its row.
+    emitted:
+        GPU kernels as they were printed.
+    source:
+        The text of all of them.
+    library:
+        What those of the CPU are in.
+    """
+
+    callables: Callables
+    source: str
+    launchers: Mapping[str, Launcher] = field(default_factory=dict)
+    emitted: Mapping[str, TritonKernel] = field(default_factory=dict)
+    library: CpuLibrary | None = None
+
+
+def build_cpu(kernels: KernelSet, program: Program, config: Config) -> BuiltKernels:
+    """Build and load the CPU kernels.
 
     Raises
     ------
@@ -95,7 +120,7 @@ def build_cpu(kernels: KernelSet, program: Program, config: Config) -> tuple[Cal
     """
     mine = [(n, k) for n, (device, k) in kernels.sources.items() if device == "cpu"]
     if not mine:
-        return {}, ""
+        return BuiltKernels({}, "")
     store = Cache(config.cache_dir) if config.cache_dir else Cache()
     try:
         find_toolchain(cache=store)
@@ -111,12 +136,13 @@ def build_cpu(kernels: KernelSet, program: Program, config: Config) -> tuple[Cal
         raise KernelBuildError(failures) from error
     try:
         path = build_library(source, name=program.name, flags=BUILD_FLAGS, cache=store)
-        loaded = load_kernels(path, {n: (len(k.buffers), len(k.symbols), k.kernel.checks_indices) for n, k in mine})
+        signatures = {n: (len(k.buffers), len(k.symbols), k.kernel.checks_indices) for n, k in mine}
+        loaded = load_kernels(path, signatures)
     except CacheError as error:
         raise NoCompilerError("cpu", error) from error
     except CompilerError as error:
         raise KernelBuildError(_cpp_build_failures(kernels, mine, program, deterministic, store, error)) from error
-    return loaded, source
+    return BuiltKernels(loaded, source, library=CpuLibrary(path, signatures))
 
 
 def _cpp_emission_failures(
@@ -153,28 +179,6 @@ def _cpp_build_failures(
         results = list(pool.map(alone, mine))
     failures = tuple(Failure(kernels.users[n], e) for (n, _), e in zip(mine, results, strict=True) if e is not None)
     return failures or (Failure(tuple(u for n, _ in mine for u in kernels.users[n]), error),)
-
-
-@dataclass(frozen=True)
-class BuiltKernels:
-    """Kernels ready to run.
-
-    Attributes
-    ----------
-    callables:
-        For the Python wrapper: functions of addresses and sizes, after the stream where they run on a GPU.
-    launchers:
-        For the C++ wrapper: what is launched on a GPU, loaded when it is asked for its row.
-    emitted:
-        GPU kernels as they were printed.
-    source:
-        The text of all of them.
-    """
-
-    callables: Callables
-    source: str
-    launchers: Mapping[str, Launcher] = field(default_factory=dict)
-    emitted: Mapping[str, TritonKernel] = field(default_factory=dict)
 
 
 def build_cuda(kernels: KernelSet, program: Program, config: Config) -> BuiltKernels:
@@ -248,6 +252,7 @@ def _widening(
 
 def build(kernels: KernelSet, program: Program, config: Config) -> BuiltKernels:
     """All kernels of the program."""
-    cpu, cpp_source = build_cpu(kernels, program, config)
+    cpu = build_cpu(kernels, program, config)
     cuda = build_cuda(kernels, program, config)
-    return replace(cuda, callables={**cpu, **cuda.callables}, source=cpp_source + cuda.source)
+    callables, source = {**cpu.callables, **cuda.callables}, cpu.source + cuda.source
+    return replace(cuda, callables=callables, source=source, library=cpu.library)

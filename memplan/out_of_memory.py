@@ -21,7 +21,7 @@ _TOLD = "_memplan_explained"
 
 
 def explained(
-    call: Callable[..., object], plan: Plan, filename: str, starts: Sequence[int], explain: Explain
+    call: Callable[..., object], plan: Callable[[], Plan], filename: str, starts: Sequence[int], explain: Explain
 ) -> Callable[..., object]:
     """The call, whose out-of-memory errors end with what ``explain`` says of the plan at the step that ran.
 
@@ -41,9 +41,9 @@ def explained(
     return run
 
 
-def _enrich(error: RuntimeError, plan: Plan, step: int | None, explain: Explain) -> None:
+def _enrich(error: RuntimeError, plan: Callable[[], Plan], step: int | None, explain: Explain) -> None:
     try:
-        text = explain(plan, step, requested(str(error)))
+        text = explain(plan(), step, requested(str(error)))
     except Exception as failure:  # whatever goes wrong here must not hide that memory ran out
         text = f"(memplan could not say more of its plan: {type(failure).__name__}: {failure})"
     error.args = (f"{error}\n\n{text}",)

@@ -61,6 +61,11 @@ def record() -> Iterator[Recording]:
             _active.remove(recording)
 
 
+def listening() -> bool:
+    """Whether anybody is told."""
+    return bool(_active)
+
+
 def tell(graph: CompiledGraph) -> None:
     """Add a compiled graph to every active recording."""
     with _lock:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 
 import sympy
@@ -43,8 +43,22 @@ _FUNCTIONS: dict[str, Callable[..., sympy.Expr]] = {
 _TORCH = {str(v): v for v in vars(torch).values() if isinstance(v, (torch.dtype, torch.layout, torch.memory_format))}
 
 
-class _Writer:
-    def __init__(self) -> None:
+def allow(kind: type) -> None:
+    """Let documents hold one more dataclass, which stays the only one of its name."""
+    assert dataclasses.is_dataclass(kind)
+    assert _CLASSES.setdefault(kind.__name__, kind) is kind
+
+
+def is_data(value: object) -> bool:
+    """Whether the value is of one of the classes of `memplan.ir` that documents may hold."""
+    return _CLASSES.get(type(value).__name__) is type(value)
+
+
+class Writer:
+    """One document being written; a subclass may write some classes in a way of its own (`entry`)."""
+
+    def __init__(self, origins: Mapping[program.Origin, int] | None = None) -> None:
+        self.origins = origins or {}
         self.table: list[list[object]] = []
         self.known: dict[str, int] = {}
         self.seen: dict[int, tuple[object, list[int]]] = {}  # keeps the objects alive, so that ids stay theirs
@@ -82,6 +96,8 @@ class _Writer:
                 return ["map", *(self.value(i) for pair in v.items() for i in pair)]
             case sympy.Basic():
                 return self.expression(v)
+            case program.Origin() if v in self.origins:
+                return ["origin", self.origins[v]]
         if dataclasses.is_dataclass(v) and type(v).__name__ in _CLASSES:
             values = (getattr(v, f.name) for f in dataclasses.fields(v))
             return ["data", type(v).__name__, *(self.value(i) for i in values)]
@@ -99,22 +115,30 @@ class _Writer:
             return ["call", type(e).__name__, *(self.value(a) for a in e.args)]
         raise SavedModelError(f"a size with {type(e).__name__} in it cannot be saved: {e}")
 
+    def document(self, value: object) -> bytes:
+        """The value as JSON; deterministic."""
+        root = self.value(value)
+        return json.dumps({"table": self.table, "root": root}, separators=(",", ":")).encode()
 
-def encode(value: object) -> bytes:
+
+def encode(value: object, origins: Mapping[program.Origin, int] | None = None) -> bytes:
     """The value as JSON; deterministic.
+
+    Parameters
+    ----------
+    origins:
+        Origins to write as their number; the reader gives what each stands for.
 
     Raises
     ------
     SavedModelError
         If something in it is no data of `memplan.ir`.
     """
-    writer = _Writer()
-    root = writer.value(value)
-    return json.dumps({"table": writer.table, "root": root}, separators=(",", ":")).encode()
+    return Writer(origins).document(value)
 
 
-def decode(data: bytes) -> object:
-    """What `encode` was given.
+def decode(data: bytes, origins: Sequence[program.Origin] = ()) -> object:
+    """What `encode` was given; ``origins`` has what the numbers stand for that were written instead of origins.
 
     Raises
     ------
@@ -125,7 +149,7 @@ def decode(data: bytes) -> object:
         document = json.loads(data)
         made: list[object] = []
         for entry in document["table"]:
-            made.append(_make(entry, made))
+            made.append(origins[entry[1]] if entry[0] == "origin" else _make(entry, made))
         return _read(document["root"], made)
     except SavedModelError:
         raise

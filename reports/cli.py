@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import typer
 
 from ..ir.errors import MemplanError, OptionError, ReportError
-from . import bisect_command, commands_gate, commands_run, commands_show, planner_commands
+from . import bisect_command, commands_cache, commands_gate, commands_run, commands_show, planner_commands
 from .terminal import silence
 from .text import clean
 
@@ -35,6 +35,7 @@ commands_run.register(app)
 commands_gate.register(app)
 planner_commands.register(app)
 bisect_command.register(app)
+commands_cache.register(app)
 
 
 def _version(asked: bool) -> None:

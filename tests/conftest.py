@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# Tests watch and replace stages of the compiler, which a plan from the cache would pass by. Tests of it switch it on.
+os.environ.setdefault("MEMPLAN_PLAN_CACHE", "0")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

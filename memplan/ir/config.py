@@ -65,6 +65,10 @@ class Config:
         ``"auto"`` (what the simulated device allocator likes best), ``"always"`` or ``"never"``.
     communication:
         How collectives run and what memory they use: a dictionary, see `CommunicationOptions`.
+    cache_dir:
+        Where plans and built kernels are kept; None for the user's cache directory.
+    plan_cache:
+        Take plans from the cache, and put them there. (Built kernels are always kept.)
     """
 
     wrapper: str = "auto"
@@ -84,6 +88,7 @@ class Config:
     pools: str = "auto"
     communication: CommunicationOptions = field(default_factory=CommunicationOptions)
     cache_dir: str | None = None
+    plan_cache: bool = True
     #: make the plan and run the traced graph as it is; nothing is built (`memplan.analyze`)
     plan_only: bool = False
     #: passes that exist; filled in by the caller of `from_options` for the check of `disable`
@@ -121,18 +126,20 @@ class Config:
 
     def cache_key(self) -> tuple[tuple[str, str], ...]:
         """Every field that changes what is generated."""
-        skip = {"dump", "cache_dir", "known_passes"}
+        skip = {"dump", "cache_dir", "plan_cache", "known_passes"}
         return tuple((f.name, repr(getattr(self, f.name))) for f in fields(self) if f.name not in skip)
 
 
 def from_environment(config: Config) -> Config:
-    """``MEMPLAN_DUMP``, ``MEMPLAN_POISON``, ``MEMPLAN_CACHE_DIR``, ``MEMPLAN_DISABLE``, ``MEMPLAN_WRAPPER``."""
+    """The options that ``MEMPLAN_`` and their name set: dump, poison, cache_dir, plan_cache, disable, wrapper."""
     env = os.environ
     values: dict[str, object] = {}
     if env.get("MEMPLAN_DUMP"):
         values["dump"] = env["MEMPLAN_DUMP"]
     if env.get("MEMPLAN_POISON"):
         values["poison"] = env["MEMPLAN_POISON"] != "0"
+    if env.get("MEMPLAN_PLAN_CACHE"):
+        values["plan_cache"] = env["MEMPLAN_PLAN_CACHE"] != "0"
     if env.get("MEMPLAN_CACHE_DIR"):
         values["cache_dir"] = env["MEMPLAN_CACHE_DIR"]
     if env.get("MEMPLAN_DISABLE"):
@@ -191,7 +198,7 @@ def _checked(name: str, value: object, known_passes: tuple[str, ...]) -> object:
                         f"passes are {', '.join(known_passes)}"
                     )
             return tuple(names)
-        case "verify" | "poison" | "cuda_graphs" | "max_autotune" | "check_indices":
+        case "verify" | "poison" | "plan_cache" | "cuda_graphs" | "max_autotune" | "check_indices":
             if not isinstance(value, bool):
                 raise OptionError(f"option {name!r} takes True or False, not {value!r}")
             return value

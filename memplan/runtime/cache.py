@@ -259,6 +259,14 @@ class Cache:
         entries = list(_all_entries(place))
         return CacheInfo(len(entries), sum(entry.size for entry in entries), place)
 
+    def kinds(self) -> dict[str, CacheInfo]:
+        """The entries of each suffix."""
+        place = self._fallback or self.root
+        found: dict[str, list[int]] = {}
+        for entry in _all_entries(place):
+            found.setdefault(entry.path.suffix, []).append(entry.size)
+        return {suffix: CacheInfo(len(sizes), sum(sizes), place) for suffix, sizes in sorted(found.items())}
+
     def clear(self) -> CacheInfo:
         """Delete every entry, kept file and lock; returns what was there.  Libraries that are loaded stay mapped.
 
@@ -378,6 +386,14 @@ def _unlink(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError as error:
         _log.info("cannot delete %s: %s", path, error)
+
+
+def key_of(path: Path) -> str:
+    """The key of an entry whose path `Cache` gave.  Raises ValueError for another path."""
+    parsed = _parse_name(path)
+    if parsed is None:
+        raise ValueError(f"not the path of a cache entry: {path}")
+    return parsed[0]
 
 
 def _parse_name(path: Path) -> tuple[str, str] | None:

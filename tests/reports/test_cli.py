@@ -68,6 +68,24 @@ def test_exit_codes(folder: Path, arguments: tuple[str, ...], code: int, expecte
     assert expected in " ".join((done.stdout if code < 2 else done.stderr).split()), done.stdout + done.stderr
 
 
+def test_the_cache_is_shown_and_cleared(folder: Path) -> None:
+    from memplan.runtime.cache import Cache
+
+    cache = Cache(folder / "cache")
+    cache.put("a" * 64, b"x" * 2048, suffix=".plan")
+    cache.put("b" * 64, b"y" * 1024, suffix="-k.so")
+    shown = memplan("cache", "info", cwd=folder)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert str(folder / "cache") in shown.stdout
+    rows = [" ".join(line.split()) for line in shown.stdout.splitlines()]
+    assert "1 2.00 KiB plans and the code that runs them" in rows
+    assert "2 3.00 KiB in all" in rows
+    assert memplan("cache", "clear", "--dir", str(folder / "elsewhere"), cwd=folder).returncode == 0
+    assert cache.info().entries == 2
+    assert "2 entries, 3.00 KiB deleted" in memplan("cache", "clear", cwd=folder).stdout
+    assert cache.info().entries == 0
+
+
 def test_a_damaged_report(folder: Path) -> None:
     text = (folder / "train.json").read_text()
     (folder / "cut.json").write_text(text[: len(text) // 2])

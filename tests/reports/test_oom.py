@@ -31,7 +31,8 @@ told = recording.tell
 recording.tell = lambda graph: (told(graph), limit(graph))
 compiled = torch.compile(model, backend="memplan", options=OPTIONS)
 try:
-    compiled(torch.randn(20_000, 64), torch.randn(64, 64, requires_grad=GRAD)).backward()
+    with recording.record():
+        compiled(torch.randn(20_000, 64), torch.randn(64, 64, requires_grad=GRAD)).backward()
 except RuntimeError as error:
     print(type(error).__name__, error)
 """
