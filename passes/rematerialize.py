@@ -161,55 +161,86 @@ def choose_kept(values: Sequence[Value]) -> Kept:
     ValueError
         If something that the backward needs can neither be kept nor computed again.
     """
-    relevant = _ancestors(values)
-    if not relevant:
-        return Kept((), (), 0.0)
-    _check_possible(values)
-    number = {v: k for k, v in enumerate(relevant)}
-    source, sink = 2 * len(relevant), 2 * len(relevant) + 1
-    total = sum((values[v].keep or 0.0) + (values[v].again or 0.0) for v in relevant)
-    # a power of two, so that whole bytes stay whole
-    scale = 2.0 ** (math.frexp((_LIMIT - len(relevant) * 4) / max(1.0, total))[1] - 1)
-    tails: list[int] = []
-    heads: list[int] = []
-    capacities: list[int] = []
-
-    def edge(tail: int, head: int, capacity: float | None) -> None:
-        tails.append(tail)
-        heads.append(head)
-        capacities.append(_LIMIT if capacity is None else math.ceil(capacity * scale))
-
-    for v in relevant:
-        k = number[v]
-        value = values[v]
-        edge(2 * k, 2 * k + 1, value.keep)
-        if value.again is None:
-            edge(source, 2 * k, None)
-        elif value.again > 0:
-            edge(source, 2 * k, value.again)
-        if value.needed:
-            edge(2 * k + 1, sink, None)
-        for i in value.inputs:
-            if i in number:
-                edge(2 * number[i] + 1, 2 * k, None)
-    side = _sink_side(tails, heads, capacities, source, sink)
-    kept: list[int] = []
-    recomputed: list[int] = []
-    for v in relevant:
-        inside, outside = side[2 * number[v]], side[2 * number[v] + 1]
-        if outside and not inside:
-            assert values[v].keep is not None, f"the cut goes through {values[v].name}, which cannot be kept"
-            kept.append(v)
-        elif inside:
-            recomputed.append(v)
-    return Kept(tuple(kept), tuple(recomputed), sum(values[v].keep or 0.0 for v in kept))
+    return Cut(values).solve([v.again for v in values])
 
 
-def _check_possible(values: Sequence[Value]) -> None:
+class Cut:
+    """The network of some values, for cuts at several costs of computing them again."""
+
+    def __init__(self, values: Sequence[Value]) -> None:
+        self.values = values
+        self.relevant = _ancestors(values)
+        number = {v: k for k, v in enumerate(self.relevant)}
+        count = len(self.relevant)
+        source, sink = 2 * count, 2 * count + 1
+        # keep edges first, then edges of computing again, then those of infinite capacity
+        tails = [*(2 * k for k in range(count)), *(source for _ in range(count))]
+        heads = [*(2 * k + 1 for k in range(count)), *(2 * k for k in range(count))]
+        for k, v in enumerate(self.relevant):
+            if values[v].needed:
+                tails.append(2 * k + 1)
+                heads.append(sink)
+            for i in dict.fromkeys(values[v].inputs):
+                if i in number:
+                    tails.append(2 * number[i] + 1)
+                    heads.append(2 * k)
+        self._tails, self._heads = np.array(tails, dtype=np.int32), np.array(heads, dtype=np.int32)
+        self._ends = (source, sink)
+        # every edge with its reverse, so that the solver's flow has the structure of our capacities
+        n = 2 * count + 2
+        there = self._tails.astype(np.int64) * n + self._heads
+        keys = np.concatenate((there, self._heads.astype(np.int64) * n + self._tails))
+        self._keys, self._slots = np.unique(keys, return_inverse=True)
+        self._indptr = np.searchsorted(self._keys // n, np.arange(n + 1)).astype(np.int32)
+        self._columns = (self._keys % n).astype(np.int32)
+
+    def solve(self, again: Sequence[float | None]) -> Kept:
+        """`choose_kept` with other costs of computing the values again, in their order."""
+        values, relevant = self.values, self.relevant
+        if not relevant:
+            return Kept((), (), 0.0)
+        _check_possible(values, again)
+        total = sum((values[v].keep or 0.0) + (again[v] or 0.0) for v in relevant)
+        # a power of two, so that whole bytes stay whole
+        scale = 2.0 ** (math.frexp((_LIMIT - len(relevant) * 4) / max(1.0, total))[1] - 1)
+        given = [values[v].keep for v in relevant] + [again[v] for v in relevant]
+        capacities = np.full(len(self._tails), _LIMIT, dtype=np.int64)
+        capacities[: len(given)] = [_LIMIT if c is None else math.ceil(c * scale) for c in given]
+        side = self._sink_side(capacities)
+        kept: list[int] = []
+        recomputed: list[int] = []
+        for k, v in enumerate(relevant):
+            inside, outside = side[2 * k], side[2 * k + 1]
+            if outside and not inside:
+                assert values[v].keep is not None, f"the cut goes through {values[v].name}, which cannot be kept"
+                kept.append(v)
+            elif inside:
+                recomputed.append(v)
+        return Kept(tuple(kept), tuple(recomputed), sum(values[v].keep or 0.0 for v in kept))
+
+    def _sink_side(self, capacities: np.ndarray[tuple[int], np.dtype[np.int64]]) -> list[bool]:
+        """Nodes that can still reach the sink after a maximum flow: the sink's side of the cut nearest to the sink."""
+        n = len(self._indptr) - 1
+        merged = np.zeros(len(self._keys), dtype=np.int64)
+        np.add.at(merged, self._slots[: len(capacities)], capacities)
+        data = np.minimum(merged, _LIMIT).astype(np.int32)
+        graph = scipy.sparse.csr_matrix((data, self._columns, self._indptr), shape=(n, n))
+        source, sink = self._ends
+        flow = scipy.sparse.csgraph.maximum_flow(graph, source, sink, method="dinic").flow
+        left = np.flatnonzero(data.astype(np.int64) - flow.data > 0)
+        rows = (self._keys[left] // n).astype(np.int32)
+        backwards = scipy.sparse.csr_matrix((np.ones(len(left)), (self._columns[left], rows)), shape=(n, n))
+        order = scipy.sparse.csgraph.breadth_first_order(backwards, sink, directed=True, return_predecessors=False)
+        reached = np.zeros(n, dtype=np.bool_)
+        reached[order] = True
+        return reached.tolist()
+
+
+def _check_possible(values: Sequence[Value], costs: Sequence[float | None]) -> None:
     """Raise ValueError if the backward needs what it cannot have even if all that can be kept is kept."""
     had: list[bool] = []
-    for value in values:
-        again = value.again is not None and all(had[i] for i in value.inputs)
+    for value, cost in zip(values, costs, strict=True):
+        again = cost is not None and all(had[i] for i in value.inputs)
         had.append(value.keep is not None or again)
         if value.needed and not had[-1]:
             raise ValueError(f"{value.name} is needed by the backward, but can neither be kept nor recomputed")
@@ -223,25 +254,3 @@ def _ancestors(values: Sequence[Value]) -> list[int]:
             for i in values[k].inputs:
                 wanted[i] = True
     return [k for k, w in enumerate(wanted) if w]
-
-
-def _sink_side(
-    tails: Sequence[int], heads: Sequence[int], capacities: Sequence[int], source: int, sink: int
-) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    """Nodes that can still reach the sink after a maximum flow: the sink's side of the cut nearest to the sink."""
-    n = max(source, sink) + 1
-    merged: dict[tuple[int, int], int] = {}
-    for t, h, c in zip(tails, heads, capacities, strict=True):
-        merged[t, h] = min(_LIMIT, merged.get((t, h), 0) + c)
-    rows = np.fromiter((t for t, _ in merged), dtype=np.int32, count=len(merged))
-    columns = np.fromiter((h for _, h in merged), dtype=np.int32, count=len(merged))
-    data = np.fromiter(merged.values(), dtype=np.int32, count=len(merged))
-    graph = scipy.sparse.csr_matrix((data, (rows, columns)), shape=(n, n), dtype=np.int32)
-    flow = scipy.sparse.csgraph.maximum_flow(graph, source, sink, method="dinic").flow
-    residual = graph.astype(np.int64) - flow.astype(np.int64)
-    residual.data[residual.data < 0] = 0
-    residual.eliminate_zeros()
-    reached = np.zeros(n, dtype=np.bool_)
-    order = scipy.sparse.csgraph.breadth_first_order(residual.T.tocsr(), sink, directed=True, return_predecessors=False)
-    reached[order] = True
-    return reached

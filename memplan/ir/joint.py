@@ -101,27 +101,29 @@ class JointGraph:
         """Estimated time of forward and backward if nothing is computed twice."""
         return sum(n.microseconds for n in self.nodes)
 
-    def recomputed(self, kept: Sequence[int]) -> tuple[int, ...]:
-        """What the backward computes again if ``kept`` is kept, in order."""
+    def reached(self, kept: Sequence[int]) -> tuple[int, ...]:
+        """What the backward asks for if ``kept`` is kept: what it computes again, and inputs, in order."""
         have = frozenset(kept)
         found: set[int] = set()
         stack = [k for k, needed in enumerate(self.needed) if needed and k not in have]
         while stack:
             k = stack.pop()
-            if k in found or self.nodes[k].kind is NodeKind.INPUT:
-                continue
-            found.add(k)
-            stack.extend(i for i in self.nodes[k].inputs if i not in have)
+            if k not in found:
+                found.add(k)
+                stack.extend(i for i in self.nodes[k].inputs if i not in have)
         return tuple(sorted(found))
 
+    def recomputed(self, kept: Sequence[int]) -> tuple[int, ...]:
+        """What the backward computes again if ``kept`` is kept, in order."""
+        return tuple(k for k in self.reached(kept) if self.nodes[k].kind is not NodeKind.INPUT)
+
     def completed(self, kept: Sequence[int]) -> tuple[int, ...]:
-        """``kept`` and what the backward could not have without it: values that must not be computed again."""
-        found = list(kept)
-        have = set(kept)
-        for k in self.recomputed(kept):
+        """``kept`` and what the backward could not have without it: inputs, and what must not be computed again."""
+        found = set(kept)
+        for k in self.reached(kept):
             node = self.nodes[k]
-            if node.again is None and node.keep is not None and k not in have:
-                found.append(k)
+            if node.again is None and node.keep is not None:
+                found.add(k)
         return tuple(sorted(found))
 
     def added_microseconds(self, kept: Sequence[int]) -> float:

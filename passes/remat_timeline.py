@@ -1,0 +1,76 @@
+"""Live bytes of a stretch of a training step, simulated on its joint graph before anything is lowered.
+
+Neighbouring pointwise nodes and reductions between two calls count as one kernel: what only they read takes no bytes,
+and what they make may lie where something that dies in them was. That is roughly what fusion and in-place reuse make
+of it; the plan itself has the last word (`remat_search`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from memplan.ir.joint import JointGraph, NodeKind
+
+
+def peak_of(graph: JointGraph, sequence: Sequence[int], held: Mapping[int, int], lasting: Iterable[int]) -> int:
+    """Largest number of live bytes while ``sequence`` runs.
+
+    Parameters
+    ----------
+    held:
+        Bytes of the storages that are alive at the start, each until its last use in the sequence.
+    lasting:
+        Storages, of those held or made, that live to the end.
+    """
+    nodes = graph.nodes
+    step_of, kinds = _steps(graph, sequence)
+    forever = frozenset(lasting)
+    last: dict[int, int] = {}
+    several: set[int] = set()
+    made: dict[int, int] = {}
+    for n, k in enumerate(sequence):
+        step = step_of[n]
+        for i in nodes[k].inputs:
+            root = nodes[i].storage
+            last[root] = step
+            if root in made and made[root] != step:
+                several.add(root)
+        if nodes[k].storage == k and nodes[k].nbytes:
+            made[k] = step
+            last.setdefault(k, step)
+            if nodes[k].kind is not NodeKind.FUSED or k in forever:
+                several.add(k)
+    change = [0] * (len(kinds) + 1)
+    born = [0] * (len(kinds) + 1)
+    for k in several:
+        born[made[k]] += nodes[k].nbytes
+        if k not in forever:
+            change[last[k]] += nodes[k].nbytes
+    live = 0
+    for root, nbytes in held.items():
+        live += nbytes
+        if root not in forever and root not in made:
+            if root in last:
+                change[last[root]] += nbytes
+            else:
+                live -= nbytes
+    peak = live
+    for step, fused in enumerate(kinds):
+        during = live + born[step]
+        peak = max(peak, max(live, during - change[step]) if fused else during)
+        live = during - change[step]
+    return peak
+
+
+def _steps(graph: JointGraph, sequence: Sequence[int]) -> tuple[list[int], list[bool]]:
+    """The step of each entry of the sequence, and whether each step is a kernel of fused nodes."""
+    found: list[int] = []
+    kinds: list[bool] = []
+    for k in sequence:
+        kind = graph.nodes[k].kind
+        if kind is NodeKind.CALL:
+            kinds.append(False)
+        elif not kinds or (kind is NodeKind.FUSED and not kinds[-1]):
+            kinds.append(True)
+        found.append(len(kinds) - 1)
+    return found, kinds
