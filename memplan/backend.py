@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch._functorch.config as functorch_config
@@ -18,19 +20,21 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext
 from torch._logging._internal import trace_log
 
-from . import recording
+from . import budget, recording
+from .budget import Budget
 from .calibration import figures_for
 from .capture.attention import simplify_masks
 from .capture.fx import capture
 from .capture.joint import Costs
-from .capture.partition import Chooser, Partitioned, partitioner
+from .capture.partition import Chooser, Cutter, Modules, Partitioned, partitioner
 from .compilation import PASS_NAMES, compile_program, plan_program
 from .ir.config import Config
-from .ir.errors import UnsupportedError
+from .ir.errors import OptionError, PlanningError, UnsupportedError
 from .ir.plan import Plan
 from .ir.program import BufferKind, Phase, Program, TensorInput, View
 from .lowering.decompositions import decomposition_table
 from .passes.rematerialize import choose_within
+from .passes.step_peak import step_peak
 from .runtime import cuda_graphs
 
 log = logging.getLogger(__name__)
@@ -65,8 +69,8 @@ def check_built(config: Config) -> None:
     UnsupportedError
         Naming the option and what to use meanwhile.
     """
-    if config.budget is not None:
-        raise UnsupportedError("option 'budget' is not there yet; recompute_time=0 and larger values choose the cut")
+    if config.budget is not None and not config.enabled("rematerialize"):
+        raise OptionError("option 'budget' chooses what is recomputed: leave 'rematerialize' out of 'disable'")
     if config.target is not None:
         raise UnsupportedError("option 'target' is not there yet; plans are made for the devices of the tensors")
 
@@ -83,6 +87,8 @@ class Region:
     hooked: bool = False
     #: the forward is recorded as a CUDA graph
     recorded: bool = False
+    #: positions of parameters among the forward's inputs, where AOTAutograd cannot be asked
+    parameters: frozenset[int] | None = None
 
     def compile_forward(self, module: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
         program = self.capture_forward(module)
@@ -110,7 +116,7 @@ class Region:
             module,
             Phase.FORWARD,
             name=f"forward{self.group}",
-            static_inputs=static_inputs(),
+            static_inputs=static_inputs() if self.parameters is None else self.parameters,
             saved_outputs=saved,
         )
         self.forward = program
@@ -160,9 +166,25 @@ class Region:
 
     def compile_inference(self, module: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
         program = capture(module, Phase.INFERENCE, name=f"inference{self.group}", static_inputs=static_inputs())
+        self.hold_to_budget(program)
         if self.records(program):
             return self.finish_recorded(program, module, inputs)
         return self.finish(program, module)
+
+    def hold_to_budget(self, program: Program) -> None:
+        """A program without a backward has nothing to recompute: it is within the budget or it is not.
+
+        Raises
+        ------
+        PlanningError
+            If it is not: the bytes that it needs, and what stands at its peak.
+        """
+        if self.config.budget is None:
+            return
+        plan = plan_program(program, replace(self.config, dump=None, verify=False)).plan
+        planned = budget.Planned((plan,), {}, step_peak((plan,), {}))
+        if planned.peak.nbytes > self.config.budget:
+            raise PlanningError(budget.cannot_be_met(self.config.budget, planned))
 
     def records(self, program: Program) -> bool:
         """Whether the program becomes a CUDA graph; what was asked for and cannot be had is said."""
@@ -197,6 +219,18 @@ class Region:
             joins = self.joins(plan)
             recording.tell(recording.CompiledGraph(plan, self.group, joins, compiled.waterfall, compiled.source))
         return true_elements(program, module, compiled.call)
+
+    def trial(self, forward_outputs: int, parameters: frozenset[int], modules: Modules) -> budget.Planned:
+        """The plans that a cut of the joint graph would get; this region is left as it is."""
+        config = replace(self.config, dump=None, verify=False)
+        partitioned = Partitioned(forward_outputs, *modules)
+        trial = Region(config, self.group, partitioned, parameters=parameters)
+        programs = [trial.capture_forward(modules[0]), trial.capture_backward(modules[1])]
+        if config.cuda_graphs:  # see `finish_recorded`
+            programs = [without_donation(p) for p in programs]
+        plans = [plan_program(p, config).plan for p in programs]
+        joins = {later: earlier for earlier, later in trial.joins(plans[1])}
+        return budget.Planned(plans, joins, step_peak(plans, joins))
 
     def joins(self, plan: Plan) -> tuple[tuple[str, str], ...]:
         """(forward buffer, backward buffer) for what this backward got from its forward."""
@@ -390,17 +424,40 @@ def compile(
     """
     check_platform()
     config = Config.from_options(options, mode, known_passes=PASS_NAMES)
-    check_built(config)
     return compile_with(module, example_inputs, config)
 
 
-def chooser(config: Config, device: str = "cpu") -> Chooser:
-    """What is kept for the backward on a device, where no budget is asked for."""
-    figures = figures_for(device, config)
+def chooser(config: Config, device: str = "cpu", region: Region | None = None) -> Chooser:
+    """What is kept for the backward on a device; within the budget, where one is asked for."""
+    figures = figures_for(device, config, measure=config.budget is not None)
+
+    def search(cut: Cutter, forward_outputs: int, parameters: frozenset[int]) -> Modules:
+        assert region is not None
+        assert config.budget is not None
+        check_budget(config.budget, device)
+        return Budget(config.budget, figures, cut, partial(region.trial, forward_outputs, parameters)).search()
+
     return Chooser(
         choose=lambda graph: choose_within(graph, config.recompute_time, figures),
         costs=Costs(figures, cheap_again),
+        search=search if config.budget is not None and region is not None else None,
     )
+
+
+def check_budget(budget: int, device: str) -> None:
+    """Refuse a budget that the device cannot give.
+
+    Raises
+    ------
+    OptionError
+        If it is larger than the device's memory.
+    """
+    if device.startswith("cuda"):
+        total = torch.cuda.get_device_properties(device).total_memory if torch.cuda.is_available() else None
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if total is not None and budget > total:
+        raise OptionError(f"a budget of {budget} bytes is larger than the memory of {device}, {total} bytes")
 
 
 def device_of(module: torch.fx.GraphModule) -> str:
@@ -417,6 +474,7 @@ def compile_with(
     module: torch.fx.GraphModule, example_inputs: Sequence[object], config: Config
 ) -> Callable[..., object]:
     """As `compile`, for a ready `Config`."""
+    check_built(config)
     if config.enabled("attention"):
         simplify_masks(module)
     region = Region(config, next(_groups))
@@ -424,7 +482,7 @@ def compile_with(
         fw_compiler=region.compile_forward,
         bw_compiler=region.compile_backward,
         inference_compiler=region.compile_inference,
-        partition_fn=partitioner(config, region.partitioned, chooser(config, device_of(module))),
+        partition_fn=partitioner(config, region.partitioned, chooser(config, device_of(module), region)),
         decompositions=decomposition_table(config),
         keep_inference_input_mutations=True,
     )

@@ -10,16 +10,19 @@ limit, the fastest is kept with its exact bytes: what is found never exceeds the
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .remat_menu import RUNS, Item, Menus
+from .remat_menu import Item, Menus
 
 #: States that are told apart by their bytes.
 _STATES = 512
 _COARSE_STATES = 64
 _PROBES = 24
+#: Transitions that one choice may look at: the more options, the fewer states are told apart.
+_MOST_WORK = 2_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,11 @@ class _Table:
     state: NDArray[np.int64]  # state of the run's start
 
 
+def _table(states: int) -> _Table:
+    whole = np.zeros(states, dtype=np.int64)
+    return _Table(whole, np.zeros(states, dtype=np.float64), whole, whole)
+
+
 @dataclass
 class Choices:
     """Choices for any limit, over one set of menus."""
@@ -53,23 +61,24 @@ class Choices:
         count = self.menus.segments.count
         self._by_end = [[] for _ in range(count + 1)]
         for start in range(count):
-            for length in RUNS:
+            for length in self.menus.runs:
                 if start + length <= count:
                     for item in self.menus.menu(start, length):
                         self._by_end[start + length].append(len(self.options))
                         self.options.append((start, length, item))
 
+    @cached_property
     def fastest(self) -> Choice:
         """Without a limit."""
         found = self.within(1 << 62)
         assert found is not None
         return found
 
+    @cached_property
     def least(self) -> Choice:
         """The choice of (nearly) the lowest peak there is."""
-        high = self.fastest()
+        best = self.fastest
         low = 0
-        best = high
         for _ in range(_PROBES):
             middle = (low + best.peak) // 2
             found = self.within(middle, _COARSE_STATES)
@@ -83,8 +92,9 @@ class Choices:
 
     def within(self, limit: int, states: int = _STATES) -> Choice | None:
         """The fastest choice whose peak is at most ``limit`` bytes; None if none was found."""
+        states = max(_COARSE_STATES, min(states, _MOST_WORK // max(1, len(self.options))))
         count = self.menus.segments.count
-        tables = [_Table(*(np.zeros(1, dtype=d) for d in (np.int64, np.float64, np.int64, np.int64)))]
+        tables = [_table(1)]
         for end in range(1, count + 1):
             table = self._step(tables, end, limit, states)
             tables.append(table)
@@ -110,7 +120,7 @@ class Choices:
                     )
                 )
         if not parts:
-            return _Table(*(np.zeros(0, dtype=d) for d in (np.int64, np.float64, np.int64, np.int64)))
+            return _table(0)
         nbytes, microseconds, origin, state = (np.concatenate(column) for column in zip(*parts, strict=True))
         order = np.lexsort((nbytes, microseconds))
         bucket = nbytes * states // max(1, min(limit, int(nbytes.max()) + 1))

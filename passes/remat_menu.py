@@ -13,12 +13,15 @@ from functools import cached_property
 from memplan.ir.device import DeviceFigures
 from memplan.ir.joint import JointGraph, NodeKind, Side
 
-from .remat_segments import OUTSIDE, Segments
+from .remat_segments import PROMINENCE, Segments, find_segments
 from .remat_timeline import peak_of
 from .rematerialize import PREFERENCE, Cut, Prices, Value
 
 #: Numbers of segments that are chosen for together.
 RUNS = (1, 2, 3, 4, 6, 8, 12, 16)
+#: The same where hardly two segments are alike, so that there are many menus to make.
+_FEWER_RUNS = (1, 2, 4, 8)
+_MOST_MENUS = 280
 #: Prices of a microsecond, in what the device moves in one: from nothing done twice to everything.
 _WEIGHTS = (math.inf, 16.0, 8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.12, 0.06, 0.03, 0.01, 0.0)
 #: Long runs are only worth having where nearly everything is computed again.
@@ -56,20 +59,40 @@ def run_nodes(segments: Segments, start: int, length: int) -> tuple[int, ...]:
     return tuple(sorted(members, key=lambda k: (nodes[k].side is Side.BACKWARD, k)))
 
 
+def make_menus(graph: JointGraph, figures: DeviceFigures) -> Menus:
+    """Menus over segments as fine as there is work for: the more of them are alike, the more are told apart."""
+    prominence = PROMINENCE
+    while True:
+        segments = find_segments(graph, prominence)
+        for runs in (RUNS, _FEWER_RUNS):
+            menus = Menus(segments, figures, runs)
+            if len(menus.distinct()) <= _MOST_MENUS or segments.count <= len(_FEWER_RUNS):
+                return menus
+        prominence *= 1.4
+
+
 @dataclass
 class Menus:
     """Menus of all runs, made when they are asked for."""
 
     segments: Segments
     figures: DeviceFigures
+    runs: tuple[int, ...] = RUNS
     #: False: only what is one pass over memory is computed again
     expensive: bool = True
     _made: dict[object, tuple[Item, ...]] = field(default_factory=dict)
 
+    def distinct(self) -> set[object]:
+        """What tells the menus apart."""
+        count = self.segments.count
+        return {self._key(s, n) for n in self.runs for s in range(count - n + 1)}
+
+    def _key(self, start: int, length: int) -> object:
+        return self.segments.kinds[start : start + length], self.segments.passed[start + length]
+
     def menu(self, start: int, length: int) -> tuple[Item, ...]:
         """The items for segments ``[start, start + length)``, none of them worse than another in every respect."""
-        kinds = self.segments.kinds
-        key = (kinds[start : start + length], self.segments.passed[start + length])
+        key = self._key(start, length)
         if key not in self._made:
             self._made[key] = self._make(start, length)
         return self._made[key]
@@ -169,7 +192,7 @@ class _Run:
         results = {nodes[k].storage for k in self.nodes if nodes[k].result}
         sequence, again = self.backward(chosen)
         microseconds = sum(nodes[k].again or 0.0 for k in again)
-        passing = {r: b for r, b in self.incoming().items()}
+        passing = self.incoming()
         lasting = results | {r for r in passing if self.outlives(r)} | self.outgoing()
         end = self.start + self.length
         rest = max(0, self.segments.passed[end] - sum(passing.values()))

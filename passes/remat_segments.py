@@ -1,4 +1,4 @@
-"""Where a training step can be cut into segments: few bytes of the forward cross, and the backward runs them in reverse.
+"""Where a training step can be cut into segments: few bytes of the forward cross, the backward runs them in reverse.
 
 A segment is a stretch of forward nodes between two places where the bytes that cross have a minimum (the residual
 stream of a transformer, the result of a block), and the nodes of the backward that read what the stretch made. What is
@@ -16,7 +16,7 @@ import numpy as np
 from memplan.ir.joint import JointGraph, NodeKind, Side
 
 #: By how much the bytes that cross must rise between two cuts.
-_PROMINENCE = 1.2
+PROMINENCE = 1.2
 _MOST_SEGMENTS = 400
 #: Segments that read a value of no one segment.
 _COMMON = 4
@@ -109,11 +109,11 @@ class Segments:
         return tuple(np.cumsum(change[::-1])[::-1].tolist())
 
 
-def find_segments(graph: JointGraph) -> Segments:
-    """Cut a joint graph into segments."""
+def find_segments(graph: JointGraph, prominence: float = PROMINENCE) -> Segments:
+    """Cut a joint graph into segments, between whose ends the bytes that cross rise by the factor ``prominence``."""
     free = _free(graph)
     forward = [k for k, n in enumerate(graph.nodes) if n.side is Side.FORWARD and not free[k]]
-    cuts = _cuts(graph, forward, free)
+    cuts = _cuts(graph, forward, free, prominence)
     of = [OUTSIDE] * len(graph.nodes)
     index = 0
     for n, k in enumerate(forward):
@@ -140,7 +140,7 @@ def _free(graph: JointGraph) -> list[bool]:
     return found
 
 
-def _cuts(graph: JointGraph, forward: list[int], free: list[bool]) -> list[int]:
+def _cuts(graph: JointGraph, forward: list[int], free: list[bool], prominence: float) -> list[int]:
     """Positions in ``forward`` after which few bytes cross."""
     place = {k: n for n, k in enumerate(forward)}
     change = np.zeros(len(forward) + 1, dtype=np.int64)
@@ -151,7 +151,6 @@ def _cuts(graph: JointGraph, forward: list[int], free: list[bool]) -> list[int]:
             change[n] += node.nbytes
             change[last] -= node.nbytes
     crossing = np.cumsum(change)[:-1]
-    prominence = _PROMINENCE
     while True:
         cuts = _valleys(crossing, prominence)
         if len(cuts) < _MOST_SEGMENTS:

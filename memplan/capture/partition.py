@@ -7,10 +7,11 @@ are kept is decided here, through the one function of it that chooses them. `Cho
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch._functorch.config as functorch_config
@@ -27,12 +28,23 @@ from .joint import Costs, joint_graph
 log = logging.getLogger(__name__)
 
 
+Modules = tuple[torch.fx.GraphModule, torch.fx.GraphModule]
+Choose = Callable[[JointGraph], Sequence[int]]
+#: Makes forward and backward with the values kept that a choice names.
+Cutter = Callable[[Choose], Modules]
+
+
 @dataclass(frozen=True)
 class Chooser:
-    """How values are kept: the choice over a joint graph, as positions of its nodes, and what its nodes cost."""
+    """How values are kept: a choice over a joint graph, as positions of its nodes, and what its nodes cost.
 
-    choose: Callable[[JointGraph], Sequence[int]]
+    ``search`` tries several choices, where one is not enough: it is given the means to cut, the number of the forward's
+    results and the positions of parameters among the inputs, and returns the cut that it likes best.
+    """
+
+    choose: Choose
     costs: Costs
+    search: Callable[[Cutter, int, frozenset[int]], Modules] | None = None
 
 
 @dataclass
@@ -45,23 +57,31 @@ class Partitioned:
     recomputed: list[str] = field(default_factory=list)
 
 
-def partitioner(
-    config: Config, found: Partitioned, chooser: Chooser
-) -> Callable[..., tuple[torch.fx.GraphModule, torch.fx.GraphModule]]:
+def partitioner(config: Config, found: Partitioned, chooser: Chooser) -> Callable[..., Modules]:
     """A partition function for AOTAutograd; ``found`` is filled in when it runs."""
 
-    def partition(
-        joint: torch.fx.GraphModule, inputs: object, *, num_fwd_outputs: int, **kwargs: object
-    ) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
+    def partition(joint: torch.fx.GraphModule, inputs: object, *, num_fwd_outputs: int, **kwargs: object) -> Modules:
         if config.random == "fast":
             seed_dropout(joint)
         if config.loss_chunk and config.enabled("chunked_loss"):
             chunk_losses(joint, config.loss_chunk)
         own = config.enabled("rematerialize")
-        with functorch_config.patch(recompute_views=True), _choosing(chooser if own else None):
-            forward, backward = min_cut_rematerialization_partition(
-                joint, inputs, num_fwd_outputs=num_fwd_outputs, **kwargs
-            )
+
+        def cut(choose: Choose) -> Modules:
+            # torch's partitioner changes the graph that it is given
+            given = torch.fx.GraphModule(joint, copy.deepcopy(joint.graph)) if chooser.search else joint
+            choosing = _choosing(replace(chooser, choose=choose) if own else None)
+            with functorch_config.patch(recompute_views=True), choosing:
+                modules: Modules = min_cut_rematerialization_partition(
+                    given, inputs, num_fwd_outputs=num_fwd_outputs, **kwargs
+                )
+            return modules
+
+        if chooser.search is not None and own:
+            parameters = kwargs.get("static_lifetime_input_indices") or ()
+            forward, backward = chooser.search(cut, num_fwd_outputs, frozenset(parameters))  # type: ignore[call-overload]
+        else:
+            forward, backward = cut(chooser.choose)
         found.forward_outputs = num_fwd_outputs
         found.forward, found.backward = forward, backward
         return forward, backward

@@ -52,7 +52,8 @@ class Config:
     recompute_time:
         Largest part of the step's estimated time that recomputation may add; 0: only what costs nothing is recomputed.
     budget:
-        Largest reserved bytes above those before the step, or None; text such as ``"12GiB"`` is understood.
+        Largest bytes of the step above those before it, or None; text such as ``"12GiB"`` is understood. What is
+        recomputed is chosen for it, products too, so that the step is as fast as it can be within.
     max_fused_buffers:
         Largest number of buffers that one fused kernel may touch.
     loss_chunk:
@@ -162,7 +163,9 @@ def parse_bytes(text: str | int) -> int:
     OptionError
         If it is not a positive number of bytes.
     """
-    if isinstance(text, int) and not isinstance(text, bool):
+    if isinstance(text, (bool, float)):
+        raise OptionError(f"{text!r} is not a number of bytes; write for example '12GiB' or 12000000000")
+    if isinstance(text, int):
         value = float(text)
     else:
         compact = str(text).replace(" ", "").replace("_", "")

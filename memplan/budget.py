@@ -1,0 +1,150 @@
+"""The fastest training step within a budget of bytes.
+
+Menus and a first choice come from a model of the step (`memplan.passes.remat_choice`); what a choice really needs is
+what its plans say, so choices are cut, captured and planned as they will run, and the limit given to the model is
+moved until the plans' own peak is as near to the budget as it gets.
+
+Monotone: the limits tried are a fixed ladder from the least to the fastest choice, walked by halving, and of the plans
+within the budget the one with the highest peak is taken. Two budgets take the same way down to a rung that is within
+the larger one and not within the smaller; from there on the larger has a plan with that rung's peak, the smaller none
+that high. So a smaller budget never gives a higher peak, whatever the model gets wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch.fx
+
+from .ir.device import DeviceFigures
+from .ir.errors import PlanningError
+from .ir.joint import JointGraph
+from .ir.plan import Plan
+from .passes.remat_choice import Choice, Choices
+from .passes.remat_menu import kept_nodes, make_menus
+from .passes.step_peak import StepPeak, alive_at
+
+log = logging.getLogger(__name__)
+#: A forward and its backward.
+Modules = tuple[torch.fx.GraphModule, torch.fx.GraphModule]
+
+#: Rungs between the least and the fastest choice.
+RUNGS = 32
+#: Part of the budget that a plan should use for the search to end.
+CLOSE = 0.97
+_SHOWN = 6
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The plans of one way to cut the step; ``joins`` is backward buffer -> forward buffer."""
+
+    plans: Sequence[Plan]
+    joins: Mapping[str, str]
+    peak: StepPeak
+
+
+@dataclass
+class Budget:
+    """A search: ``cut`` makes forward and backward, with the nodes kept that a choice over the joint graph names;
+    ``plan`` plans them."""
+
+    limit: int
+    figures: DeviceFigures
+    cut: Callable[[Callable[[JointGraph], Sequence[int]]], Modules]
+    plan: Callable[[Modules], Planned]
+    _choices: Choices | None = None
+    _tried: dict[int, tuple[Modules, Planned]] = field(default_factory=dict)
+
+    def search(self) -> Modules:
+        """The cut whose plans need the most bytes within the limit.
+
+        Raises
+        ------
+        PlanningError
+            If no plan is within the limit: the least bytes that one needs, and what stands at its peak.
+        """
+        if self.peak(RUNGS) <= self.limit:
+            return self._tried[RUNGS][0]
+        low, high = 0, RUNGS
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.peak(middle) > self.limit:
+                high = middle
+                continue
+            low = middle
+            if self.peak(middle) >= CLOSE * self.limit:
+                break
+        if low == 0:
+            self.peak(0)
+        fitting = [(p.peak.nbytes, n) for n, (_, p) in self._tried.items() if p.peak.nbytes <= self.limit]
+        if not fitting:
+            least = min((p for _, p in self._tried.values()), key=lambda p: p.peak.nbytes)
+            raise PlanningError(cannot_be_met(self.limit, least))
+        return self._tried[max(fitting)[1]][0]
+
+    def curve(self) -> list[tuple[int, float, Planned]]:
+        """All rungs: (peak in bytes, microseconds of recomputation that the model expects, plans), least first."""
+        found = []
+        for rung in range(RUNGS, -1, -1):
+            self.peak(rung)
+            found.append((self._tried[rung][1].peak.nbytes, self.choice(rung).microseconds, self._tried[rung][1]))
+        return found[::-1]
+
+    def peak(self, rung: int) -> int:
+        """Bytes that the plans of a rung need."""
+        if rung not in self._tried:
+            kept: list[int] = []
+
+            def choose(graph: JointGraph) -> Sequence[int]:
+                if self._choices is None:
+                    self._choices = Choices(make_menus(graph, self.figures))
+                kept.extend(kept_nodes(self._choices.menus.segments, list(self.choice(rung).runs)))
+                return kept
+
+            modules = self.cut(choose)
+            self._tried[rung] = (modules, self.plan(modules))
+            log.info("rung %d of %d: %d bytes", rung, RUNGS, self._tried[rung][1].peak.nbytes)
+        return self._tried[rung][1].peak.nbytes
+
+    def choice(self, rung: int) -> Choice:
+        """What the model chooses at a rung."""
+        assert self._choices is not None
+        most, least = self._choices.fastest, self._choices.least
+        if rung == RUNGS:
+            return most
+        limit = least.peak + (most.peak - least.peak) * rung // RUNGS
+        return self._choices.within(limit) or least
+
+
+def cannot_be_met(limit: int, least: Planned) -> str:
+    """What the error says: the least bytes, and what stands at the peak with the user's lines."""
+    peak = least.peak
+    plan = least.plans[peak.plan]
+    lines = [
+        f"the budget of {_size(limit)} cannot be met: the least that a plan of this step needs is {_size(peak.nbytes)} "
+        f"above what was there before it ({peak.nbytes} bytes)"
+    ]
+    if peak.step < len(plan.order):
+        origins = plan.program.by_name[plan.order[peak.step]].origins
+        where = next((o.location for o in origins if o.location), "")
+        lines.append(f"reached in {plan.program.name} at {plan.order[peak.step]}{' of ' + where if where else ''}")
+    lines.append("alive then:")
+    rows = alive_at(least.plans, least.joins, peak)
+    for nbytes, buffer in rows[:_SHOWN]:
+        what = f"{buffer.name} ({buffer.kind.value}) {buffer.origin.location} {buffer.origin.code}"
+        lines.append(f"  {_size(nbytes):>10}  {what}".rstrip())
+    if len(rows) > _SHOWN:
+        lines.append(f"  {_size(sum(n for n, _ in rows[_SHOWN:])):>10}  in {len(rows) - _SHOWN} more")
+    lines.append("a smaller batch, or gradients accumulated over parts of it, would need less")
+    return "\n".join(lines)
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024 or unit == "GiB":
+            break
+        nbytes /= 1024
+    return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"

@@ -1,0 +1,184 @@
+"""A budget in bytes: kept to, monotone, right to the bit, and what is said where it cannot be met."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import memplan
+from memplan.ir.errors import OptionError
+from memplan.passes.step_peak import step_peak
+from memplan.recording import CompiledGraph
+
+WIDTH, ROWS, BLOCKS = 32, 256, 4
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))  # type: ignore[no-any-return]
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+
+@cache
+def model() -> tuple[Stack, Tensor]:
+    torch.manual_seed(0)
+    return Stack(), torch.randn(ROWS, WIDTH)
+
+
+def peak_of(graphs: tuple[CompiledGraph, ...] | list[CompiledGraph]) -> int:
+    joins = {later: earlier for g in graphs for earlier, later in g.joins}
+    return step_peak([g.plan for g in graphs], joins).nbytes
+
+
+@cache
+def planned(budget: int | str | None = None, **options: object) -> int:
+    """Predicted peak of the stack's step."""
+    torch._dynamo.reset()
+    stack, x = model()
+    given = dict(options) if budget is None else {**options, "budget": budget}
+    return peak_of(memplan.analyze(stack, (x,), options=given))
+
+
+@cache
+def least() -> int:
+    """The least bytes, as the error says."""
+    with pytest.raises(Exception, match="above what was there before it") as found:
+        planned(1000)
+    text = str(found.value)
+    assert "cannot be met" in text
+    assert "test_budget.py" in text, "names no line of the user's"
+    return int(text.partition("before it (")[2].partition(" bytes")[0])
+
+
+def gradients(budget: str | int | None, **options: object) -> tuple[list[Tensor], int]:
+    """Loss and gradients as compiled with a budget, and the predicted peak."""
+    torch._dynamo.reset()
+    stack, x = model()
+    given = dict(options) if budget is None else {**options, "budget": budget}
+    with memplan.record() as recorded:
+        loss = torch.compile(stack, backend="memplan", options=given)(x)
+        found = torch.autograd.grad(loss, list(stack.parameters()))
+    return [loss.detach(), *found], peak_of(recorded.graphs)
+
+
+def test_smaller_budgets_give_no_higher_peaks_and_keep_within() -> None:
+    most, low = planned("4GB"), least()
+    budgets = [low + (most - low) * k // 4 for k in range(4)]
+    peaks = [planned(b) for b in budgets]
+    assert all(p <= b for p, b in zip(peaks, budgets, strict=True))
+    assert peaks == sorted(peaks)
+    assert len(set(peaks)) >= 3
+    assert low < 0.6 * most
+
+
+@pytest.mark.parametrize("poison", [False, True])
+def test_gradients_are_those_without_rematerialisation_to_the_bit(poison: bool) -> None:
+    expected, _ = gradients(None, disable=["rematerialize"])
+    budget = (least() * 3 + planned("4GB")) // 4
+    found, peak = gradients(budget, poison=poison)
+    assert peak <= budget
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_retain_graph_and_double_backward_of_a_budgeted_step() -> None:
+    torch._dynamo.reset()
+    stack, x = model()
+    loss = torch.compile(stack, backend="memplan", options={"budget": least() + 1})(x)
+    first = torch.autograd.grad(loss, list(stack.parameters()), retain_graph=True)
+    second = torch.autograd.grad(loss, list(stack.parameters()))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    again = torch.compile(stack, backend="memplan", options={"budget": "4GB"})(x.clone().requires_grad_())
+    (g, *_) = torch.autograd.grad(again, list(stack.parameters()), create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        g.sum().backward()
+
+
+@pytest.mark.parametrize("budget", [0, -1, "-2GiB", "12 apples", "", "0GB", True, 1.5])
+def test_what_is_no_budget_is_refused(budget: object) -> None:
+    with pytest.raises(OptionError, match="number of bytes"):
+        memplan.analyze(nn.Linear(2, 2), (torch.randn(1, 2),), options={"budget": budget})
+
+
+def test_a_budget_beyond_the_machine_is_refused() -> None:
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="larger than the memory of cpu"):
+        memplan.analyze(nn.Linear(2, 2), (torch.randn(1, 2),), options={"budget": "1000000GiB"})
+    options = {"budget": "1GiB", "disable": ["rematerialize"]}
+    with pytest.raises(Exception, match="leave 'rematerialize' out of 'disable'"):
+        memplan.analyze(nn.Linear(2, 2), (torch.randn(1, 2),), options=options)
+
+
+def test_a_model_without_backward_fits_or_says_what_it_needs() -> None:
+    torch._dynamo.reset()
+    stack, x = model()
+    (graph,) = memplan.analyze(stack, (x,), backward=False, options={"budget": "1GB"})
+    need = peak_of([graph])
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="cannot be met"):
+        memplan.analyze(stack, (x,), backward=False, options={"budget": need - 1})
+
+
+def test_frozen_parameters_and_a_loss_that_is_not_last() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    stack = Stack()
+    for p in stack.blocks[:2].parameters():
+        p.requires_grad_(False)
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        loss = stack(x)
+        return loss, (x * 2).sin().sum() + loss.detach()
+
+    x = torch.randn(ROWS, WIDTH)
+    free = peak_of(memplan.analyze(function, (x,), options={"budget": "1GB"}))
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="memplan", options={"budget": int(0.8 * free)})
+    wanted = [p for p in stack.parameters() if p.requires_grad]
+    found = torch.autograd.grad(compiled(x)[0], wanted)
+    for a, b in zip(found, torch.autograd.grad(function(x)[0], wanted), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_the_user_saves_is_saved_under_a_budget() -> None:
+    """Products that a checkpoint policy saves are not done twice, however small the budget."""
+
+    def policy(context: object, operator: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+        products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return CheckpointPolicy.MUST_SAVE if operator in products else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def contexts() -> object:
+        return create_selective_checkpoint_contexts(policy)
+
+    stack, x = model()
+
+    def function(x: Tensor) -> Tensor:
+        for block in stack.blocks:
+            x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)  # type: ignore[assignment]
+        return x.square().mean()
+
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="cannot be met") as found:
+        memplan.analyze(function, (x,), options={"budget": 1000})
+    need = int(str(found.value).partition("before it (")[2].partition(" bytes")[0])
+    assert need >= 4 * ROWS * 4 * WIDTH * BLOCKS  # what `up` gives, of every block
