@@ -31,7 +31,8 @@ from .lowering.contracts import contract
 from .lowering.lower import NOTHING_KEPT, Kept, lower_program
 from .out_of_memory import explained
 from .passes.comm import Communication, place_in_arenas
-from .passes.inplace import decide_in_place, plan_in_place
+from .passes.inplace import InPlace, decide_in_place, plan_in_place
+from .passes.overlap import overlap
 from .passes.padding import pad_rows
 from .passes.pipeline import PASSES as PIPELINE
 from .passes.pipeline import Pass, run_pipeline
@@ -99,6 +100,7 @@ PASS_NAMES = (
     "padding",
     *(p.name for p in PASSES),
     "reorder",
+    "overlap",
     "inplace",
     "pools",
 )
@@ -123,7 +125,9 @@ def plan_program(program: Program, config: Config, kept: Kept = NOTHING_KEPT) ->
         if after is not before:
             stages.append((name, _unplanned_peak(after, {})))
 
-    communication = Communication(facts_of(program, config), config.communication)
+    refused = "programs recorded as CUDA graphs keep to the library" if config.cuda_graphs else ""
+    facts = {} if refused else facts_of(program, config)
+    communication = Communication(facts, config.communication, refused)
     passes: tuple[type[Pass] | Pass, ...] = (Lowering(config, kept), *PASSES[1:-1], communication)
     program = run_pipeline(program, config, verify_program, on_pass, passes=passes)
     libraries = planner_libraries()
@@ -134,7 +138,7 @@ def plan_program(program: Program, config: Config, kept: Kept = NOTHING_KEPT) ->
         ordered = reorder(program, pairs, libraries.order)
         order, bound, program_peak = ordered.order, ordered.lower_bound, ordered.program_peak
         stages.append(("reorder", _unplanned_peak(program, {}, order)))
-    taken = plan_in_place(program, order, kernel_safe=_safe_in_place) if config.enabled("inplace") else None
+    order, taken = _overlapped(program, order, config)
     in_place = dict(taken.taken) if taken is not None else {}
     stages.append(("inplace", _unplanned_peak(program, in_place, order)))
     pooled = Pooled()
@@ -157,6 +161,23 @@ def plan_program(program: Program, config: Config, kept: Kept = NOTHING_KEPT) ->
     if config.verify:
         verify_plan(plan, check_program=False)
     return Planned(plan, tuple(stages))
+
+
+def _overlapped(program: Program, order: tuple[str, ...], config: Config) -> tuple[tuple[str, ...], InPlace | None]:
+    """The order with communication beside computation, if with reuse in place the peak allows it; and that reuse."""
+
+    def reuse(order: tuple[str, ...]) -> InPlace | None:
+        return plan_in_place(program, order, kernel_safe=_safe_in_place) if config.enabled("inplace") else None
+
+    taken, extra = reuse(order), config.communication.overlap_bytes
+    moved = overlap(program, order, extra) if config.enabled("overlap") else order
+    if moved == order:
+        return order, taken
+    retaken = reuse(moved)
+    before, after = (
+        _unplanned_peak(program, {} if t is None else t.taken, o) for t, o in ((taken, order), (retaken, moved))
+    )
+    return (moved, retaken) if after <= before + extra else (order, taken)
 
 
 def _unplanned_peak(program: Program, in_place: Mapping[str, str], order: Sequence[str] | None = None) -> int:

@@ -63,6 +63,8 @@ class Communication:
     requires: ClassVar[tuple[str, ...]] = ()
     groups: Mapping[str, GroupFacts] = field(default_factory=dict)
     options: CommunicationOptions = field(default_factory=CommunicationOptions)
+    #: why nothing may be on symmetric memory, "" where it may
+    refused: str = ""
 
     @classmethod
     def configured(cls, config: Config) -> Communication:
@@ -81,6 +83,8 @@ class Communication:
         """Put an operation on symmetric memory in place of the collective, or say why not."""
         if op.target != _ALL_REDUCE:
             return "only all-reduce has a form on symmetric memory here"
+        if self.refused:
+            return self.refused
         if self.options.all_reduce == "library":
             return "the options ask for the library"
         facts = self.groups.get(op.group)

@@ -24,6 +24,8 @@ class CommunicationOptions:
         Largest message of either for ``"auto"``; None: calibrated on this machine, or else the defaults.
     agree:
         Compare the plans of all ranks before the first call of each program that communicates.
+    overlap_bytes:
+        How far starting collectives earlier and waiting for them later may raise the peak of live bytes.
     timeout:
         Seconds to wait for the other ranks' plans; None: the process group's own timeout.
     multicast:
@@ -34,6 +36,7 @@ class CommunicationOptions:
     one_shot_bytes: int | None = None
     two_shot_bytes: int | None = None
     agree: bool = True
+    overlap_bytes: int = 0
     timeout: float | None = None
     multicast: bool = False
 
@@ -68,9 +71,10 @@ def _check(name: str, value: object) -> None:
                 raise OptionError(
                     f"option 'all_reduce' in 'communication' is one of {', '.join(ALGORITHMS)}, not {value!r}"
                 )
-        case "one_shot_bytes" | "two_shot_bytes":
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-                raise OptionError(f"option {name!r} in 'communication' takes a number of bytes or None, not {value!r}")
+        case "one_shot_bytes" | "two_shot_bytes" | "overlap_bytes":
+            none = value is None and name != "overlap_bytes"
+            if not none and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+                raise OptionError(f"option {name!r} in 'communication' takes a number of bytes, not {value!r}")
         case "timeout":
             if value is not None and (not number or value <= 0):  # type: ignore[operator]
                 raise OptionError(f"option 'timeout' in 'communication' takes seconds or None, not {value!r}")

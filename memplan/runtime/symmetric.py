@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from .agreement import group_timeout
-from .watch import Watch, cuda_mark
+from .watch import Watch, cuda_mark, stream_at
 
 log = logging.getLogger(__name__)
 
@@ -227,13 +227,12 @@ class ArenaUse:
         """Be counted among the users of the arena."""
         self.arena = arena_of(self.group, self.device)
         self.arena.users[self.number] = self.nbytes
-        weakref.finalize(self, _forget, self.arena, self.number)
+        weakref.finalize(self, _forget, self.arena, self.number).atexit = False
 
     def follow(self, stream: int) -> None:
         """What ran in the arena on another stream comes first."""
-        if self.arena.stream or self.arena.generation:
-            before = torch.cuda.ExternalStream(self.arena.stream, device=self.device)  # type: ignore[no-untyped-call]
-            torch.cuda.current_stream(self.device).wait_stream(before)
+        if self.arena.calls > 1:
+            torch.cuda.current_stream(self.device).wait_stream(stream_at(self.device, self.arena.stream))
         self.arena.stream = stream
 
 
@@ -241,5 +240,6 @@ def _forget(arena: Arena, number: int) -> None:
     """A program has gone; with the last one its arena's memory goes."""
     with _lock:
         arena.users.pop(number, None)
-        if not arena.users:
+        # waiting for the device would spoil what is being captured: then the memory stays for the next program
+        if not arena.users and not (arena.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             arena.release()

@@ -24,11 +24,18 @@ log = logging.getLogger(__name__)
 Mark = Callable[[], Callable[[], bool]]
 
 
+def stream_at(device: torch.device, raw: int) -> torch.cuda.Stream:
+    """The stream of this address (for 0, `torch.cuda.ExternalStream` would give another one)."""
+    if raw == 0:
+        return torch.cuda.default_stream(device)
+    return torch.cuda.ExternalStream(raw, device=device)  # type: ignore[no-untyped-call]
+
+
 def cuda_mark(device: torch.device, stream: int) -> Callable[[], bool]:
     """A mark on a raw stream of a GPU."""
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     with torch.cuda.device(device):
-        event.record(torch.cuda.ExternalStream(stream, device=device))  # type: ignore[no-untyped-call]
+        event.record(stream_at(device, stream))
     return event.query
 
 
