@@ -34,7 +34,10 @@ def explained(
             return call(args)
         except RuntimeError as error:
             if is_out_of_memory(error) and not getattr(error, _TOLD, False):
-                _enrich(error, plan, running_step(error.__traceback__, filename, starts), explain)
+                step = getattr(error, "memplan_step", None)  # the C++ wrapper's host notes it
+                if step is None:
+                    step = running_step(error.__traceback__, filename, starts)
+                _enrich(error, plan, step, explain)
             raise
 
     run._boxed_call = True  # type: ignore[attr-defined]
