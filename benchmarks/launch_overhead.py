@@ -5,12 +5,14 @@
 memplan's and Inductor's wrappers, in Python and in C++, at equal numbers of launches, which are shown: counted in the
 wrappers' text on a CPU, by the profiler on a GPU. On a CPU every second link is a product, since Inductor makes one
 function of all loops between two products; on a GPU all are kernels (softmax over rows and columns in turn), and each
-call is also recorded as a CUDA graph and replayed. Rounds are interleaved; the best average of each counts.
+call is also recorded as a CUDA graph and replayed. Rounds are interleaved, garbage collection is off; the best average
+of each counts. On a CPU it is the time of the calling thread, so that other work on the machine is not in it.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -101,12 +103,13 @@ def launched(call: Call, x: torch.Tensor) -> int:
 
 
 def once(call: Callable[[], object], device: str, repeats: int) -> float:
+    clock = time.perf_counter if device == "cuda" else time.thread_time
     synchronize(device)
-    begin = time.perf_counter()
+    begin = clock()
     for _ in range(repeats):
         call()
     synchronize(device)
-    return (time.perf_counter() - begin) / repeats * 1e6
+    return (clock() - begin) / repeats * 1e6
 
 
 def replay(call: Call, x: torch.Tensor) -> Callable[[], object]:
@@ -136,6 +139,8 @@ def measure(links: int, device: str, rounds: int, repeats: int) -> list[Row]:
             rows.append(memplan_row(make, links, device, wrapper, x))
         for cpp in (True, False):
             rows.append(inductor_row(make, links, device, cpp, x))
+        gc.collect()
+        gc.disable()
         for _ in range(rounds):
             for row in rows:
                 row.took = min(row.took, once(lambda row=row: row.call(x), device, repeats))  # type: ignore[misc]
@@ -144,6 +149,7 @@ def measure(links: int, device: str, rounds: int, repeats: int) -> list[Row]:
                 row.launches = launched(row.call, x)
                 graph = replay(row.call, x)
                 row.replayed = min(once(graph, device, repeats) for _ in range(rounds))
+        gc.enable()
     return rows
 
 

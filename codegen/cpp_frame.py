@@ -79,6 +79,8 @@ class Frame:
     parts: list[list[str]] = field(default_factory=lambda: [[]])
     tensors: set[str] = field(default_factory=set)  # buffers that exist as handles
     addressed: set[str] = field(default_factory=set)  # buffers whose address is known
+    first: dict[str, str] = field(default_factory=dict)  # whose handle a buffer took over with its storage
+    handed: set[str] = field(default_factory=set)  # buffers whose handle another one took over
     members: dict[str, None] = field(default_factory=dict)  # of the frame: handles
     addresses: dict[str, None] = field(default_factory=dict)
     inputs: dict[str, int] = field(default_factory=dict)
@@ -134,6 +136,7 @@ class Frame:
 
     def handle(self, buffer: str) -> str:
         """The handle of a buffer that exists."""
+        buffer = self.first.get(buffer, buffer)
         if buffer in self.inputs:
             return f"in[input::{identifier(buffer)}]"
         if buffer in self.constants:
@@ -151,6 +154,7 @@ class Frame:
             offset = self.size(place.offset)
             base = f"p.{identifier(place.pool)}"
             return base if offset == "0L" else f"{base} + {offset}"
+        buffer = self.first.get(buffer, buffer)
         name = identifier(buffer)
         self.addresses[name] = None
         if buffer not in self.addressed:
@@ -203,6 +207,17 @@ class Frame:
         self.tensors.add(name)
 
     # -- lines --
+
+    def take_over(self, new: str, old: str) -> None:
+        """The handle of ``old`` is that of ``new`` from here on; ``old`` is another name for it until it ends."""
+        self.first[new] = self.first.get(old, old)
+        self.handed.add(old)
+        self.tensors.add(new)
+
+    def same_base(self, first: str, second: str) -> bool:
+        """Whether both are allocated in the same shape."""
+        a, b = self.program.base[first], self.program.base[second]
+        return (a.dtype, a.sizes, a.strides) == (b.dtype, b.sizes, b.strides)
 
     def in_place(self, new: str, old: str) -> bool:
         placement = self.program.plan.placements[new]

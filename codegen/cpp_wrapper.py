@@ -64,8 +64,8 @@ class CppWrapper:
     Attributes
     ----------
     inputs:
-        For each positional input ``"tensor"``, ``"empty"`` (without elements; may be None: a token of effects),
-        ``"number"`` or ``"object"``.
+        For each positional input ``"tensor"`` (only its address is used), ``"held"`` (operators get it), ``"empty"``
+        (without elements; may be None: a token of effects), ``"number"`` or ``"object"``.
     outputs:
         For each output ``("tensor", position among tensors)``, ``("number", position)``, ``("object", input)`` or
         ``("literal", value)``.
@@ -158,8 +158,13 @@ def _reuse(frame: Frame, buffer: Buffer, old: Buffer) -> None:
         if buffer.name in frame.program.tensors:
             frame.need_tensor(buffer.name)
         return
+    wanted = frame.poison or buffer.name in frame.program.tensors
+    ours = not frame.poison and old.name not in (*frame.inputs, *frame.constants)
+    if ours and (not wanted or frame.same_base(buffer.name, old.name)):
+        frame.take_over(buffer.name, old.name)
+        return
     base, held, name = frame.program.base[buffer.name], frame.program.base[old.name], frame.member(buffer.name)
-    if frame.poison or buffer.name in frame.program.tensors:
+    if wanted:
         frame.make_view(
             frame.handle(old.name), held.dtype, View(buffer.name, base.dtype, base.sizes, base.strides), name
         )
@@ -179,7 +184,9 @@ def _ends(frame: Frame, line: Free | Forget | End, buffer: Buffer) -> None:
     if name not in frame.tensors:
         return
     frame.tensors.discard(name)
-    frame.addressed.discard(name)
+    if name in frame.handed:
+        return  # its handle lives on under another name
+    frame.addressed.discard(frame.first.get(name, name))
     if frame.poison and isinstance(line, Free) and buffer.kind not in (BufferKind.INPUT, BufferKind.PARAMETER):
         frame.tensors.add(name)
         _poisoned(frame, name)
@@ -255,7 +262,7 @@ def print_cpp(
             case TensorInput(position, view):
                 frame.inputs[view.buffer] = position
                 frame.tensors.add(view.buffer)
-                kinds.append("empty" if view.numel == 0 else "tensor")
+                kinds.append("empty" if view.numel == 0 else "held" if view.buffer in program.tensors else "tensor")
             case SymbolInput(_, symbol):
                 if symbol.is_integer is False:
                     raise UnsupportedError(f"the C++ wrapper cannot take the number {symbol}, which is no integer")

@@ -44,6 +44,7 @@ struct Call {
   Graph* graph;
   PyObject** objects;
   PyThreadState* thread;
+  void** slots;
 };
 
 PyTypeObject* tensor_type;
@@ -138,14 +139,32 @@ int32_t host_python(Call* call, int32_t line, const Handle* tensors, int32_t ten
   return good ? 0 : 1;
 }
 
+void let_go(Call* call, Py_ssize_t input);
+
 void host_release(Call* call, int32_t input) {
   PyEval_RestoreThread(call->thread);
+  let_go(call, input);
   Py_CLEAR(call->objects[input]);
   call->inputs[input] = nullptr;
   call->thread = PyEval_SaveThread();
 }
 
 const Host host = {host_python, host_release};
+
+// An input that torch's functions are given is held by a handle of its own: torch takes the interpreter's lock whenever
+// a tensor that Python alone holds gains a holder, and loses it again.
+bool hold(Call* call, Py_ssize_t input) {
+  Handle own = nullptr;
+  if (new_handle(call->inputs[input], &own)) return PyErr_NoMemory(), false;
+  call->slots[input] = call->inputs[input] = own;
+  return true;
+}
+
+void let_go(Call* call, Py_ssize_t input) {
+  if (call->graph->kinds[input] != 'h' || !call->slots[input]) return;
+  delete_handle(call->slots[input]);
+  call->slots[input] = nullptr;
+}
 
 bool fill_kernels(Graph* graph) {
   if (!graph->prepare) return true;
@@ -217,10 +236,9 @@ PyObject* graph_call(PyObject* self, PyObject* const* args, size_t flags, PyObje
   void** memory = words <= 256 ? few : static_cast<void**>(PyMem_Malloc(sizeof(void*) * words));
   if (!memory) return PyErr_NoMemory();
   std::memset(memory, 0, sizeof(void*) * words);
-  void** slots = memory;
   Call call = {&host, graph->kernels, graph->constant_handles, memory + n, reinterpret_cast<int64_t*>(memory + 2 * n),
                memory + 4 * n, reinterpret_cast<int64_t*>(memory + 4 * n + graph->tensor_count), nullptr, nullptr, 0,
-               graph, reinterpret_cast<PyObject**>(memory + 3 * n), nullptr};
+               graph, reinterpret_cast<PyObject**>(memory + 3 * n), nullptr, memory};
   Py_INCREF(self);
   bool good = true;
   for (Py_ssize_t i = 0; i < n; ++i) {
@@ -230,7 +248,10 @@ PyObject* graph_call(PyObject* self, PyObject* const* args, size_t flags, PyObje
     if (!good) continue;
     if (graph->kinds[i] == 'e' && item == Py_None) continue;  // tokens of effects have no bytes, and may be None
     if (graph->kinds[i] == 't' || graph->kinds[i] == 'e') {
-      good = handle_of(item, slots + i, call.inputs + i);
+      good = handle_of(item, memory + i, call.inputs + i);
+    } else if (graph->kinds[i] == 'h') {
+      void* slot;
+      good = handle_of(item, &slot, call.inputs + i) && hold(&call, i);
     } else if (graph->kinds[i] == 'n') {
       const int64_t value = PyLong_AsLongLong(item);
       if (value == -1 && PyErr_Occurred()) good = false;
@@ -250,7 +271,10 @@ PyObject* graph_call(PyObject* self, PyObject* const* args, size_t flags, PyObje
   PyErr_Fetch(&type, &value, &trace);
   for (Py_ssize_t i = 0; i < graph->tensor_count; ++i)
     if (call.outputs[i]) delete_handle(call.outputs[i]);
-  for (Py_ssize_t i = 0; i < n; ++i) Py_XDECREF(call.objects[i]);
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    let_go(&call, i);
+    Py_XDECREF(call.objects[i]);
+  }
   PyErr_Restore(type, value, trace);
   if (memory != few) PyMem_Free(memory);
   Py_DECREF(self);
