@@ -20,7 +20,9 @@ from torch.profiler import ProfilerActivity, profile
 Step = Callable[[], object]
 
 
-def measure(step: Step, device: str, *, repeats: int, seconds: float) -> dict[str, float]:
+def measure(
+    step: Step, device: str, *, repeats: int, seconds: float, used: Callable[[], int | None] = lambda: None
+) -> dict[str, float]:
     """Memory of one step, then the median time of several.
 
     Parameters
@@ -29,19 +31,19 @@ def measure(step: Step, device: str, *, repeats: int, seconds: float) -> dict[st
         Runs one step, warm, and leaves nothing behind but what was there before.
     repeats, seconds:
         At most so many timed steps, and no new one after so many seconds (three at least).
+    used:
+        Bytes of a GPU that this process holds, or None where nobody can say.
     """
     step()
-    found = _cuda_memory(step) if device == "cuda" else _cpu_memory(step)
+    found = _cuda_memory(step, used) if device == "cuda" else _cpu_memory(step)
     found |= _cuda_time(step, repeats, seconds) if device == "cuda" else _cpu_time(step, repeats, seconds)
     return found
 
 
-def _cuda_memory(step: Step) -> dict[str, float]:
+def _cuda_memory(step: Step, used: Callable[[], int | None]) -> dict[str, float]:
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()  # before the steps, never inside one
-    free, total = torch.cuda.mem_get_info()
-    used_before = total - free
     before = torch.cuda.memory_allocated()
     peaks = []
     for _ in range(3):
@@ -49,14 +51,13 @@ def _cuda_memory(step: Step) -> dict[str, float]:
         step()
         torch.cuda.synchronize()
         peaks.append(torch.cuda.max_memory_allocated())
-    free, _ = torch.cuda.mem_get_info()
+    device_used = used()
     return {
         "before": before,
         "peak": max(peaks) - before,
         "peak_total": max(peaks),
         "reserved": torch.cuda.max_memory_reserved(),
-        "device_used": total - free,
-        "device_used_before": used_before,
+        **({} if device_used is None else {"device_used": device_used}),
         "left_behind": torch.cuda.memory_allocated() - before,
     }
 
@@ -103,12 +104,14 @@ def _cpu_memory(step: Step) -> dict[str, float]:
 
 def _cpu_time(step: Step, repeats: int, seconds: float) -> dict[str, float]:
     times: list[float] = []
+    busy: list[float] = []
     started = time.perf_counter()
     while len(times) < repeats and (len(times) < 3 or time.perf_counter() - started < seconds):
-        begin = time.perf_counter()
+        begin, begin_busy = time.perf_counter(), time.process_time()
         step()
         times.append((time.perf_counter() - begin) * 1e3)
-    return _summary(times)
+        busy.append((time.process_time() - begin_busy) * 1e3)
+    return {**_summary(times), "cpu_ms": min(busy)}
 
 
 def _summary(times: list[float]) -> dict[str, float]:

@@ -103,6 +103,7 @@ class Bench:
         command += ["--system", job.system, "--repeats", str(self.given.repeats), "--seconds", str(self.given.seconds)]
         command += ["--optimizer"] if self.given.optimizer else []
         command += ["--profile"] if self.given.profile else []
+        command += ["--alone"] if self.given.batch == 1 else []
         command += ["--threads", str(self.given.threads)] if self.given.threads else []
         job.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -262,6 +263,8 @@ def main() -> None:
     found = cases(given.device, [m for m in given.models.split(",") if m])
     given.out.mkdir(parents=True, exist_ok=True)
     environment, free = describe(given.device)
+    if given.threads:
+        environment["threads"] = str(given.threads)
     if given.device == "cpu":
         given.parallel = min(given.parallel, max(1, (os.cpu_count() or 1) // 2))
     given.batch = given.batch or 2 * given.parallel

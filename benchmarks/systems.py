@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -48,6 +48,11 @@ class System:
             else:
                 options[key] = value.split("/") if key == "disable" else _literal(value)
         return cls(text, backend, options, mode, float(budget) if budget else None, expandable)
+
+    def with_eager_random(self) -> System:
+        """The same system drawing eager's random numbers, for comparing answers of models with dropout."""
+        more = {"memplan": {"random": "eager"}, "inductor": {"fallback_random": True}}.get(self.backend, {})
+        return replace(self, options={**self.options, **more})
 
     def environment(self) -> dict[str, str]:
         """Environment variables that the process needs from its start."""

@@ -36,9 +36,13 @@ def _section(rows: Sequence[Row], *, compile_time: bool = True) -> list[str]:
     cuda = any("reserved" in r for r in rows)
     taken = ("reserved", "reserved GB") if cuda else ("resident", "resident GB")
     out = [_table(models, systems, by, "ms", "step, ms", _milliseconds)]
+    if any("cpu_ms" in r for r in rows):
+        out.append(
+            _table(models, systems, by, "cpu_ms", "CPU time of the fastest step, all threads, ms", _milliseconds)
+        )
     out.append(_table(models, systems, by, "peak", "live peak above what was there before the step, GB", _gigabytes))
     out.append(_table(models, systems, by, taken[0], taken[1], _gigabytes))
-    if cuda:
+    if any("device_used" in r for r in rows):
         out.append(_table(models, systems, by, "device_used", "used on the device, all of the process, GB", _gigabytes))
     if compile_time:
         out.append(_table(models, systems, by, "compile_s", "first step with its compilation, s", _seconds))
@@ -74,9 +78,15 @@ def _table(
 
 
 def _agreement(rows: Sequence[Row]) -> str:
-    """Difference from eager in the norm, and the prediction against what was measured."""
-    head = ["model", "system", "result", "gradients", "predicted GB", "measured GB", "prediction off by"]
-    lines = ["**agreement with eager (norm of the difference / norm), and the prediction**\n", _line(head)]
+    """Difference from eager and from a wider dtype in the norm, and the prediction against what was measured."""
+    head = ["model", "system", "result", "gradients", "gradients from the reference", "eager's from it"]
+    head += ["predicted GB", "measured GB", "prediction off by"]
+    lines = [
+        "**agreement with eager (norm of the difference / norm), and the prediction**\n",
+        "The reference is eager in a wider dtype on the same batch: where a compiler is as far from it as eager, the "
+        "difference between the two is rounding. Models with dropout draw eager's random numbers for this.\n",
+        _line(head),
+    ]
     lines.append("|---" * len(head) + "|")
     for r in rows:
         if "result_difference" not in r:
@@ -86,6 +96,8 @@ def _agreement(rows: Sequence[Row]) -> str:
         cells.append(f"{cast(float, r['gradient_difference']):.1e}" if "gradient_difference" in r else "")
         if r.get("finite") is False:
             cells[2] += " NOT FINITE"
+        for key in ("reference_difference", "eager_reference_difference"):
+            cells.append(f"{cast(float, r[key]):.1e}" if key in r else "")
         if predicted is None:
             cells += ["", _gigabytes(peak), ""]
         else:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from .device_memory import DeviceMemory
 from .measure import measure
 from .models import CASES, Batch, Case
 from .prediction import predicted_bytes
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--optimizer", action="store_true")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--alone", action="store_true", help="no other worker holds a context on the device")
     given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
@@ -54,6 +56,7 @@ def main() -> None:
 
 
 def _work(case: Case, system: System, given: argparse.Namespace) -> None:
+    device_memory = DeviceMemory.before_context(alone=given.alone) if case.device == "cuda" else None
     module, batch = case.make()
     reference = None if system.backend == "eager" else _answer(module, batch, case)
     _release(module, case.device)
@@ -65,6 +68,7 @@ def _work(case: Case, system: System, given: argparse.Namespace) -> None:
     found: dict[str, object] = {"compile_s": seconds}
     if reference is not None:
         found |= compare(answer, reference)
+        found |= against_wider(answer, reference, case)
     found |= predicted_bytes(graphs)
     parameters = [*module.parameters(), *module.buffers()]
     found["parameters"] = sum(p.numel() for p in module.parameters())
@@ -83,12 +87,15 @@ def _work(case: Case, system: System, given: argparse.Namespace) -> None:
 
         say(stage="done", **kernel_times(step, case.device))
         return
-    found = dict(measure(step, case.device, repeats=given.repeats, seconds=given.seconds))
+    used = device_memory.of_this_process if device_memory is not None else lambda: None
+    found = dict(measure(step, case.device, repeats=given.repeats, seconds=given.seconds, used=used))
     if given.optimizer and case.training:
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5)
         accumulated = _accumulating_step(compiled, optimizer, batch)
         accumulated()
-        found["optimizer"] = measure(accumulated, case.device, repeats=given.repeats, seconds=given.seconds)
+        found["optimizer"] = measure(accumulated, case.device, repeats=given.repeats, seconds=given.seconds, used=used)
+    elif case.random and system.backend != "eager":
+        found |= agreement_under_eagers_random_numbers(module, batch, case, system)
     say(stage="done", **found)
 
 
@@ -150,13 +157,59 @@ def compare(answer: list[Tensor], reference: list[Tensor]) -> dict[str, object]:
     return found
 
 
+def against_wider(answer: list[Tensor], reference: list[Tensor], case: Case) -> dict[str, object]:
+    """How far this answer's gradients (or result) and eager's are from those of eager in a wider dtype.
+
+    Nothing where that does not fit on the device.
+    """
+    try:
+        exact = _wider_answer(case)
+    except torch.OutOfMemoryError:
+        return {}
+    finally:
+        gc.collect()
+        if case.device == "cuda":
+            torch.cuda.empty_cache()
+    first = 1 if len(answer) > 1 else 0
+    return {
+        "reference_difference": _relative(answer[first:], exact[first:]),
+        "eager_reference_difference": _relative(reference[first:], exact[first:]),
+    }
+
+
+def _wider_answer(case: Case) -> list[Tensor]:
+    """The step in float64, or in float32 where the model computes in half types; without TF32 and autocast."""
+    module, batch = case.make()
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in module.parameters()) or getattr(module, "amp", False)
+    dtype = torch.float32 if half else torch.float64
+    if hasattr(module, "amp"):
+        module.amp = False  # type: ignore[assignment]
+    tf32 = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        batch = tuple(t.to(dtype) if t.is_floating_point() else t for t in batch)
+        return _answer(module.to(dtype), batch, case)
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
+
+
+def agreement_under_eagers_random_numbers(
+    module: nn.Module, batch: Batch, case: Case, system: System
+) -> dict[str, object]:
+    """Compiled once more, drawing what eager draws: only so do models with dropout compare at all."""
+    torch._dynamo.reset()
+    answer = _answer(system.with_eager_random().compile(module), batch, case)
+    reference = _answer(module, batch, case)
+    return compare(answer, reference) | against_wider(answer, reference, case)
+
+
 def _relative(new: list[Tensor], old: list[Tensor]) -> float:
     difference = total = 0.0
     for a, b in zip(new, old, strict=True):
         if a.shape != b.shape:
             raise RuntimeError(f"a result has shape {tuple(a.shape)}, in eager {tuple(b.shape)}")
-        difference += float((a.float() - b.float()).norm()) ** 2
-        total += float(b.float().norm()) ** 2
+        difference += float((a.double() - b.double()).norm()) ** 2
+        total += float(b.double().norm()) ** 2
     return (difference / total) ** 0.5 if total else difference**0.5
 
 
