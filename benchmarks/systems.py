@@ -1,6 +1,7 @@
 """What is compared: eager PyTorch, Inductor and memplan, each with options, written as one word.
 
 ``eager``, ``inductor``, ``memplan``; ``inductor-budget=0.5`` (activation_memory_budget);
+``memplan-budget=0.5`` (a budget in bytes: that part of the peak that memplan predicts with default options);
 ``memplan:disable=rematerialize/inplace,random=eager`` or ``inductor:mode=max-autotune`` (options of torch.compile);
 ``+expandable_segments`` at the end of any of them sets that in the caching allocator.
 """
@@ -60,6 +61,20 @@ class System:
             return {}
         setting = "expandable_segments:True"
         return {"PYTORCH_CUDA_ALLOC_CONF": setting, "PYTORCH_ALLOC_CONF": setting}
+
+    def with_bytes(self, module: nn.Module, batch: tuple[torch.Tensor, ...]) -> System:
+        """memplan's budget as bytes: planning says what the default needs."""
+        if self.backend != "memplan" or self.budget is None:
+            return self
+        import memplan
+
+        from .prediction import predicted_bytes
+
+        graphs = memplan.analyze(module, batch, options=dict(self.options))
+        torch._dynamo.reset()
+        default = predicted_bytes(graphs)["predicted"]
+        assert isinstance(default, int)
+        return replace(self, options={**self.options, "budget": int(self.budget * default)}, budget=None)
 
     def compile(self, module: nn.Module) -> Callable[..., torch.Tensor]:
         """The callable to measure: the module itself, or what torch.compile makes of it."""

@@ -60,6 +60,7 @@ def _work(case: Case, system: System, given: argparse.Namespace) -> None:
     module, batch = case.make()
     reference = None if system.backend == "eager" else _answer(module, batch, case)
     _release(module, case.device)
+    system = system.with_bytes(module, batch)
     with recording(system) as graphs:
         compiled = system.compile(module)
         begin = time.perf_counter()
@@ -70,6 +71,8 @@ def _work(case: Case, system: System, given: argparse.Namespace) -> None:
         found |= compare(answer, reference)
         found |= against_wider(answer, reference, case)
     found |= predicted_bytes(graphs)
+    if "budget" in system.options:
+        found["budget"] = system.options["budget"]
     parameters = [*module.parameters(), *module.buffers()]
     found["parameters"] = sum(p.numel() for p in module.parameters())
     del reference, answer

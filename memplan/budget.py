@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 Modules = tuple[torch.fx.GraphModule, torch.fx.GraphModule]
 
 #: Rungs between the least and the fastest choice.
-RUNGS = 32
+RUNGS = 64
 #: Part of the budget that a plan should use for the search to end.
 CLOSE = 0.97
 _SHOWN = 6
@@ -115,7 +115,7 @@ class Budget:
         most, least = self._choices.fastest, self._choices.least
         if rung == RUNGS:
             return most
-        limit = least.peak + (most.peak - least.peak) * rung // RUNGS
+        limit = int(least.peak * (most.peak / least.peak) ** (rung / RUNGS))  # every rung higher by the same part
         return self._choices.within(limit) or least
 
 
