@@ -64,7 +64,7 @@ def emit_body(
 
     ``persistent``: the row is one block; else it is looped over. ``wide``: count in 64 bits.
     """
-    body = _Body(loops, plan, configs, persistent, wide)
+    body = Body(loops, plan, configs, persistent, wide)
     body.prologue()
     for section in plan.sections:
         body.section(section)
@@ -72,7 +72,7 @@ def emit_body(
     return Emitted("\n".join(body.lines) + "\n", tuple(sorted(body.functions)))
 
 
-class _Body:
+class Body:
     def __init__(
         self, loops: Loops, plan: Schedule, configs: tuple[LaunchConfig, ...], persistent: bool, wide: bool
     ) -> None:
