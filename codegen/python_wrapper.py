@@ -56,6 +56,7 @@ from .wrapper_lines import (
     Reuse,
     WrapperProgram,
     Zero,
+    ZeroWorkspace,
 )
 
 
@@ -183,6 +184,10 @@ class _Printer:
                 stream = [] if device == "cpu" else [f"stream{_index(device)}"]
                 launch = f"{kernel}({', '.join(stream + args)})"
                 self.line(f"all_in_range({launch}, {checks!r})" if checks else launch)
+            case ZeroWorkspace(buffer):
+                where = f"{buffer.device!r}, stream{_index(buffer.device)}"
+                self.line(f"{buffer.name} = zero_workspace({self.size(buffer.nbytes)}, {where})")
+                self.tensors.add(buffer.name)
             case LaunchUser(op, kernel, tensors):
                 self.launch_user(op, kernel, tensors)
             case CallExtern(op):
@@ -191,7 +196,9 @@ class _Printer:
                 self.copy(op)
             case Free(buffer):
                 if buffer.name in self.tensors:
-                    if self.poison and buffer.kind not in (BufferKind.INPUT, BufferKind.PARAMETER):
+                    if self.poison and buffer.kind is BufferKind.WORKSPACE and buffer.zero_fill:
+                        self.line(f"left_zero({buffer.name}, {buffer.name!r})")
+                    elif self.poison and buffer.kind not in (BufferKind.INPUT, BufferKind.PARAMETER):
                         self.line(f"poison_tensor({buffer.name})")
                     self.line(f"del {buffer.name}")
                     self.tensors.discard(buffer.name)

@@ -28,6 +28,7 @@ from ..ir.program import (
     UserKernel,
     View,
 )
+from ..ir.template import Template
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,13 @@ class Reuse:
 @dataclass(frozen=True, slots=True)
 class Zero:
     """Fill with zeros."""
+
+    buffer: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroWorkspace:
+    """The buffer is the stream's workspace of zeros, which its user leaves zero again."""
 
     buffer: Buffer
 
@@ -168,8 +176,8 @@ class GiveBack:
 
 
 Line = (
-    Comment | AllocatePool | FreePool | Allocate | Place | Reuse | Zero | Launch | LaunchUser | CallExtern | CopyInto
-    | Free | End | Forget | Return | Align | GiveBack
+    Comment | AllocatePool | FreePool | Allocate | Place | Reuse | Zero | ZeroWorkspace | Launch | LaunchUser
+    | CallExtern | CopyInto | Free | End | Forget | Return | Align | GiveBack
 )  # fmt: skip
 
 
@@ -223,7 +231,7 @@ def wrapper_lines(
             line = _birth(plan, name, base, pool_by_name, returned)
             if line is not None:
                 lines.append(line)
-            if program.buffers[name].zero_fill:
+            if program.buffers[name].zero_fill and not isinstance(line, ZeroWorkspace):
                 lines.append(Zero(program.buffers[name]))
         lines.append(_run(op, kernels, offsets.get(op_name, ())))
         for name in stops.get(k + 1, ()):
@@ -246,7 +254,7 @@ def alignment_check(plan: Plan) -> Align:
         changed.update(plan.storage_of(b) for b in (*op.mutates, *op.writes))
         if isinstance(op, KernelOp) and op.device.startswith("cuda"):
             used.update(op.kernel.read_buffers, op.kernel.written_buffers)
-        if isinstance(op, UserKernel) and op.device.startswith("cuda"):
+        if isinstance(op, UserKernel | Template) and op.device.startswith("cuda"):
             used.update(op.reads)
     inputs = [i.view.buffer for i in program.inputs if isinstance(i, TensorInput)]
     checked = tuple(dict.fromkeys(b for b in inputs if b in used))
@@ -265,6 +273,8 @@ def _birth(
 ) -> Line | None:
     buffer = plan.program.buffers[name]
     match plan.placements[name]:
+        case Own() if buffer.kind is BufferKind.WORKSPACE and buffer.zero_fill:
+            return ZeroWorkspace(buffer)
         case Own():
             return None if name in returned else Allocate(buffer, base[name])
         case InPool(pool, offset):
@@ -297,6 +307,9 @@ def _run(
             source, buffers, symbols = kernels[op.name]
             checks = _indexed_at(op) if op.device == "cpu" and op.kernel.checks_indices else ""
             return Launch(op.name, source, buffers, symbols, op.device, offsets, checks)
+        case Template():
+            source, buffers, symbols = kernels[op.name]
+            return Launch(op.name, source, buffers, symbols, op.device, offsets)
         case Extern():
             return CallExtern(op)
         case Copy():
@@ -394,6 +407,8 @@ def _tensors_needed(plan: Plan, known: frozenset[str]) -> frozenset[str]:
     program = plan.program
     need: set[str] = set(program.output_buffers)
     for op in program.operations:
+        if isinstance(op, Template):
+            continue
         if isinstance(op, (Extern, Copy)):
             need.update(op.reads)
             need.update(op.writes)

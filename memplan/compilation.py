@@ -14,7 +14,7 @@ from .artifact import Artifact, Linked, cached, load_cached
 from .codegen import cpp_kernel, triton_kernel
 from .codegen.cpp_wrapper import CppWrapper
 from .codegen.python_wrapper import PythonWrapper, print_python
-from .codegen.wrapper_lines import wrapper_lines
+from .codegen.wrapper_lines import ZeroWorkspace, wrapper_lines
 from .communicating import Communicating, facts_of
 from .cpp_wrapping import load_in_cpp, print_in_cpp
 from .fallback import with_fallback
@@ -40,9 +40,12 @@ from .passes.pools import Pooled, choose_pools
 from .passes.reorder import reorder
 from .passes.schedule import lifetimes, make_plan, storages, timeline
 from .passes.split_reductions import SplitReductions
+from .passes.templates import Templates
 from .plan_cache import Found, find_entry
 from .planner import planner_libraries
 from .runtime.python_runtime import namespace
+from .template_tuning import chooser
+from .templates import NO_TEMPLATES, TemplateSet, collect_templates, with_templates
 from .user_kernels import UserKernels, build_user_kernels
 
 log = logging.getLogger(__name__)
@@ -91,7 +94,7 @@ class Lowering:
         return with_contracts(lower_program(program, self.config, self.kept))
 
 
-PASSES: tuple[type[Pass], ...] = (Lowering, *PIPELINE, SplitReductions, Communication)
+PASSES: tuple[type[Pass], ...] = (Lowering, *PIPELINE, SplitReductions, Templates, Communication)
 #: names that ``options={"disable": [...]}`` accepts
 PASS_NAMES = (
     "attention",
@@ -128,7 +131,8 @@ def plan_program(program: Program, config: Config, kept: Kept = NOTHING_KEPT) ->
     refused = "programs recorded as CUDA graphs keep to the library" if config.cuda_graphs else ""
     facts = {} if refused else facts_of(program, config)
     communication = Communication(facts, config.communication, refused)
-    passes: tuple[type[Pass] | Pass, ...] = (Lowering(config, kept), *PASSES[1:-1], communication)
+    last = (Templates(chooser(config, kept)), communication)
+    passes: tuple[type[Pass] | Pass, ...] = (Lowering(config, kept), *PASSES[1:-2], *last)
     program = run_pipeline(program, config, verify_program, on_pass, passes=passes)
     libraries = planner_libraries()
     order: tuple[str, ...] = tuple(op.name for op in program.operations)
@@ -290,9 +294,11 @@ def _compile(program: Program, config: Config, kept: Kept) -> tuple[CompiledProg
     plan = planned.plan
     found = kernel_sets.collect(plan.program)
     built = kernel_sets.build(found, plan.program, config)
+    templates = collect_templates(plan.program)
+    built = with_templates(built, templates)
     user = build_user_kernels(plan.program)
     built = replace(built, callables={**built.callables, **user.launchers})
-    python, cpp = _printed(plan, found, built, user, config)
+    python, cpp = _printed(plan, found, built, user, config, templates)
     if config.dump:
         folder = Path(config.dump)
         folder.mkdir(parents=True, exist_ok=True)
@@ -308,18 +314,24 @@ def _compile(program: Program, config: Config, kept: Kept) -> tuple[CompiledProg
 
 
 def _printed(
-    plan: Plan, found: kernel_sets.KernelSet, built: kernel_sets.BuiltKernels, user: UserKernels, config: Config
+    plan: Plan,
+    found: kernel_sets.KernelSet,
+    built: kernel_sets.BuiltKernels,
+    user: UserKernels,
+    config: Config,
+    templates: TemplateSet = NO_TEMPLATES,
 ) -> tuple[PythonWrapper, CppWrapper | None]:
     """The plan's wrapper in Python, and in C++ where that is asked for."""
-    arguments = {n: (a.source, a.buffers, a.symbols) for n, a in found.arguments.items()}
+    known = {**found.arguments, **templates.arguments}
+    arguments = {n: (a.source, a.buffers, a.symbols) for n, a in known.items()}
     arguments.update((n, (kernel, (), ())) for n, kernel in user.names.items())
-    lines = wrapper_lines(plan, arguments, {n: a.offsets for n, a in found.arguments.items()})
+    lines = wrapper_lines(plan, arguments, {n: a.offsets for n, a in known.items()})
     python = print_python(lines, poison=config.poison)
     if config.wrapper != "cpp":
         return python, None
-    if user.names:
+    if user.names or any(isinstance(line, ZeroWorkspace) for line in lines.lines):
         name = plan.program.name
-        log.warning("%s launches user Triton kernels, which the C++ wrapper does not: its wrapper is Python", name)
+        log.warning("%s has user Triton kernels or zero-filled workspaces: its wrapper is Python, not C++", name)
         return python, None
     return python, print_in_cpp(lines, built, config)
 

@@ -30,6 +30,7 @@ from memplan.ir.program import (
     evaluate,
 )
 from memplan.ir.program import Tuple as Items
+from memplan.ir.template import Product, Template
 
 from .fuse_costs import load_bytes
 from .fuse_mapping import count
@@ -52,6 +53,10 @@ def work_of(op: Operation, program: Program) -> Work:
             return _kernel_work(op, program)
         case Copy():
             return Work(2 * _view_bytes(op.target, program))
+        case Template(product=Product() as product):
+            batch, rows, columns, inner = product.sizes
+            moved = sum(program.nbytes(b) for b in (*op.reads, *op.writes))
+            return Work(moved, 2 * batch * rows * columns * inner, Unit.PRODUCT, product.a.dtype.itemsize)
         case Extern():
             return _call_work(op, program)
         case UserKernel():  # what it computes nobody knows; what it is given it reads, and what it changes it writes

@@ -86,8 +86,12 @@ def storages(program: Program, lives: Mapping[str, Lifetime], in_place: Mapping[
 
 
 def must_own(program: Program) -> frozenset[str]:
-    """Buffers that can lie in no pool: they leave the program, or the call that makes them allocates them."""
+    """Buffers that can lie in no pool: they leave the program, or the call that makes them allocates them.
+
+    A zero-filled workspace is the runtime's: filled once, it serves every call.
+    """
     own = set(program.output_buffers)
+    own.update(b.name for b in program.buffers.values() if b.kind is BufferKind.WORKSPACE and b.zero_fill)
     for op in program.operations:
         if isinstance(op, Extern) and op.contract in (Contract.FRESH, Contract.DYNAMIC):
             own.update(v.buffer for v in op.results if v is not None)

@@ -7,7 +7,7 @@ are added.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -21,6 +21,7 @@ from memplan.ir.program import Contract, Extern, KernelOp, Literal, Operation, P
 from memplan.ir.template import ACCUMULATOR, Product, ProductConfig, Template, canonical_product
 
 from .cleanup import with_ranges
+from .schedule import lifetimes, storages, timeline
 
 #: target -> position of the bias (or None) and of the factors
 _PRODUCTS: dict[str, tuple[int | None, int, int]] = {
@@ -50,25 +51,52 @@ class Candidate:
         return canonical_product(self.product).product
 
 
+#: (candidates, their program) -> configurations by key
+Choose = Callable[[Sequence[Candidate], Program], Mapping[Product, ProductConfig]]
+
+
+def _none(found: Sequence[Candidate], program: Program) -> Mapping[Product, ProductConfig]:
+    return {}
+
+
 @dataclass(frozen=True, slots=True)
 class Templates:
-    """The pass. ``chosen``: for the keys of candidates that are to become templates, their configuration."""
+    """The pass. ``choose`` gives, for the keys of candidates that are to become templates, their configuration.
+
+    It is a function of data alone: what was measured on the device.
+    """
 
     name: ClassVar[str] = "templates"
     requires: ClassVar[tuple[str, ...]] = ("fusion",)
-    chosen: Mapping[Product, ProductConfig] = field(default_factory=dict)
+    choose: Choose = field(default=_none)
 
     @classmethod
     def configured(cls, config: Config) -> Templates:
         return cls()
 
     def run(self, program: Program) -> Program:
+        found = candidates(program)
+        chosen = self.choose(found, program) if found else {}
         taken = {}
-        for candidate in candidates(program) if self.chosen else ():
-            config = self.chosen.get(candidate.key)
+        for candidate in found:
+            config = chosen.get(candidate.key)
             if config is not None:
                 taken[candidate.call.name] = replace(candidate, product=replace(candidate.product, config=config))
-        return _rewritten(program, taken) if taken else program
+        limit = peak(program)
+        while taken:
+            changed = _rewritten(program, taken)
+            if peak(changed) <= limit:
+                return changed
+            # workspaces that the peak has no room for: the largest goes first
+            taken.pop(max(taken, key=lambda name: (sum(w.count for w in taken[name].product.workspaces()), name)))
+        return program
+
+
+def peak(program: Program) -> int:
+    """Most live bytes at once in program order, every storage by itself."""
+    order = [op.name for op in program.operations]
+    stores = storages(program, lifetimes(program, order), {})
+    return max(timeline(program, order, stores, (), frozenset()), default=0)
 
 
 def candidates(program: Program) -> list[Candidate]:

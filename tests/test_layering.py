@@ -25,8 +25,9 @@ RANKS = (
     {"loops", "user_kernel"},
     {"index"},
     {"program", "canonical"},
+    {"template"},
     {"plan"},
-    {"verify", "verify_access", "verify_kernel", "verify_plan", "verify_communication", "printing"},
+    {"verify", "verify_access", "verify_kernel", "verify_plan", "verify_communication", "verify_template", "printing"},
 )
 #: Names that say nothing of what is in a file.
 GENERIC = {"utils", "helpers", "misc", "common"}

@@ -14,8 +14,8 @@ import torch
 from .loops import Kernel, Load
 from .program import Buffer, BufferKind, Extern, View
 
-#: What the epilogue calls the product: a buffer of ``batch x rows x columns``, row-major, that nobody allocates.
-ACCUMULATOR = "product"
+#: What the epilogue calls the product (no buffer has such a name): ``batch x rows x columns``, row-major.
+ACCUMULATOR = "<product>"
 
 
 class Method(Enum):
@@ -170,9 +170,7 @@ def canonical_product(product: Product) -> CanonicalProduct:
             names.setdefault(name, f"b{len(names)}")
             offsets.setdefault(name, 0)
     renamed = {**names, ACCUMULATOR: ACCUMULATOR}
-    nodes = tuple(
-        replace(n, buffer=renamed[n.buffer]) if isinstance(n, Load) else n for n in product.epilogue.nodes
-    )
+    nodes = tuple(replace(n, buffer=renamed[n.buffer]) if isinstance(n, Load) else n for n in product.epilogue.nodes)
     stores = tuple(replace(s, buffer=renamed[s.buffer]) for s in product.epilogue.stores)
     epilogue = Kernel(product.epilogue.outer, (), nodes, stores)
     return CanonicalProduct(

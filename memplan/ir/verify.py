@@ -28,6 +28,7 @@ from .program import (
     View,
     argument_views,
 )
+from .template import Template
 from .verify_access import (
     POINTWISE_EXTERNS,
     Region,
@@ -39,6 +40,7 @@ from .verify_access import (
 )
 from .verify_communication import check_flights, check_memory
 from .verify_kernel import evaluate_index, verify_kernel
+from .verify_template import check_template, check_workspaces
 
 __all__ = ["verify_kernel", "verify_program"]
 
@@ -108,6 +110,7 @@ class _ProgramCheck:
             seen.add(op.name)
             self.check_operation(op)
         check_flights(self.program.operations, self.fail)
+        check_workspaces(self.program, self.fail)
         self.check_outputs()
 
     # -- buffers ----------------------------------------------------------------------------------------------------
@@ -280,6 +283,8 @@ class _ProgramCheck:
                 raise self.fail(f"it runs on {op.device}, and {name!r} is on {device}", op)
 
     def check_extern(self, op: Extern) -> None:
+        if isinstance(op, Template):
+            check_template(op, self.program, self.fail, location(op))
         check_memory(op, self.program.buffers, self.fail)
         if op.target.startswith("callable:") and op.target.removeprefix("callable:") not in self.program.callables:
             raise self.fail(f"its target {op.target!r} is not among the program's callables", op)

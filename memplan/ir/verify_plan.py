@@ -225,6 +225,9 @@ class _PlanCheck:
         if (b.kind in EXTERNAL_KINDS) != isinstance(placement, External):
             kind = type(placement).__name__
             raise self.fail(f"buffer {b.name!r} is {b.kind.value}, yet it is placed as {kind}", buffer=b)
+        if b.kind is BufferKind.WORKSPACE and b.zero_fill and not isinstance(placement, Own):
+            kind = type(placement).__name__
+            raise self.fail(f"workspace {b.name!r} is filled with zeros once, yet it is placed as {kind}", buffer=b)
         if isinstance(placement, InPool):
             self.check_in_pool(b, b.name, placement)
         elif isinstance(placement, InPlaceOf):

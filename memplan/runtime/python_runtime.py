@@ -91,6 +91,33 @@ def in_flight(tensor: torch.Tensor, sizes: tuple[int, ...], strides: tuple[int, 
     return tensor
 
 
+_zeros: dict[tuple[str, int], torch.Tensor] = {}
+
+
+def zero_workspace(nbytes: int, device: str, stream: int) -> torch.Tensor:
+    """A workspace of zeros for kernels of one stream that leave it zero, so that it is filled only when it is made.
+
+    Kernels of a stream run one after another, so one workspace serves all of them; it grows to the largest.
+    """
+    found = _zeros.get((device, stream))
+    if found is None or found.numel() < nbytes:
+        found = _zeros[device, stream] = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    return found
+
+
+def left_zero(workspace: torch.Tensor, name: str) -> None:
+    """In poison mode: what a kernel promises to leave zero is zero.
+
+    Raises
+    ------
+    RuntimeError
+        Naming the workspace.
+    """
+    if workspace.any():
+        workspace.zero_()
+        raise RuntimeError(f"a kernel left its workspace {name} dirty: every byte has to be zero again")
+
+
 def poison_tensor(tensor: torch.Tensor) -> None:
     """Overwrite every byte of the tensor's own elements."""
     if tensor.numel() == 0:
@@ -154,6 +181,8 @@ def namespace(
         "in_flight": in_flight,
         "laid_out": laid_out,
         "laid_out_aligned": laid_out_aligned,
+        "zero_workspace": zero_workspace,
+        "left_zero": left_zero,
         "poison_tensor": poison_tensor,
         "poison_range": poison_range,
         "flatten": flatten,

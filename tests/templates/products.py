@@ -49,7 +49,8 @@ def product(
             nodes += [Cast(0, torch.float32), Call("relu", (1,), torch.float32)]
             stores.append(Store(fresh(), flat, 2, torch.float32))
         case "residual":
-            nodes += [Load(fresh(), flat, HALF), Call("add", (0, 1), HALF), Constant(2.0, HALF), Call("mul", (2, 3), HALF)]
+            nodes += [Load(fresh(), flat, HALF), Call("add", (0, 1), HALF)]
+            nodes += [Constant(2.0, HALF), Call("mul", (2, 3), HALF)]
             stores += [Store(fresh(), flat, 4, HALF), Store(fresh(), X * m * n + Z * m + Y, 0, HALF)]
     ranges = (Range(X, batch), Range(Y, m), Range(Z, n))
     return Product(a, b, row, Kernel(ranges, (), tuple(nodes), tuple(stores)), config)
@@ -61,7 +62,7 @@ def _matrix(name: str, batch: int, rows: int, columns: int, transposed: bool) ->
 
 
 def buffers(p: Product) -> tuple[list[torch.Tensor], Callable[[], list[torch.Tensor]]]:
-    """Flat tensors for the arguments (results poisoned, workspaces last), and what all of them should hold in the end."""
+    """Flat tensors for the arguments (results poisoned, workspaces last), and what they should hold in the end."""
     torch.manual_seed(0)
     batch, m, n, k = p.sizes
     written = {s.buffer: s.dtype for s in p.epilogue.stores}
@@ -75,7 +76,9 @@ def buffers(p: Product) -> tuple[list[torch.Tensor], Callable[[], list[torch.Ten
             size = {"b0": batch * m * k, "b1": batch * k * n}.get(name, n if p.bias and name == "b2" else batch * m * n)
             made.append(torch.randn(size).to(HALF))
     for w in p.workspaces():
-        made.append(torch.zeros(w.count // 4, dtype=torch.int32) if w.zero_fill else torch.full((w.count // 4,), float("nan")))
+        made.append(
+            torch.zeros(w.count // 4, dtype=torch.int32) if w.zero_fill else torch.full((w.count // 4,), float("nan"))
+        )
 
     def expected() -> list[torch.Tensor]:
         a, b = (made[k].as_strided(v.sizes, v.strides).float() for k, v in enumerate((p.a, p.b)))

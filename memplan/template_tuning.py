@@ -1,0 +1,338 @@
+"""Which products become templates: measured on the device, against the ATen call with the kernel after it.
+
+With ``max_autotune`` every candidate is timed once for each device and version; what was found is kept in the cache
+and is from then on an input of the plan like any other. The ATen call stays unless a template is shown to be faster.
+Without ``max_autotune`` nothing is measured and no product becomes a template.
+
+The buffers of a measurement are made for it and freed after it; a candidate that would need more than the program
+itself is left to ATen. Times are those of the device: each contender is recorded as a CUDA graph of several runs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import torch
+
+from .codegen.triton_kernel import TritonKernel, emit_triton
+from .codegen.triton_product import emit_product
+from .ir.canonical import canonicalize, hoist_offsets
+from .ir.config import Config
+from .ir.errors import CompilerError, LoweringError
+from .ir.program import Program, View, evaluate
+from .ir.template import Method, Product, ProductConfig, canonical_product
+from .lowering.lower import Kept
+from .passes.templates import Candidate, Choose, peak
+from .runtime.cache import Cache, cache_key
+from .runtime.python_runtime import find_operator, reinterpret_as
+from .runtime.triton_build import Build, Compiled, Target, compile_builds
+from .runtime.triton_launch import Launcher, make_launcher
+
+_log = logging.getLogger("memplan.triton")
+#: version of what is kept in the cache; a change of the templates or of the measurement is a new one
+_VERSION = 1
+#: a template is taken if its time is at most this part of ATen's: less may be noise
+_MARGIN = 0.97
+#: bytes that a measurement may take above what the program itself needs
+_ALLOWANCE = 64 << 20
+_GRAPH_MICROSECONDS = 400.0
+_ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Microseconds of the ATen call with its kernel, and of the best template; ``config`` None where ATen stays."""
+
+    config: ProductConfig | None
+    aten: float
+    best: float
+    fastest: ProductConfig | None = None
+
+
+def chooser(config: Config, kept: Kept) -> Choose:
+    """What the pass `templates` asks: measurements where they are wanted and possible, else no template at all."""
+    wanted = config.max_autotune and config.enabled("templates") and not config.plan_only
+    if not wanted or "cuda" in kept.devices or not torch.cuda.is_available():
+        return lambda candidates, program: {}
+    return partial(measured_choices, config=config)
+
+
+def measured_choices(
+    candidates: Sequence[Candidate], program: Program, config: Config
+) -> Mapping[Product, ProductConfig]:
+    """The configurations of those candidates that are faster than ATen; measured now where the cache has nothing."""
+    store = Cache(config.cache_dir) if config.cache_dir else Cache()
+    distinct = {c.key: c for c in candidates}
+    found: dict[Product, ProductConfig] = {}
+    missing: dict[Product, Candidate] = {}
+    for key, candidate in distinct.items():
+        data = store.get_bytes(_cache_key(key))
+        if data is None:
+            missing[key] = candidate
+        elif (chosen := decode(data)) is not None:
+            found[key] = chosen
+    for key, measured in measure_all(missing, program).items():
+        store.put(_cache_key(key), encode(measured))
+        if measured.config is not None:
+            found[key] = measured.config
+    return found
+
+
+def _cache_key(key: Product) -> str:
+    import triton
+
+    device = torch.cuda.get_device_name()
+    versions = (str(torch.__version__), str(triton.__version__), str(torch.version.cuda), str(_VERSION))
+    return cache_key("template", device, *versions, repr(key))
+
+
+def encode(measured: Measured) -> bytes:
+    """A measurement as the cache keeps it."""
+    config = None if measured.config is None else {**asdict(measured.config), "method": measured.config.method.value}
+    return json.dumps({"config": config, "aten": measured.aten, "best": measured.best}).encode()
+
+
+def decode(data: bytes) -> ProductConfig | None:
+    """The configuration in a kept measurement; None where ATen is to stay."""
+    config = json.loads(data)["config"]
+    return None if config is None else ProductConfig(**{**config, "method": Method(config["method"])})
+
+
+def contenders(product: Product, processors: int) -> list[ProductConfig]:
+    """Configurations worth timing for a product of this shape on a GPU with so many multiprocessors."""
+    _, rows, columns, inner = product.sizes
+    tiles = [
+        (128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4),
+        (64, 64, 64, 4, 4), (128, 128, 64, 4, 3), (32, 64, 128, 4, 4), (64, 32, 128, 4, 4), (16, 64, 128, 4, 4),
+        (16, 128, 128, 4, 3), (32, 32, 128, 4, 4), (64, 256, 64, 8, 3),
+        (128, 128, 32, 8, 3), (128, 64, 32, 4, 3), (64, 64, 32, 4, 3), (32, 32, 32, 4, 3),
+    ]  # fmt: skip
+    high, wide = (max(16, 1 << (n - 1).bit_length()) for n in (rows, columns))
+    found: list[ProductConfig] = []
+    for bm, bn, bk, warps, stages in tiles:
+        if bm > high or bn > wide or bk > max(16, 1 << (inner - 1).bit_length()):
+            continue
+        if bm * 4 < min(high, 128) or bn * 4 < min(wide, 128):
+            continue  # far smaller than the matrix: others are at least as good
+        plain = ProductConfig(bm, bn, bk, warps=warps, stages=stages)
+        sized = replace(product, config=plain)
+        waves = sized.tiles / processors
+        found.append(plain)
+        if waves <= 1:
+            for parts in (2, 3, 4, 6, 8, 12, 16, 24, 32):
+                fits = sized.tiles * parts <= 2 * processors and sized.steps >= 2 * parts
+                if fits and sized.tiles * parts * 2 > processors:
+                    found.append(replace(plain, method=Method.SPLIT, parts=parts))
+        uneven = math.ceil(waves) / waves
+        if bm * bn >= 64 * 128 and 0.5 < waves < 6 and uneven > 1.1 and sized.tiles * sized.steps >= 4 * processors:
+            found.append(replace(plain, method=Method.STREAM, parts=processors))
+    return found
+
+
+def measure_all(missing: Mapping[Product, Candidate], program: Program) -> dict[Product, Measured]:
+    """Each candidate measured; all that is to be timed is built first, in parallel."""
+    if not missing:
+        return {}
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    kernels: dict[Product, list[tuple[ProductConfig, TritonKernel]]] = {}
+    for key in missing:
+        kernels[key] = []
+        for config in contenders(key, processors):
+            try:
+                kernels[key].append((config, emit_product(replace(key, config=config), name="product")))
+            except LoweringError as error:
+                _log.info("no template: %s", error)
+                break
+    builds = [Build.of(k, k.configs[0]) for ks in kernels.values() for _, k in ks]
+    built = dict(zip(builds, compile_builds(builds, Target.current()), strict=True))
+    limit = peak(program) + _ALLOWANCE
+    out: dict[Product, Measured] = {}
+    for key, candidate in missing.items():
+        usable = [
+            (config, kernel, found)
+            for config, kernel in kernels[key]
+            if isinstance(found := built[Build.of(kernel, kernel.configs[0])], Compiled) and not found.scratch_bytes
+        ]
+        if usable and _bytes(candidate, program) <= limit:
+            out[key] = measure(candidate, program, usable)
+        else:
+            out[key] = Measured(None, 0.0, math.inf)
+    return out
+
+
+def _bytes(candidate: Candidate, program: Program) -> int:
+    names = set(candidate.call.reads) | set(candidate.call.writes)
+    if candidate.kernel is not None:
+        names |= set(candidate.kernel.reads) | set(candidate.kernel.writes)
+    return sum(program.nbytes(n) for n in names)
+
+
+def measure(
+    candidate: Candidate, program: Program, usable: Sequence[tuple[ProductConfig, TritonKernel, Compiled]]
+) -> Measured:
+    """Time ATen with its kernel and every template on the same buffers, which are freed afterwards."""
+    held = _Held(candidate, program)
+    runs: list[Callable[[], None]] = [held.aten()]
+    configs: list[ProductConfig] = []
+    for config, kernel, compiled in usable:
+        runs.append(held.template(config, make_launcher(kernel, compiled)))
+        configs.append(config)
+    times = device_times(runs)
+    best = min(range(len(configs)), key=lambda k: times[k + 1])
+    aten, fastest = times[0], times[best + 1]
+    if fastest <= _MARGIN * aten:
+        # once more by themselves: the least of many is flattered by noise
+        aten, fastest = device_times([runs[0], runs[best + 1]])
+    taken = configs[best] if fastest <= _MARGIN * aten else None
+    return Measured(taken, aten, fastest, configs[best])
+
+
+def compare(candidate: Candidate, program: Program) -> str:
+    """Empty, or how the template of the candidate's configuration differs from ATen with its kernel."""
+    config = candidate.product.config
+    key = canonical_product(candidate.product).product
+    kernel = emit_product(key, name="product")
+    built = compile_builds([Build.of(kernel, kernel.configs[0])], Target.current())[0]
+    if isinstance(built, CompilerError):
+        return str(built)
+    held = _Held(candidate, program)
+    results = dict.fromkeys(candidate.product.epilogue.written_buffers)
+    held.aten()()
+    wanted = {n: held.tensors[n].clone() for n in results}
+    for n in results:
+        held.tensors[n].fill_(math.nan)
+    run = held.template(config, make_launcher(kernel, built))
+    for _ in range(3):  # the counters must be zero again for the second
+        run()
+    torch.cuda.synchronize()
+    for n, tensor in wanted.items():
+        a, b = held.tensors[n].float(), tensor.float()
+        scale = float(b.abs().mean()) + 1e-6
+        worst = float((a - b).abs().max()) / scale
+        if not worst < 0.1:  # NaN as well
+            return f"{n} differs by {worst:.3g} of its mean"
+    return ""
+
+
+class _Held:
+    """The buffers of one measurement: random numbers, and zeros where they may be indices."""
+
+    def __init__(self, candidate: Candidate, program: Program) -> None:
+        self.candidate, self.program = candidate, program
+        self.tensors: dict[str, torch.Tensor] = {}
+        call, kernel = candidate.call, candidate.kernel
+        names = [*call.reads, *call.writes, *(() if kernel is None else (*kernel.reads, *kernel.writes))]
+        for name in dict.fromkeys(names):
+            b = program.buffers[name]
+            count = -(-program.nbytes(name) // b.dtype.itemsize)
+            random = b.dtype.is_floating_point and b.dtype.itemsize > 1
+            make = torch.randn if random else torch.zeros
+            self.tensors[name] = make(count, dtype=b.dtype, device=call.device)
+        self.epilogue = self._epilogue()
+
+    def _epilogue(self) -> Callable[[], None] | None:
+        kernel = self.candidate.kernel
+        if kernel is None:
+            return None
+        canonical = hoist_offsets(canonicalize(kernel.kernel))
+        emitted = emit_triton(canonical, name="epilogue", hints=self.program.hints)
+        built = compile_builds([Build.of(emitted, emitted.configs[0])], Target.current())[0]
+        if isinstance(built, CompilerError):
+            raise built
+        launch = make_launcher(emitted, built)
+        offsets = canonical.offsets or (0,) * len(canonical.buffers)
+        addresses = [self.tensors[b].data_ptr() + o for b, o in zip(canonical.buffers, offsets, strict=True)]
+        sizes = [self.program.hints[s] for s in canonical.symbols]
+        return lambda: launch(_stream(), *addresses, *sizes)
+
+    def aten(self) -> Callable[[], None]:
+        call = self.candidate.call
+        operator = find_operator(call.target, {})
+        args = [self.view(a) if isinstance(a, View) else a for a in call.args]
+        result = call.results[0]
+        assert result is not None
+        out, epilogue = self.view(result), self.epilogue
+
+        def run() -> None:
+            operator(*args, out=out)
+            if epilogue is not None:
+                epilogue()
+
+        return run
+
+    def view(self, view: View) -> torch.Tensor:
+        hints = self.program.hints
+        sizes, strides = ([evaluate(s, hints) for s in values] for values in (view.sizes, view.strides))
+        offset = evaluate(view.offset, hints) * view.dtype.itemsize
+        return reinterpret_as(self.tensors[view.buffer], view.dtype, sizes, strides, offset)
+
+    def template(self, config: ProductConfig, launcher: Launcher) -> Callable[[], None]:
+        canonical = canonical_product(replace(self.candidate.product, config=config))
+        spaces = [
+            torch.zeros(w.count, dtype=torch.uint8, device=self.candidate.call.device)
+            for w in canonical.product.workspaces()
+        ]
+        pairs = zip(canonical.buffers, canonical.offsets, strict=True)
+        addresses = [self.tensors[b].data_ptr() + o for b, o in pairs] + [s.data_ptr() for s in spaces]
+
+        def run() -> None:
+            launcher(_stream(), *addresses)
+
+        run.spaces = spaces  # type: ignore[attr-defined]  # they live as long as what launches into them
+        return run
+
+
+def _stream() -> int:
+    return torch.cuda.current_stream().cuda_stream
+
+
+def device_times(runs: Sequence[Callable[[], None]]) -> list[float]:
+    """Microseconds of each: medians over rounds in which all take turns."""
+    graphs: list[tuple[torch.cuda.CUDAGraph | None, int]] = []
+    for run in runs:
+        try:
+            graphs.append(_recorded(run))
+        except Exception as error:  # a configuration that asks for too much shared memory, for example
+            _log.info("a contender cannot run: %s", error)
+            graphs.append((None, 1))
+    times: list[list[float]] = [[] for _ in runs]
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    for _ in range(_ROUNDS):
+        for k, (graph, count) in enumerate(graphs):
+            if graph is None:
+                continue
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times[k].append(begin.elapsed_time(end) * 1000 / count)
+    return [sorted(t)[len(t) // 2] if t else math.inf for t in times]
+
+
+def _recorded(run: Callable[[], None]) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A graph of as many runs as take a few hundred microseconds, and how many those are."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+    torch.cuda.current_stream().wait_stream(side)
+    count = max(3, min(50, int(_GRAPH_MICROSECONDS / max(1.0, begin.elapsed_time(end) * 1000))))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            run()
+    graph.replay()
+    return graph, count
+
+
+__all__ = ["Measured", "chooser", "compare", "contenders", "decode", "encode", "measure_all", "measured_choices"]

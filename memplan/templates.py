@@ -1,0 +1,72 @@
+"""The templates of a program, printed, built and ready to launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .codegen.triton_kernel import TritonKernel
+from .codegen.triton_product import emit_product
+from .ir.errors import CompilerError
+from .ir.program import Program
+from .ir.template import Product, Template, canonical_product
+from .kernels import BuiltKernels, KernelArguments
+from .runtime.triton_build import Build, Target, compile_builds
+from .runtime.triton_launch import make_launcher
+
+
+@dataclass(frozen=True)
+class TemplateSet:
+    """For each template its arguments; for each source (of a device) the canonical product."""
+
+    arguments: dict[str, KernelArguments]
+    sources: dict[str, tuple[str, Product]]
+
+
+NO_TEMPLATES = TemplateSet({}, {})
+
+
+def collect_templates(program: Program) -> TemplateSet:
+    """Equal products share one source; names are deterministic."""
+    names: dict[tuple[str, Product], str] = {}
+    arguments: dict[str, KernelArguments] = {}
+    sources: dict[str, tuple[str, Product]] = {}
+    for op in program.operations:
+        if not isinstance(op, Template) or op.product is None:
+            continue
+        canonical = canonical_product(op.product)
+        key = (op.device, canonical.product)
+        if key not in names:
+            names[key] = f"t{len(names)}_{canonical.product.config.method.value}_product"
+            sources[names[key]] = key
+        spaces = op.workspace_buffers
+        offsets = (*canonical.offsets, *(0 for _ in spaces)) if any(canonical.offsets) else ()
+        arguments[op.name] = KernelArguments(names[key], (*canonical.buffers, *spaces), (), offsets)
+    return TemplateSet(arguments, sources)
+
+
+def emitted_templates(templates: TemplateSet) -> dict[str, TritonKernel]:
+    return {name: emit_product(product, name=name) for name, (_, product) in templates.sources.items()}
+
+
+def with_templates(built: BuiltKernels, templates: TemplateSet) -> BuiltKernels:
+    """The kernels and the templates of a program.
+
+    Raises
+    ------
+    CompilerError
+        If Triton refuses a template, which it took when it was measured.
+    """
+    if not templates.sources:
+        return built
+    emitted = emitted_templates(templates)
+    compiled = compile_builds([Build.of(k, k.configs[0]) for k in emitted.values()], Target.current())
+    launchers = dict(built.launchers)
+    callables = dict(built.callables)
+    for (name, kernel), found in zip(emitted.items(), compiled, strict=True):
+        if isinstance(found, CompilerError):
+            raise found
+        device = templates.sources[name][0]
+        launchers[name] = make_launcher(kernel, found, int(device.partition(":")[2] or 0))
+        callables[name] = launchers[name].bound()
+    source = built.source + "\n".join(k.source for k in emitted.values())
+    return replace(built, callables=callables, launchers=launchers, emitted={**built.emitted, **emitted}, source=source)

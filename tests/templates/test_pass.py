@@ -1,0 +1,249 @@
+"""Products that become templates: found, rewritten without a change of meaning, planned, verified, printed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import memplan
+import memplan.kernels
+from memplan.codegen.python_wrapper import print_python
+from memplan.codegen.wrapper_lines import wrapper_lines
+from memplan.ir.errors import VerificationError
+from memplan.ir.plan import InPool, Pool
+from memplan.ir.program import BufferKind, Copy, Extern, KernelOp, Program, View
+from memplan.ir.template import ACCUMULATOR, Method, Product, ProductConfig, Template
+from memplan.ir.verify import verify_program
+from memplan.ir.verify_plan import verify_plan
+from memplan.passes.schedule import make_plan
+from memplan.passes.templates import Candidate, Templates, candidates
+from memplan.runtime.python_runtime import left_zero, zero_workspace
+from memplan.runtime.triton_build import Build, Compiled, Target, compile_builds
+from memplan.template_tuning import Measured, contenders, decode, encode
+from memplan.templates import collect_templates, emitted_templates
+from tests.program_runner import ProgramRunner, copy_inputs, make_inputs
+from tests.reference_kernel import run_reference
+
+SPLIT = ProductConfig(32, 32, 32, Method.SPLIT, parts=2)
+HALF = torch.bfloat16
+Shapes = Sequence[tuple[int, ...]]
+
+
+def analyzed(function: Callable[..., object], shapes: Shapes) -> Program:
+    torch._dynamo.reset()
+    with FakeTensorMode():
+        arguments = tuple(torch.empty(s, device="cuda", dtype=HALF) for s in shapes)
+        (graph,) = memplan.analyze(function, arguments, backward=False)
+    return graph.plan.program
+
+
+def all_in(config: ProductConfig) -> Templates:
+    def choose(found: Sequence[Candidate], program: Program) -> Mapping[Product, ProductConfig]:
+        return {c.key: config for c in found}
+
+    return Templates(choose)
+
+
+class Runner(ProgramRunner):
+    """Templates are computed as their data says: the product, then the epilogue by the reference evaluator."""
+
+    def call(self, op: Extern) -> None:
+        if not isinstance(op, Template):
+            super().call(op)
+            return
+        assert op.product is not None
+        p = op.product
+        result = self.view(p.a).float() @ self.view(p.b).float()
+        if p.bias is not None:
+            result = result + self.view(p.bias).float()
+        for name in p.epilogue.written_buffers:
+            self.storage(name)
+        dtype = next(n.dtype for n in p.epilogue.loads if n.buffer == ACCUMULATOR)
+        run_reference(p.epilogue, {**self.buffers, ACCUMULATOR: result.to(dtype).flatten()}, self.symbols)
+
+
+def gelu_mlp(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return x + F.gelu(F.linear(x, w, b)) @ v
+
+
+def two_heads(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    y = x @ w
+    return y, y.relu() * 2
+
+
+def attention_scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    return (q @ k.transpose(1, 2)) * 0.125
+
+
+MODELS: list[tuple[Callable[..., object], Shapes, int]] = [
+    (gelu_mlp, [(64, 32), (128, 32), (128,), (128, 32)], 2),
+    (two_heads, [(48, 32), (32, 80)], 1),
+    (attention_scores, [(3, 32, 16), (3, 48, 16)], 1),
+]
+
+
+@pytest.mark.parametrize(("model", "shapes", "count"), MODELS, ids=lambda m: getattr(m, "__name__", ""))
+@pytest.mark.parametrize("config", [ProductConfig(32, 32, 32), SPLIT], ids=lambda c: c.method.value)
+def test_the_meaning_stays(model: Callable[..., object], shapes: Shapes, count: int, config: ProductConfig) -> None:
+    before = analyzed(model, shapes)
+    after = all_in(config).run(before)
+    verify_program(after)
+    templates = [op for op in after.operations if isinstance(op, Template)]
+    if config.method is Method.TILE:
+        assert len(templates) == count
+        assert not any(isinstance(op, KernelOp) for op in after.operations)
+    inputs = make_inputs(before)
+    wanted = Runner(before, copy_inputs(inputs)).run()
+    found = Runner(after, copy_inputs(inputs)).run()
+    for a, b in zip(found, wanted, strict=True):
+        assert isinstance(a, torch.Tensor)
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+def with_workspace() -> Program:
+    """A small product with workspaces, in a program whose peak is elsewhere."""
+
+    def model(x: torch.Tensor, w: torch.Tensor, v: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return ((x @ w).relu() @ v) @ u
+
+    def choose(found: Sequence[Candidate], program: Program) -> Mapping[Product, ProductConfig]:
+        return {found[0].key: ProductConfig(32, 32, 32, Method.SPLIT, parts=2)}
+
+    return Templates(choose).run(analyzed(model, [(64, 64), (64, 32), (32, 4096), (4096, 32)]))
+
+
+def test_workspaces_are_planned_as_buffers_and_declared() -> None:
+    program = with_workspace()
+    verify_program(program)
+    spaces = [b for b in program.buffers.values() if b.kind is BufferKind.WORKSPACE]
+    assert [(b.nbytes, b.zero_fill) for b in spaces] == [(2 * 2 * 32 * 32 * 4, False), (2 * 4, True)]
+    order = tuple(op.name for op in program.operations)
+    plan = make_plan(program, order, in_place={})
+    verify_plan(plan)
+    template = next(op for op in program.operations if isinstance(op, Template))
+    for b in spaces:
+        step = order.index(template.name)
+        assert (plan.lifetimes[b.name].start, plan.lifetimes[b.name].stop) == (step, step + 1)
+    kernels = memplan.kernels.collect(program)
+    found = {**kernels.arguments, **collect_templates(program).arguments}
+    arguments = {n: (a.source, a.buffers, a.symbols) for n, a in found.items()}
+    lines = wrapper_lines(plan, arguments, {n: a.offsets for n, a in found.items()})
+    text = print_python(lines, poison=True).source
+    counters = spaces[1].name
+    assert f"{counters} = zero_workspace(8, 'cuda:0', stream0)" in text
+    assert f"left_zero({counters}, {counters!r})" in text
+    assert f"{counters}.zero_()" not in text
+    assert f"poison_tensor({counters})" not in text
+
+
+def test_a_workspace_that_would_raise_the_peak_is_not_taken() -> None:
+    program = analyzed(two_heads, [(48, 32), (32, 80)])
+    huge = ProductConfig(64, 128, 32, Method.SPLIT, parts=8)
+    assert all_in(huge).run(program) is program
+
+
+def changed(program: Program, **fields: object) -> Program:
+    operations = tuple(
+        replace(op, **fields) if isinstance(op, Template) else op
+        for op in program.operations  # type: ignore[arg-type]
+    )
+    return replace(program, operations=operations)
+
+
+def test_the_verifier_rejects_wrong_workspaces() -> None:
+    program = with_workspace()
+    template = next(op for op in program.operations if isinstance(op, Template))
+    partials, counters = template.workspace_buffers
+    assert template.product is not None
+
+    with pytest.raises(VerificationError, match="its configuration needs"):
+        verify_program(changed(program, workspaces=()))
+    buffers = dict(program.buffers)
+    buffers[partials] = replace(buffers[partials], nbytes=64)
+    with pytest.raises(VerificationError, match="has 64"):
+        verify_program(replace(program, buffers=buffers))
+    buffers = dict(program.buffers)
+    buffers[counters] = replace(buffers[counters], zero_fill=False)
+    with pytest.raises(VerificationError, match="filled with zeros"):
+        verify_program(replace(program, buffers=buffers))
+    out = program.outputs[0]
+    assert isinstance(out, View)
+    source = View(partials, torch.float32, (32, 32), (32, 1))
+    target = View(out.buffer, out.dtype, (32, 32), (32, 1))
+    other = Copy("other", source, target, template.device, mutates=(out.buffer,))
+    with pytest.raises(VerificationError, match="not its own"):
+        verify_program(replace(program, operations=(*program.operations, other)))
+
+
+def test_the_verifier_rejects_a_zero_filled_workspace_in_a_pool() -> None:
+    program = with_workspace()
+    order = tuple(op.name for op in program.operations)
+    plan = make_plan(program, order, in_place={})
+    counters = next(b for b in program.buffers.values() if b.zero_fill)
+    life = plan.lifetimes[counters.name]
+    pool = Pool("pool0", counters.device, 512, life)
+    wrong = replace(plan, pools=(pool,), placements={**plan.placements, counters.name: InPool("pool0", 0)})
+    with pytest.raises(VerificationError, match="filled with zeros once"):
+        verify_plan(wrong, check_program=False)
+
+
+def test_what_is_left_dirty_is_found() -> None:
+    space = zero_workspace(16, "cpu", 1)
+    assert zero_workspace(8, "cpu", 1) is space
+    assert zero_workspace(8, "cpu", 2) is not space
+    left_zero(space, "w")
+    space[3] = 1
+    with pytest.raises(RuntimeError, match="left its workspace w dirty"):
+        left_zero(space, "w")
+    left_zero(space, "w")
+
+
+def test_layers_share_a_template_and_it_builds() -> None:
+    def model(x: torch.Tensor, w: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return ((x @ w).relu() @ v).relu()
+
+    program = all_in(ProductConfig(32, 32, 32)).run(analyzed(model, [(64, 32), (32, 32), (32, 32)]))
+    assert sum(isinstance(op, Template) for op in program.operations) == 2
+    (kernel,) = emitted_templates(collect_templates(program)).values()
+    (built,) = compile_builds([Build.of(kernel, kernel.configs[0])], Target())
+    assert isinstance(built, Compiled)
+
+
+def test_measurements_are_kept_as_text() -> None:
+    measured = Measured(SPLIT, 10.0, 5.0)
+    assert decode(encode(measured)) == SPLIT
+    assert decode(encode(replace(measured, config=None))) is None
+
+
+@pytest.mark.parametrize(
+    "sizes", [(16, 4096, 4096), (4096, 4096, 1024), (64, 64, 16384), (1000, 768, 768), (17, 33, 65)]
+)
+def test_contenders_fit_the_device(sizes: tuple[int, int, int]) -> None:
+    from tests.templates.products import product
+
+    m, n, k = sizes
+    base = product((1, m, n, k), ProductConfig(0, 0, 0))
+    found = contenders(base, 132)
+    assert found
+    assert len(found) == len(set(found))
+    for config in found:
+        sized = replace(base, config=config)
+        assert config.rows * config.columns <= 128 * 256
+        assert config.method is Method.TILE or sized.steps > 1
+        assert sum(w.count for w in sized.workspaces()) < 64 << 20
+    methods = {c.method for c in found}
+    if k >= 4096 and min(m, n) <= 64:
+        assert Method.SPLIT in methods
+    if m * n >= 4096 * 4096:
+        assert Method.SPLIT not in methods
+
+
+def test_only_what_was_chosen_is_taken() -> None:
+    program = analyzed(gelu_mlp, [(64, 32), (128, 32), (128,), (128, 32)])
+    assert Templates().run(program) is program
+    assert len(candidates(program)) == 2
