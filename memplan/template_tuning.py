@@ -117,6 +117,8 @@ def contenders(product: Product, processors: int) -> list[ProductConfig]:
     for bm, bn, bk, warps, stages in tiles:
         if bm > high or bn > wide or bk > max(16, 1 << (inner - 1).bit_length()):
             continue
+        if bk < 64 and inner > 256:
+            continue  # short steps are for short sums
         if bm * 4 < min(high, 128) or bn * 4 < min(wide, 128):
             continue  # far smaller than the matrix: others are at least as good
         plain = ProductConfig(bm, bn, bk, warps=warps, stages=stages)
