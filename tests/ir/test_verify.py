@@ -286,10 +286,16 @@ def test_read_before_it_is_written() -> None:
     rejects(p.program(), "'early'", "reads 't' (64 bytes), which nothing before it writes", "model.py:1")
 
 
-def test_zero_filled_workspace_may_be_read() -> None:
+def test_what_is_filled_with_zeros_may_be_read() -> None:
+    p, _ = small()
+    t = p.buffer("t", (4, 4), zero_fill=True)
+    verify_program(replace(p.program(p.pointwise("y", "neg", t))))
+
+
+def test_a_workspace_is_its_templates_alone() -> None:
     p, _ = small()
     t = p.buffer("t", (4, 4), BufferKind.WORKSPACE, zero_fill=True)
-    verify_program(replace(p.program(p.pointwise("y", "neg", t))))
+    rejects(p.program(p.pointwise("y", "neg", t)), "'t', which is not its own, and nobody promises to leave it zero")
 
 
 def test_what_the_user_left_empty_may_be_read() -> None:
