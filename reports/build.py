@@ -10,6 +10,7 @@ from ..ir import plan as ir_plan
 from ..ir import program as ir
 from .allocation import live_bytes
 from .model import (
+    Arena,
     Buffer,
     Certificate,
     Graph,
@@ -136,6 +137,7 @@ def graph_of(plan: ir_plan.Plan, name: str | None = None, stages: Sequence[tuple
             death=p.lifetime.stop,
         )
         for p in plan.pools
+        if p not in plan.arenas
     )
     notes = _notes(plan)
     shapes = _shapes(program)
@@ -148,6 +150,7 @@ def graph_of(plan: ir_plan.Plan, name: str | None = None, stages: Sequence[tuple
         steps=steps,
         buffers=buffers,
         pools=pools,
+        arenas=tuple(_arena(plan, p) for p in plan.arenas),
         live=live_bytes(buffers, steps),
         allocated=plan.timeline[: len(steps)],
         predicted_peak=dict(plan.predicted_peak),
@@ -161,6 +164,22 @@ def graph_of(plan: ir_plan.Plan, name: str | None = None, stages: Sequence[tuple
             note=certificate.note,
         ),
         notes=plan.notes,
+    )
+
+
+def _arena(plan: ir_plan.Plan, pool: ir_plan.Pool) -> Arena:
+    program = plan.program
+    inside = [
+        n for n, place in plan.placements.items() if isinstance(place, ir_plan.InPool) and place.pool == pool.name
+    ]
+    return Arena(
+        name=pool.name,
+        nbytes=ir.evaluate(pool.nbytes, program.hints),
+        device=pool.device,
+        memory=pool.memory.value,
+        group=pool.group,
+        buffers=tuple(inside),
+        apart=sum(program.nbytes(n) for n in inside),
     )
 
 
@@ -193,6 +212,8 @@ def _buffer(
     placement, pool, offset, in_place_of = _place(plan, b.name)
     lifetime = plan.lifetimes[b.name]
     at_root = plan.placements[root]
+    arena = pool if pool in {p.name for p in plan.arenas} else None
+    owned = not isinstance(at_root, ir_plan.External) or plan.program.buffers[root].donated
     return Buffer(
         name=b.name,
         nbytes=plan.program.nbytes(b.name),
@@ -203,14 +224,15 @@ def _buffer(
         origin=_origin(b.origin),
         birth=lifetime.start,
         death=min(lifetime.stop, len(plan.order) + 1),
-        placement=placement,
-        pool=pool,
+        placement="arena" if arena and placement == "pool" else placement,
+        pool=None if arena else pool,
+        arena=arena,
         offset=offset,
         in_place_of=in_place_of,
         storage=root,
-        counted=not isinstance(at_root, ir_plan.External) or plan.program.buffers[root].donated,
+        counted=owned and arena is None,
         donated=b.donated,
-        decided_by=_decided_by(b, placement),
+        decided_by="comm" if arena else _decided_by(b, placement),
         notes=notes.get(b.name, ()),
     )
 
@@ -237,7 +259,7 @@ def _decided_by(b: ir.Buffer, placement: Placement) -> str:
         return "inplace"
     if b.kind is ir.BufferKind.SAVED:
         return "partition"
-    return {"pool": "pack", "own": "allocator", "external": "caller"}[placement]
+    return {"pool": "pack", "arena": "comm", "own": "allocator", "external": "caller"}[placement]
 
 
 def _step(program: ir.Program, op: ir.Operation, graph: str, notes: Mapping[str, tuple[str, ...]]) -> Step:

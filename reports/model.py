@@ -28,7 +28,7 @@ Bytes = Annotated[int, Field(ge=0, lt=2**62)]
 SignedBytes = Annotated[int, Field(gt=-(2**62), lt=2**62)]
 StepIndex = Annotated[int, Field(ge=0, lt=2**31)]
 Phase = Literal["inference", "forward", "backward", "step"]
-Placement = Literal["external", "own", "pool", "in_place"]
+Placement = Literal["external", "own", "pool", "arena", "in_place"]
 
 
 class Model(BaseModel):
@@ -67,6 +67,7 @@ class Buffer(Model):
     death: StepIndex
     placement: Placement
     pool: str | None = None
+    arena: str | None = None
     offset: Bytes | None = None
     in_place_of: str | None = None
     storage: str
@@ -98,6 +99,22 @@ class Pool(Model):
     device: str
     birth: StepIndex
     death: StepIndex
+
+
+class Arena(Model):
+    """Communication memory that stays from call to call, shared by the programs of its process group.
+
+    ``memory`` is its type (``"symmetric"``). Its bytes are in no peak. ``buffers`` lie in it one after another and
+    beside one another; apart they would take ``apart`` bytes.
+    """
+
+    name: str
+    nbytes: Bytes
+    device: str
+    memory: str
+    group: str
+    buffers: tuple[str, ...] = ()
+    apart: Bytes = 0
 
 
 class Certificate(Model):
@@ -150,6 +167,7 @@ class Graph(Model):
     steps: tuple[Step, ...]
     buffers: tuple[Buffer, ...]
     pools: tuple[Pool, ...] = ()
+    arenas: tuple[Arena, ...] = ()
     live: tuple[Bytes, ...]
     allocated: tuple[Bytes, ...]
     predicted_peak: dict[str, Bytes] = Field(default_factory=dict)
@@ -179,6 +197,8 @@ class Graph(Model):
                     raise ValueError(f"buffer {b.name!r}: pool {b.pool!r} is not there, or no offset")
                 if b.offset + b.nbytes > pools[b.pool].nbytes:
                     raise ValueError(f"buffer {b.name!r}: ends beyond pool {b.pool!r}")
+            if b.arena is not None and (b.counted or b.arena not in {a.name for a in self.arenas}):
+                raise ValueError(f"buffer {b.name!r}: arena {b.arena!r} is not there, or its bytes are counted")
         known = attribution(storages_of(self.buffers), count)
         for k, step in enumerate(self.steps):
             if self.live[k] != known[k] + step.scratch:

@@ -73,6 +73,8 @@ def summary(report: Report, *, by: GroupBy = "line", top: int = 8) -> Renderable
     for title, stages in waterfalls(report):
         parts += [Text(), waterfall(stages, title)]
     parts += [Text(), graph_table(report)]
+    if any(g.arenas for g in report.graphs):
+        parts += [Text(), arena_table(report)]
     facts = certificates(report)
     if facts:
         parts += [Text(), *facts]
@@ -225,6 +227,8 @@ def placed(b: Buffer) -> str:
             return "own allocation"
         case "pool":
             return f"{b.pool} + {b.offset}"
+        case "arena":
+            return f"{b.arena} + {b.offset}"
         case "in_place":
             return f"in place of {b.in_place_of}"
 
@@ -281,6 +285,27 @@ def graph_table(report: Report) -> RenderableType:
         in_place = sum(b.placement == "in_place" for b in g.buffers)
         counts = [str(n) for n in (len(g.steps), len(g.buffers), in_place, len(g.pools))]
         table.add_row(clean(g.name), PHASES[g.phase], *counts, size(g.peak))
+    return table
+
+
+def arena_table(report: Report) -> RenderableType:
+    """Communication memory: in no peak, there from call to call, shared by the graphs of one group and device."""
+    table = _table(
+        "graph",
+        "arena",
+        "memory",
+        "group",
+        "device",
+        "buffers",
+        "bytes",
+        "apart",
+        justify=dict.fromkeys((5, 6, 7), "right"),
+    )
+    table.title = Text("Communication memory, beside the peak; graphs of one group share it", style="bold")
+    for g in report.graphs:
+        for a in g.arenas:
+            counts = (str(len(a.buffers)), size(a.nbytes), size(a.apart))
+            table.add_row(clean(g.name), clean(a.name), a.memory, clean(a.group), a.device, *counts)
     return table
 
 

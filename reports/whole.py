@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..ir.errors import ReportError
 from .allocation import allocated_bytes, live_bytes, residue
-from .model import Buffer, Graph, Pool, Step
+from .model import Arena, Buffer, Graph, Pool, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,7 @@ def whole_step(graphs: Sequence[Graph], joins: Sequence[Join]) -> Graph:
         steps=steps,
         buffers=buffers,
         pools=pools,
+        arenas=tuple(_moved_arena(a, g, timeline) for g in graphs for a in g.arenas),
         live=live_bytes(buffers, steps),
         allocated=allocated,
         predicted_peak=predicted,
@@ -109,6 +110,7 @@ def _moved(b: Buffer, g: Graph, t: _Timeline) -> Buffer:
             "storage": t.names[g.name, b.storage],
             "in_place_of": None if b.in_place_of is None else t.names[g.name, b.in_place_of],
             "pool": None if b.pool is None else f"{g.name}:{b.pool}",
+            "arena": None if b.arena is None else f"{g.name}:{b.arena}",
         }
     )
 
@@ -126,6 +128,12 @@ def _received(held: Buffer, b: Buffer, g: Graph, t: _Timeline) -> Buffer:
 def _moved_pool(p: Pool, g: Graph, t: _Timeline) -> Pool:
     start = t.starts[g.name]
     return p.model_copy(update={"name": f"{g.name}:{p.name}", "birth": start + p.birth, "death": t.stop(g, p.death)})
+
+
+def _moved_arena(a: Arena, g: Graph, t: _Timeline) -> Arena:
+    """All programs of a group share one arena, each with its own view of it."""
+    names = tuple(t.names[g.name, b] for b in a.buffers)
+    return a.model_copy(update={"name": f"{g.name}:{a.name}", "buffers": names})
 
 
 def _lasting(pools: tuple[Pool, ...], buffers: Sequence[Buffer]) -> tuple[Pool, ...]:

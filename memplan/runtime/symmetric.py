@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from ..ir.errors import CommunicationError
 from .agreement import group_timeout
 from .watch import Watch, cuda_mark, stream_at
 
@@ -126,9 +127,18 @@ class Arena:
                 lambda: self.calls,
                 lambda: cuda_mark(self.device, self.stream),
                 group_timeout(group),
+                self.follow_group,
             )
             self.watch.start()
         log.info("arena of group %s on %s: %d bytes, allocation %d", self.group, self.device, nbytes, generation)
+
+    def follow_group(self) -> bool:
+        """Whether the group is still there; with it the memory goes. Torch tells nobody that a group is destroyed."""
+        if resolve(self.group) is self.process_group() is not None:
+            return True
+        self.release()
+        _drop(self)
+        return False
 
     def release(self) -> None:
         """Give the memory back, once nothing on the device can still use it."""
@@ -149,12 +159,14 @@ def arena_of(group: str, device: torch.device) -> Arena:
 
     Raises
     ------
-    RuntimeError
+    CommunicationError
         If there is no such group.
     """
     found = resolve(group)
     if found is None:
-        raise RuntimeError(f"there is no process group {group!r}: init_process_group and compile again")
+        raise CommunicationError(
+            f"process group {group!r} does not exist (any more): call init_process_group, and compile again"
+        )
     with _lock:
         arena = _arenas.get((group, str(device)))
         if arena is None or arena.process_group() is not found:

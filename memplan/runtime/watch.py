@@ -56,6 +56,8 @@ class Watch:
         Number of calls so far: while it stands still, nothing is looked at.
     mark:
         See `Mark`; raises RuntimeError where the device is broken already.
+    alive:
+        Whether there is still something to look after.
     seconds:
         Without progress for so long, ``give_up`` is called.
     """
@@ -64,6 +66,7 @@ class Watch:
     count: Callable[[], int]
     mark: Mark
     seconds: float
+    alive: Callable[[], bool] = lambda: True
     give_up: Callable[[str], None] = end_process
     stopped: threading.Event = field(default_factory=threading.Event)
 
@@ -78,7 +81,7 @@ class Watch:
         """What the thread does."""
         interval = min(max(self.seconds / 20, 0.02), 5.0)
         seen = 0
-        while not self.stopped.wait(interval):
+        while not self.stopped.wait(interval) and self.alive():
             if self.count() == seen:
                 continue
             seen = self.count()

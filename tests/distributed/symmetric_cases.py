@@ -16,7 +16,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import memplan
 from memplan.ir.plan import Plan
 from memplan.ir.program import Copy, Extern
-from memplan.runtime.symmetric import ArenaUse, arena_of, arenas
+from memplan.reports.allocation import residue
+from memplan.reports.build import build_report
+from memplan.reports.terminal import rendered, summary
+from memplan.runtime.symmetric import ArenaUse, arena_of, arenas, release_arenas
 from tests.distributed import shared_memory
 from tests.distributed.shared_memory import shared_files
 from tests.tolerances import assert_near
@@ -80,6 +83,10 @@ def runs(folder: str, options: dict[str, object], grad: bool) -> tuple[list[str]
         (arena,) = plan.arenas
         # the first was the trial; forward and backward were built together
         assert backend.sizes[1:] == [max(a.nbytes for g in recording.graphs for a in g.plan.arenas)]
+        shown = build_report(recording.plans, joins=[j for g in recording.graphs for j in g.joins])
+        assert [a.nbytes for a in shown.graphs[0].arenas] == [arena.nbytes]
+        assert not any(any(residue(g)) for g in shown.graphs)
+        assert "Communication memory" in rendered(summary(shown))
         sites = [b for b in plan.program.buffers.values() if b.group]
         copies = sum(isinstance(op, Copy) for op in plan.program.operations)
         return targets(plan), int(arena.nbytes), sum(int(b.nbytes) for b in sites), copies
@@ -207,3 +214,31 @@ def sharded_weights(_: str) -> list[list[str]]:
         for found, want in zip(results[1], results[0], strict=True):
             assert_near(found, want, "sharded weights")
     return [[op.name for op in p.program.operations] for p in recording.plans]
+
+
+def dynamic(folder: str) -> tuple[list[str], tuple[tuple[str, str], ...]]:
+    """Sizes that are known only at the call go to the library, and the notes say so."""
+    with shared_files(folder), torch.no_grad():
+        net = model()
+        with memplan.record() as recording:
+            compiled = torch.compile(net, backend="memplan", dynamic=True)
+            for count in (4, 9, 300):
+                x = torch.ones(count, 16)
+                assert_near(compiled(x), net(x), "result")
+        (plan,) = recording.plans
+        return targets(plan), plan.notes
+
+
+def group_that_goes(folder: str) -> str:
+    """A program whose group is destroyed: what its next call says."""
+    with shared_files(folder), torch.no_grad():
+        group = dist.new_group([0, 1])
+        compiled = torch.compile(model(group), backend="memplan")
+        compiled(torch.ones(4, 16))
+        release_arenas()
+        dist.destroy_process_group(group)
+        try:
+            compiled(torch.ones(4, 16))
+        except memplan.ir.errors.CommunicationError as error:
+            return str(error)
+        return "nothing"

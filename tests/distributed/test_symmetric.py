@@ -62,3 +62,14 @@ def test_tensor_parallel_training(ranks: Ranks, tmp_path: Path) -> None:
 def test_sharded_weights_training(ranks: Ranks, tmp_path: Path) -> None:
     for graphs in ranks.run(CASES, "sharded_weights", str(tmp_path)):
         assert graphs
+
+
+def test_dynamic_sizes_go_to_the_library(ranks: Ranks, tmp_path: Path) -> None:
+    for targets, notes in ranks.run(CASES, "dynamic", str(tmp_path)):
+        assert targets == ["_c10d_functional.all_reduce_.default"] * 3
+        assert any("known only at the call" in text for _, text in notes)
+
+
+def test_a_group_that_was_destroyed_is_named(ranks: Ranks, tmp_path: Path) -> None:
+    for text in ranks.run(CASES, "group_that_goes", str(tmp_path)):
+        assert "does not exist" in text

@@ -18,7 +18,7 @@ def watched(reached: bool) -> tuple[list[str], Watch]:
             watch.stop()
         return found
 
-    watch = Watch("group '0'", count, mark, 0.1, told.append)
+    watch = Watch("group '0'", count, mark, 0.1, give_up=told.append)
     return told, watch
 
 
