@@ -10,17 +10,21 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .analysis import analyze as analyze
+    from .loading import load as load
     from .planner import order as order
     from .planner import pack as pack
     from .recording import record as record
     from .reports.shown import report as report
+    from .saving import save as save
 
 _PUBLIC = {
     "analyze": ".analysis",
+    "load": ".loading",
     "order": ".planner",
     "pack": ".planner",
     "record": ".recording",
     "report": ".reports.shown",
+    "save": ".saving",
 }
 
 

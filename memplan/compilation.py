@@ -9,8 +9,10 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import ClassVar
 
+import torch
+
 from . import kernels as kernel_sets
-from .artifact import Artifact, Linked, cached, load_cached
+from .artifact import Artifact, GpuKernel, Linked, cached, load_cached, load_gpu
 from .codegen import cpp_kernel, triton_kernel
 from .codegen.cpp_wrapper import CppWrapper
 from .codegen.python_wrapper import PythonWrapper, print_python
@@ -44,6 +46,7 @@ from .passes.templates import Templates
 from .plan_cache import Found, find_entry
 from .planner import planner_libraries
 from .runtime.python_runtime import namespace
+from .runtime.triton_launch import GridKernel, Launcher
 from .template_tuning import chooser
 from .templates import NO_TEMPLATES, TemplateSet, collect_templates, with_templates
 from .user_kernels import UserKernels, build_user_kernels
@@ -65,6 +68,8 @@ class CompiledProgram:
     call: Callable[..., object]
     source: str
     waterfall: tuple[tuple[str, int], ...] = ()
+    #: all that runs it, as data; None where something in it is none
+    artifact: Artifact | None = None
 
     @cached_property
     def plan(self) -> Plan:
@@ -262,23 +267,33 @@ def compile_program(program: Program, config: Config) -> CompiledProgram:
 
 
 def _from_cache(found: Found, program: Program, config: Config) -> CompiledProgram | None:
-    """The cached result ready to run; None if its kernels are gone."""
+    """The cached result ready to run; None if its kernels are gone, or cannot be loaded."""
     artifact = found.artifact
+
+    def wide(name: str) -> Launcher:
+        plan = found.plan()
+        device, kernel = kernel_sets.collect(plan.program).sources[name]
+        return kernel_sets.build_wide(device, kernel, name, plan.program.hints, deterministic)
+
+    deterministic = torch.are_deterministic_algorithms_enabled()
     try:
-        kernels = load_cached(artifact.library, found.entry.store)
-    except CompilerError as error:
+        cpu = load_cached(artifact.library, found.entry.store)
+        if cpu is None:
+            return None
+        gpu, launchers = load_gpu(artifact.gpu, wide)
+    except (CompilerError, RuntimeError) as error:
         log.warning("%s is compiled again: %s", program.name, error)
         return None
-    if kernels is None:
-        return None
+    kernels = {**cpu, **gpu}
     if not found.same_origins:
         plan = found.plan()
         sets = kernel_sets.collect(plan.program)
         if not sets.sources.keys() <= kernels.keys():  # their names are made of the operators that they came from
             return None
-        python, cpp = _printed(plan, sets, kernel_sets.BuiltKernels(kernels, ""), NO_USER_KERNELS, config)
+        grids = {k.name: k for k in artifact.gpu}
+        python, cpp = _printed(plan, sets, grids, NO_USER_KERNELS, config)
         artifact = replace(artifact, python=python, cpp=cpp)
-    linked = Linked(kernels, {}, found.callables(), found.constants())
+    linked = Linked(kernels, launchers, found.callables(), found.constants())
     return _assemble(artifact, linked, found.plan, program, config, NOTHING_KEPT)
 
 
@@ -298,7 +313,7 @@ def _compile(program: Program, config: Config, kept: Kept) -> tuple[CompiledProg
     built = with_templates(built, templates)
     user = build_user_kernels(plan.program)
     built = replace(built, callables={**built.callables, **user.launchers})
-    python, cpp = _printed(plan, found, built, user, config, templates)
+    python, cpp = _printed(plan, found, built.emitted, user, config, templates)
     if config.dump:
         folder = Path(config.dump)
         folder.mkdir(parents=True, exist_ok=True)
@@ -306,17 +321,22 @@ def _compile(program: Program, config: Config, kept: Kept) -> tuple[CompiledProg
         (folder / f"{program.name}.kernels.txt").write_text(built.source)
         if cpp is not None:
             (folder / f"{program.name}.wrapper.cpp").write_text(cpp.source)
-    artifact = Artifact(python, cpp, cached(built.library), planned.waterfall)
+    gpu = (
+        GpuKernel.of(n, launcher.index, built.emitted[n], launcher.compiled) for n, launcher in built.launchers.items()
+    )
+    artifact = Artifact(python, cpp, cached(built.library), tuple(gpu), planned.waterfall)
     held, communicating = plan.program, Communicating.of(plan, config)
     linked = Linked(built.callables, built.launchers, held.callables, held.constants, communicating)
     ready = _assemble(artifact, linked, lambda: plan, program, config, kept)
-    return ready, None if built.launchers or user.launchers else artifact
+    if user.launchers or templates.sources:  # neither is data yet
+        return replace(ready, artifact=None), None
+    return ready, artifact
 
 
 def _printed(
     plan: Plan,
     found: kernel_sets.KernelSet,
-    built: kernel_sets.BuiltKernels,
+    grids: Mapping[str, GridKernel],
     user: UserKernels,
     config: Config,
     templates: TemplateSet = NO_TEMPLATES,
@@ -333,7 +353,7 @@ def _printed(
         name = plan.program.name
         log.warning("%s has user Triton kernels or zero-filled workspaces: its wrapper is Python, not C++", name)
         return python, None
-    return python, print_in_cpp(lines, built, config)
+    return python, print_in_cpp(lines, grids, config)
 
 
 def _assemble(
@@ -358,7 +378,7 @@ def _assemble(
             names.update(linked.communicating.names())
         exec(compile(source, filename, "exec"), names)
         call = names["call"]  # type: ignore[assignment]
-    made = CompiledProgram(make_plan, call, source, artifact.waterfall)
+    made = CompiledProgram(make_plan, call, source, artifact.waterfall, artifact)
     call = explained(call, lambda: made.plan, filename, starts, explain)
     call = call if linked.communicating is None else linked.communicating.guarded(call)
     return replace(made, call=call)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from .artifact import Linked
-from .codegen.cpp_wrapper import CPP_WRAPPER_FLAGS, CppWrapper, print_cpp
+from .codegen.cpp_wrapper import CPP_WRAPPER_FLAGS, CppWrapper, GridKernel, print_cpp
 from .codegen.wrapper_lines import WrapperProgram
 from .ir.config import Config
 from .ir.errors import UnsupportedError
-from .kernels import BuiltKernels
 from .runtime.cache import Cache
 from .runtime.cpp_wrapper import KernelRow, build_wrapper, load_wrapper
 
 
-def print_in_cpp(lines: WrapperProgram, kernels: BuiltKernels, config: Config) -> CppWrapper:
+def print_in_cpp(lines: WrapperProgram, grids: Mapping[str, GridKernel], config: Config) -> CppWrapper:
     """The program's wrapper as C++.
 
     Raises
@@ -30,7 +29,7 @@ def print_in_cpp(lines: WrapperProgram, kernels: BuiltKernels, config: Config) -
             "communication={'all_reduce': 'library'}",
             where=lines.name,
         )
-    return print_cpp(lines, kernels.emitted, poison=config.poison)
+    return print_cpp(lines, grids, poison=config.poison)
 
 
 def load_in_cpp(

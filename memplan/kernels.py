@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cache
 
 import sympy
 import torch
@@ -24,7 +23,7 @@ from .runtime.cache import Cache
 from .runtime.cpp_launch import CpuLibrary, load_kernels
 from .runtime.toolchain import available_cpus, find_toolchain
 from .runtime.triton_build import Build, Target, compile_builds
-from .runtime.triton_launch import IndexLimitError, Launcher, make_launcher
+from .runtime.triton_launch import Launcher, make_launcher, widening
 
 Callables = Mapping[str, Callable[..., object]]
 
@@ -231,23 +230,19 @@ def _widening(
     hints: Mapping[sympy.Symbol, int],
     deterministic: bool,
 ) -> Callable[..., None]:
-    """A launcher of a kernel that counts in 32 bits, until sizes come for which it has to be built to count in 64."""
+    """`widening` with a kernel that is built when it is first needed."""
+    return widening(narrow, lambda: build_wide(device, kernel, name, hints, deterministic))
 
-    @cache
-    def wide() -> Launcher:
-        emitted = emit_triton(kernel, name=name, hints=hints, deterministic=deterministic, wide=True)
-        built = compile_builds([Build.of(emitted, emitted.configs[0])], Target.current())[0]
-        if isinstance(built, CompilerError):
-            raise built
-        return make_launcher(emitted, built, _index(device))
 
-    def launch(stream: int, *arguments: int) -> None:
-        try:
-            narrow(stream, *arguments)
-        except IndexLimitError:
-            wide()(stream, *arguments)
-
-    return launch
+def build_wide(
+    device: str, kernel: CanonicalKernel, name: str, hints: Mapping[sympy.Symbol, int], deterministic: bool
+) -> Launcher:
+    """The kernel built to count in 64 bits.  Raises CompilerError if Triton refuses it."""
+    emitted = emit_triton(kernel, name=name, hints=hints, deterministic=deterministic, wide=True)
+    built = compile_builds([Build.of(emitted, emitted.configs[0])], Target.current())[0]
+    if isinstance(built, CompilerError):
+        raise built
+    return make_launcher(emitted, built, _index(device))
 
 
 def build(kernels: KernelSet, program: Program, config: Config) -> BuiltKernels:

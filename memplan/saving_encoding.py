@@ -7,6 +7,7 @@ once, reading is one walk, and a document cannot refer to itself. Reading runs n
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import math
@@ -82,6 +83,8 @@ class Writer:
                 return ["float", repr(v)]
             case complex():
                 return ["complex", repr(v.real), repr(v.imag)]
+            case bytes():
+                return ["bytes", base64.b64encode(v).decode()]
             case tuple() | list():
                 return ["tuple", *(self.value(i) for i in v)]
             case frozenset():
@@ -170,6 +173,8 @@ def _make(entry: list[object], made: list[object]) -> object:
             return math.nan if math.isnan(number) else number
         case "complex":
             return complex(float(str(values[0])), float(str(values[1])))
+        case "bytes":
+            return base64.b64decode(str(values[0]), validate=True)
         case "tuple":
             return tuple(values)
         case "set":

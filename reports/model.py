@@ -8,6 +8,7 @@ own on one timeline. All sizes are bytes, all lifetimes half-open in steps; a bu
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..ir.errors import ReportError
+from ..ir.errors import ReportError, SavedModelError
 
 if TYPE_CHECKING:
     from ..ir.plan import Plan
@@ -379,7 +380,7 @@ def dump_report(report: Report) -> str:
 
 
 def read_report(path: Path | str) -> Report:
-    """Read and validate a saved report.
+    """Read and validate a saved report, or the one inside a saved model (``.memplan``).
 
     Raises
     ------
@@ -387,7 +388,14 @@ def read_report(path: Path | str) -> Report:
         If the file is not there, damaged, of another version, or contradicts itself.
     """
     try:
+        if zipfile.is_zipfile(path):
+            from ..package import read
+
+            with read(Path(path)) as package:
+                return parse_report(package.read("report.json").decode(), str(path))
         text = Path(path).read_text(encoding="utf-8")
+    except SavedModelError as error:
+        raise ReportError(f"cannot read the report in {str(path)!r}: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ReportError(f"cannot read the report {str(path)!r}: {error}") from error
     return parse_report(text, str(path))

@@ -15,6 +15,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from importlib.resources import files
+from pathlib import Path
 from types import ModuleType
 
 from memplan.ir.errors import CacheError, CompilerError
@@ -27,23 +28,42 @@ _log = logging.getLogger("memplan.triton")
 DRIVER = "libcuda.so.1"
 
 
-def build_module() -> ModuleType:
-    """The native module, without a driver.
+#: a built module that came with a saved model
+_given: list[Path] = []
+
+
+def soabi() -> str:
+    """The name of the Python interface that a native module is built for."""
+    return str(sysconfig.get_config_var("SOABI"))
+
+
+def use_module(path: Path) -> None:
+    """Take this built module where none is loaded yet, instead of building one."""
+    _given[:] = [path]
+
+
+def module_path() -> Path:
+    """The built native module.
 
     Raises
     ------
     CompilerError
         No C++ compiler, or no headers of Python.
     """
-    path = build_library(
+    return build_library(
         (files(__package__) / "cuda_launch.cpp").read_text(encoding="utf-8"),
         name="cuda_launch",
         flags=("-O2",),
         include_dirs=(sysconfig.get_paths()["include"],),
         openmp=False,
         native=False,
-        extra_key=(sys.version, str(sysconfig.get_config_var("SOABI"))),
+        extra_key=(sys.version, soabi()),
     )
+
+
+def build_module() -> ModuleType:
+    """The native module, without a driver.  Raises CompilerError as `module_path` does."""
+    path = _given[0] if _given else module_path()
     loader = importlib.machinery.ExtensionFileLoader("memplan_cuda_launch", str(path))
     spec = importlib.util.spec_from_file_location("memplan_cuda_launch", str(path), loader=loader)
     assert spec is not None

@@ -119,6 +119,27 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+#: Of the flags of /proc/cpuinfo those that name instructions which a compiler may use.
+_INSTRUCTIONS = re.compile(
+    r"(mmx|sse|ssse|avx|fma|f16c|bmi|movbe|popcnt|abm|aes|vaes|pclmul|vpclmul|sha|gfni|amx|adx|rdrnd|rdrand|rdseed|lahf|"
+    r"cx16|fsgsbase|xsave|clflush|clwb|movdir|serialize|tbm|xop|lwp|prefetchw|3dnow)"
+)
+
+
+@functools.cache
+def cpu_instructions() -> frozenset[str]:
+    """Names of the instruction sets that this CPU has (``/proc/cpuinfo``); all of its features on other than x86."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except FileNotFoundError:
+        return frozenset()
+    flags = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    if flags is not None:
+        return frozenset(f for f in flags[1].split() if _INSTRUCTIONS.match(f))
+    features = re.search(r"^Features\s*:(.*)$", text, re.MULTILINE)
+    return frozenset(features[1].split()) if features is not None else frozenset()
+
+
 @functools.cache
 def cpu_identity() -> str:
     """Digest of the first CPU's vendor, family, model and instruction set flags (``/proc/cpuinfo``)."""

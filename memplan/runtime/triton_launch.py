@@ -6,6 +6,7 @@ C++ compiler: no argument is inspected, pointers are integers, the grid is a num
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -112,6 +113,11 @@ class Launcher:
             self._start = start
 
     @property
+    def index(self) -> int:
+        """Index of the GPU that it runs on."""
+        return self._device or 0
+
+    @property
     def threads(self) -> int:
         """Threads of one program instance."""
         return 32 * self.compiled.build.num_warps
@@ -179,6 +185,19 @@ def make_launcher(kernel: GridKernel, compiled: Compiled, device: int | None = N
     sizes = tuple(blocks[block] for _, block in kernel.axes)
     count = int(grid) if grid.is_Integer else _function(grid, kernel.symbols, kernel.index_limit, compiled.build.name)
     return Launcher(compiled, count, pointers, blocks=sizes, device=device)
+
+
+def widening(narrow: Launcher, make_wide: Callable[[], Launcher]) -> Callable[..., None]:
+    """A launcher of a kernel that counts in 32 bits, until sizes come for which one has to count in 64."""
+    wide = functools.cache(make_wide)
+
+    def launch(stream: int, *arguments: int) -> None:
+        try:
+            narrow(stream, *arguments)
+        except IndexLimitError:
+            wide()(stream, *arguments)
+
+    return launch
 
 
 def _ceiling(numel: Size, block: int) -> sympy.Expr:

@@ -210,14 +210,13 @@ NO_NAMES = {
     "Origin": "*", "Pool": "name device group", "InPool": "pool", "Certificate": "note", "Buffer": "device group",
     "KernelOp": "device", "Extern": "device kwargs symbols", "Collective": "device group kwargs symbols",
     "Wait": "device kwargs symbols", "Copy": "device", "Program": "name constants callables", "Call": "op",
-    "UserKernel": "*", "KernelSource": "*", "Plan": "predicted_peak", "Literal": "value", "Head": "*",
-    "Artifact": "*", "CachedLibrary": "*", "PythonWrapper": "*", "CppWrapper": "*", "PythonLine": "*",
+    "UserKernel": "*", "KernelSource": "*", "Plan": "predicted_peak", "Literal": "value",
 }  # fmt: skip
 
 
 def test_every_text_is_known_as_a_name_or_as_none() -> None:
     """A new field of the intermediate language that holds names has to be said so, or two programs pass as one."""
-    for kind in saving_encoding._CLASSES.values():
+    for kind in (c for c in saving_encoding._CLASSES.values() if c.__module__.startswith("memplan.ir.")):
         for field in fields(kind):
             if "str" in str(field.type).replace("strides", "") and field.name not in roles(kind):
                 known = {"*", field.name} & set(NO_NAMES.get(kind.__name__, "").split())

@@ -1,0 +1,241 @@
+"""``memplan.load``: a saved model, run from its file. Nothing is compiled, traced or unpickled."""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils import _pytree as pytree
+
+from . import package
+from .artifact import WIDE, Artifact, load_gpu
+from .interface import Interface, WeightSpec, checked, symbol_values
+from .ir.errors import CompilerError, SavedModelError
+from .ir.plan import Plan
+from .runtime import cuda_launch
+from .runtime.cpp_launch import load_kernels
+from .runtime.python_runtime import namespace
+from .runtime.toolchain import cpu_instructions
+from .runtime.triton_launch import Launcher
+from .saving_encoding import decode
+
+if TYPE_CHECKING:
+    from .reports.shown import ShownReport
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A saved model. Called as the exported module was; it runs without autograd.
+
+    Buffers that the model changes are its own: they change from call to call, as in the module.
+    """
+
+    path: Path
+    _run: Callable[[list[object]], object]
+    _interface: Interface
+    _weights: tuple[torch.Tensor, ...]
+    _plan: bytes
+    _in: pytree.TreeSpec
+    _out: pytree.TreeSpec
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        """Run the model.
+
+        Raises
+        ------
+        SavedModelError
+            If the arguments are not of the structure, shapes, dtypes or devices that the model was exported with.
+        """
+        interface = self._interface
+        given = self._flat(args, kwargs)
+        symbols = symbol_values(interface, given)
+        ready = [checked(spec, value, symbols) for spec, value in zip(interface.inputs, given, strict=True)]
+        arguments: list[object] = []
+        for kind, k in interface.arguments:
+            match kind:
+                case "symbol":
+                    arguments.append(symbols[interface.symbols[k].symbol])
+                case "weight":
+                    arguments.append(self._weights[k])
+                case _:
+                    arguments.append(ready[k])
+        with torch.no_grad():
+            out = self._run(arguments)
+            for spec, value, used in zip(interface.inputs, given, ready, strict=True):
+                if spec.changed:
+                    assert isinstance(value, torch.Tensor)
+                    assert isinstance(used, torch.Tensor)
+                    if used.data_ptr() != value.data_ptr():
+                        value.copy_(used)
+        return pytree.tree_unflatten(list(out), self._out)  # type: ignore[call-overload]
+
+    def _flat(self, args: tuple[object, ...], kwargs: dict[str, object]) -> list[object]:
+        if set(kwargs) == set(self._interface.keywords):
+            kwargs = {name: kwargs[name] for name in self._interface.keywords}
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self._in:
+            raise SavedModelError(
+                f"{self.path} takes arguments of another structure:\n  given    {spec}\n  exported {self._in}"
+            )
+        return list(flat)
+
+    @property
+    def plan(self) -> Plan:
+        """The memory plan that the model runs by."""
+        found = decode(self._plan)
+        assert isinstance(found, Plan)
+        return found
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Parameters, buffers and constants by name: the memory that the model itself uses."""
+        return {spec.name: t for spec, t in zip(self._interface.weights, self._weights, strict=True)}
+
+    def report(self) -> ShownReport:
+        """The memory report of the model."""
+        from .reports.shown import report
+
+        return report(self.path)
+
+
+def load(path: str | Path) -> LoadedModel:
+    """Load a model that `memplan.save` wrote.
+
+    Every byte of the file is checked against the digest that was saved before any code in it is loaded. Weights are
+    read to where they stay, piece by piece. Load only files that you trust: they hold code.
+
+    Raises
+    ------
+    SavedModelError
+        If the file is not there, damaged or no saved model; or was saved for another CPU, GPU, torch or version of the
+        format.
+
+    Examples
+    --------
+    >>> model = memplan.load("model.memplan")  # doctest: +SKIP
+    >>> model(inputs)  # doctest: +SKIP
+    """
+    path = Path(path)
+    with package.read(path) as reader:
+        check_machine(reader)
+        found = decode(reader.read("model.json"))
+        if not isinstance(found, tuple) or len(found) != 3 or not isinstance(found[1], Artifact):
+            raise SavedModelError(f"{path} is no model that this memplan can read")
+        interface, artifact, about = found
+        assert isinstance(interface, Interface)
+        memories = {w.storage: _memory(reader, w.storage, w.device) for w in _one_of_each(interface)}
+        constants = {name: _constant(reader, name, *given) for name, given in about.items()}
+        for name in ("wrapper.py", "report.json"):
+            reader.verify(name)
+        plan = reader.read("plan.json")
+        hosts = [n for n in reader.entries if n.startswith("host/")]
+        code = {n: reader.read(n) for n in ("kernels.so", *hosts) if n in reader.entries}
+    weights = tuple(_weight(spec, memories[spec.storage]) for spec in interface.weights)
+    kernels = _load_code(path, artifact, code)
+    if any(t.startswith("memplan.") for t in artifact.python.operators.values()):
+        pass  # defines them
+    names = namespace(artifact.python.operators, {}, constants, kernels)
+    exec(compile(artifact.python.source, f"<memplan {path.name}>", "exec"), names)
+    specs = (pytree.treespec_loads(interface.in_spec), pytree.treespec_loads(interface.out_spec))
+    return LoadedModel(path, names["call"], interface, weights, plan, *specs)  # type: ignore[arg-type]
+
+
+def check_machine(reader: package.Reader) -> None:
+    """Refuse what was saved for something else than this machine and this torch.
+
+    Raises
+    ------
+    SavedModelError
+        Saying what differs, and what to do.
+    """
+    path, saved = reader.path, reader.manifest
+    here = torch.__version__.partition("+")[0]
+    if saved["torch"] != here:
+        raise SavedModelError(f"{path} was saved with torch {saved['torch']}, this is torch {here}: save it again here")
+    needs = saved["needs"]
+    assert isinstance(needs, Mapping)
+    if needs.get("machine", platform.machine()) != platform.machine():
+        raise SavedModelError(f"{path} was saved for {needs['machine']}, this is {platform.machine()}")
+    missing = sorted(set(needs.get("instructions", ())) - cpu_instructions())
+    if missing:
+        raise SavedModelError(
+            f"{path} was saved on a CPU with {', '.join(missing[:6])}, which this one lacks: save it again here"
+        )
+    if "cuda" in needs:
+        wanted = tuple(needs["cuda"])
+        if not torch.cuda.is_available():
+            raise SavedModelError(f"{path} was saved for an NVIDIA GPU (sm_{wanted[0]}{wanted[1]}); there is none here")
+        found = torch.cuda.get_device_capability()
+        if found != wanted:
+            raise SavedModelError(
+                f"{path} was saved for GPUs of architecture sm_{wanted[0]}{wanted[1]}, this one is "
+                f"sm_{found[0]}{found[1]}: save it again here"
+            )
+
+
+def _one_of_each(interface: Interface) -> list[WeightSpec]:
+    return list({w.storage: w for w in interface.weights}.values())
+
+
+def _memory(reader: package.Reader, entry: str, device: str) -> torch.Tensor:
+    """A memory of weights, read to where it stays."""
+    out = torch.empty(reader.size(entry), dtype=torch.uint8, device=device)
+    if out.device.type == "cpu":
+        reader.read_into(entry, memoryview(out.numpy()))  # type: ignore[arg-type]
+    else:
+        reader.stream(entry, lambda start, data: _copy_piece(out, start, data))
+    return out
+
+
+def _copy_piece(out: torch.Tensor, start: int, data: memoryview) -> None:
+    out[start : start + len(data)].copy_(torch.frombuffer(data, dtype=torch.uint8))
+
+
+def _weight(spec: WeightSpec, memory: torch.Tensor) -> torch.Tensor:
+    view = spec.view
+    out = torch.empty(0, dtype=view.dtype, device=memory.device)
+    return out.set_(memory.untyped_storage(), view.offset, view.sizes, view.strides)
+
+
+def _constant(
+    reader: package.Reader, name: str, dtype: str, sizes: tuple[int, ...], strides: tuple[int, ...], device: str
+) -> torch.Tensor:
+    memory = _memory(reader, f"constants/{name}", device)
+    out = torch.empty(0, dtype=getattr(torch, dtype.removeprefix("torch.")), device=device)
+    return out.set_(memory.untyped_storage(), 0, sizes, strides)
+
+
+def _load_code(path: Path, artifact: Artifact, code: Mapping[str, bytes]) -> dict[str, Callable[..., object]]:
+    """The kernels, from files that are this process's own and gone when they are loaded."""
+    kernels: dict[str, Callable[..., object]] = {}
+    with tempfile.TemporaryDirectory(prefix="memplan-load-") as folder:
+        try:
+            if artifact.library is not None:
+                file = Path(folder) / "kernels.so"
+                file.write_bytes(code["kernels.so"])
+                kernels |= load_kernels(file, artifact.library.signatures)
+            host = code.get(f"host/cuda_launch.{cuda_launch.soabi()}.so")
+            if host is not None:
+                file = Path(folder) / "cuda_launch.so"
+                file.write_bytes(host)
+                cuda_launch.use_module(file)
+                cuda_launch.native_launch()
+            if artifact.gpu:
+                kernels |= _gpu_kernels(artifact)
+        except (CompilerError, RuntimeError, OSError) as error:
+            raise SavedModelError(f"the kernels of {path} cannot be loaded here: {error}") from error
+    return kernels
+
+
+def _gpu_kernels(artifact: Artifact) -> dict[str, Callable[..., object]]:
+    wide = {k.name.removesuffix(WIDE): k for k in artifact.gpu if k.name.endswith(WIDE)}
+    plain = [k for k in artifact.gpu if not k.name.endswith(WIDE)]
+
+    def make_wide(name: str) -> Launcher:
+        return replace(wide[name], name=name).launcher()
+
+    return load_gpu(plain, make_wide)[0]
