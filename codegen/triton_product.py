@@ -241,10 +241,26 @@ def _split(product: Product, epilogue: list[str]) -> list[str]:
         f"if arrived == {parts - 1}:",
         "    tl.debug_barrier()",
         "    acc = tl.zeros([BM, BN], tl.float32)",
-        f"    for other in range({parts}):",
-        '        acc += tl.load(slots + other * BM * BN, cache_modifier=".cg")',
+        *_indented(_added(product)),
         *_indented(_finish(product, epilogue)),
         "    tl.store(counters + tile, 0)",
+    ]
+
+
+#: registers of a thread that may hold partial sums on their way
+_IN_FLIGHT = 96
+
+
+def _added(product: Product) -> list[str]:
+    """All parts of a tile added up in order, several of them on their way at once: one waits a microsecond for each."""
+    parts, config = product.config.parts, product.config
+    registers = -(-config.rows * config.columns // (32 * config.warps))
+    together = max(d for d in range(1, parts + 1) if parts % d == 0 and (d == 1 or d * registers <= _IN_FLIGHT))
+    load = 'tl.load(slots + (other + {}) * BM * BN, cache_modifier=".cg")'
+    return [
+        f"for other in range(0, {parts}, {together}):",
+        *(f"    part{k} = {load.format(k)}" for k in range(together)),
+        *(f"    acc += part{k}" for k in range(together)),
     ]
 
 

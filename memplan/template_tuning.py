@@ -52,6 +52,7 @@ class Measured:
     aten: float
     best: float
     fastest: ProductConfig | None = None
+    skipped: str = ""  # why nothing was measured
 
 
 def chooser(config: Config, kept: Kept) -> Choose:
@@ -111,6 +112,8 @@ def contenders(product: Product, processors: int) -> list[ProductConfig]:
         (64, 64, 64, 4, 4), (128, 128, 64, 4, 3), (32, 64, 128, 4, 4), (64, 32, 128, 4, 4), (16, 64, 128, 4, 4),
         (16, 128, 128, 4, 3), (32, 32, 128, 4, 4), (64, 256, 64, 8, 3),
         (128, 128, 32, 8, 3), (128, 64, 32, 4, 3), (64, 64, 32, 4, 3), (32, 32, 32, 4, 3),
+        (128, 256, 64, 8, 4), (256, 128, 64, 8, 4), (128, 128, 64, 8, 4), (32, 64, 128, 4, 6), (64, 64, 128, 4, 4),
+        (16, 64, 256, 4, 3), (64, 32, 128, 4, 6),
     ]  # fmt: skip
     high, wide = (max(16, 1 << (n - 1).bit_length()) for n in (rows, columns))
     found: list[ProductConfig] = []
@@ -126,9 +129,9 @@ def contenders(product: Product, processors: int) -> list[ProductConfig]:
         waves = sized.tiles / processors
         found.append(plain)
         if waves <= 1:
-            for parts in (2, 3, 4, 6, 8, 12, 16, 24, 32):
+            for parts in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64):
                 fits = sized.tiles * parts <= 2 * processors and sized.steps >= 2 * parts
-                if fits and sized.tiles * parts * 2 > processors:
+                if fits and sized.tiles * parts * 3 > processors * 2:
                     found.append(replace(plain, method=Method.SPLIT, parts=parts))
         uneven = math.ceil(waves) / waves
         if bm * bn >= 64 * 128 and 0.5 < waves < 6 and uneven > 1.1 and sized.tiles * sized.steps >= 4 * processors:
@@ -136,8 +139,13 @@ def contenders(product: Product, processors: int) -> list[ProductConfig]:
     return found
 
 
-def measure_all(missing: Mapping[Product, Candidate], program: Program) -> dict[Product, Measured]:
-    """Each candidate measured; all that is to be timed is built first, in parallel."""
+def measure_all(
+    missing: Mapping[Product, Candidate], program: Program, limit: int | None = None
+) -> dict[Product, Measured]:
+    """Each candidate measured; all that is to be timed is built first, in parallel.
+
+    ``limit``: most bytes that the buffers of one measurement may take; None for what the program itself needs.
+    """
     if not missing:
         return {}
     processors = torch.cuda.get_device_properties(0).multi_processor_count
@@ -152,7 +160,7 @@ def measure_all(missing: Mapping[Product, Candidate], program: Program) -> dict[
                 break
     builds = [Build.of(k, k.configs[0]) for ks in kernels.values() for _, k in ks]
     built = dict(zip(builds, compile_builds(builds, Target.current()), strict=True))
-    limit = peak(program) + _ALLOWANCE
+    limit = peak(program) + _ALLOWANCE if limit is None else limit
     out: dict[Product, Measured] = {}
     for key, candidate in missing.items():
         usable = [
@@ -160,10 +168,13 @@ def measure_all(missing: Mapping[Product, Candidate], program: Program) -> dict[
             for config, kernel in kernels[key]
             if isinstance(found := built[Build.of(kernel, kernel.configs[0])], Compiled) and not found.scratch_bytes
         ]
-        if usable and _bytes(candidate, program) <= limit:
+        needed = _bytes(candidate, program)
+        if usable and needed <= limit:
             out[key] = measure(candidate, program, usable)
         else:
-            out[key] = Measured(None, 0.0, math.inf)
+            reason = f"it would take {needed} bytes to time it, of {limit}" if usable else "no template fits or builds"
+            _log.info("%s stays ATen's call: %s", candidate.call.name, reason)
+            out[key] = Measured(None, 0.0, math.inf, skipped=reason)
     return out
 
 

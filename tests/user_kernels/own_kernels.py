@@ -65,6 +65,13 @@ def _large_only(configs, named_args, **kwargs):
     key=["n"],
     prune_configs_by={"early_config_prune": _large_only},
 )
+@triton.jit
+def pruned(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, tl.load(x_ptr + at, mask=at < n) * 2, mask=at < n)
+
+
+@triton.autotune(configs=[triton.Config({"BLOCK": b}) for b in (64, 128)], key=["n"])
 @triton.heuristics({"EVEN": lambda args: args["n"] % args["BLOCK"] == 0})
 @triton.jit
 def with_heuristics(x_ptr, out_ptr, n, BLOCK: tl.constexpr, EVEN: tl.constexpr):

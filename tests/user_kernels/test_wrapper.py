@@ -68,7 +68,8 @@ def test_text(
     golden: Callable[[str, str], None], file: str, name: str, shapes: list[tuple[int, ...]], dynamic: bool
 ) -> None:
     plan = planned(case(name), *shapes, dynamic=dynamic)
-    program = "\n".join(line.partition("  # ")[0] for line in format_program(plan.program).splitlines())
+    lines = format_program(plan.program).splitlines()[1:]  # without the program's number
+    program = "\n".join(line.partition("  # ")[0] for line in lines)
     golden(file, without_paths(program) + "\n" + without_paths(wrapper(plan)))
 
 
