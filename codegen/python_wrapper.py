@@ -164,6 +164,8 @@ class _Printer:
                     made = f"{pool.name}_memory()"
                 self.line(f"{pool.name} = {made}")
                 self.line(f"{pool.name}_p = {pool.name}.data_ptr()")
+                if self.poison:
+                    self.line(f"poison_tensor({pool.name})")
             case FreePool(pool):
                 self.line(f"del {pool.name}")
             case Allocate(buffer, view):
@@ -196,9 +198,10 @@ class _Printer:
                 self.copy(op)
             case Free(buffer):
                 if buffer.name in self.tensors:
+                    theirs = buffer.kind in (BufferKind.INPUT, BufferKind.PARAMETER) and not buffer.donated
                     if self.poison and buffer.kind is BufferKind.WORKSPACE and buffer.zero_fill:
                         self.line(f"left_zero({buffer.name}, {buffer.name!r})")
-                    elif self.poison and buffer.kind not in (BufferKind.INPUT, BufferKind.PARAMETER):
+                    elif self.poison and not theirs:
                         self.line(f"poison_tensor({buffer.name})")
                     self.line(f"del {buffer.name}")
                     self.tensors.discard(buffer.name)

@@ -12,6 +12,7 @@ from .codegen.cpp_wrapper import CppWrapper, PythonLine
 from .codegen.python_wrapper import PythonWrapper
 from .communicating import Communicating
 from .ir.loops import Size
+from .ir.plan import Reserve
 from .runtime.cache import Cache, key_of
 from .runtime.cpp_launch import CpuLibrary, Signatures, load_kernels
 from .runtime.triton_build import Build, Compiled
@@ -85,6 +86,8 @@ class Artifact:
         Kernels of GPUs.
     waterfall:
         (name of a decision, peak of live bytes after it).
+    reserves:
+        What is made free in device memory before each call.
     """
 
     python: PythonWrapper
@@ -92,6 +95,7 @@ class Artifact:
     library: CachedLibrary | None
     gpu: tuple[GpuKernel, ...]
     waterfall: tuple[tuple[str, int], ...]
+    reserves: tuple[Reserve, ...] = ()
 
 
 for _class in (Artifact, CachedLibrary, GpuKernel, Build, PythonWrapper, CppWrapper, PythonLine):

@@ -6,8 +6,8 @@ import itertools
 import logging
 import os
 import sys
-import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,19 +23,31 @@ from torch._logging._internal import trace_log
 from . import budget, recording
 from .budget import Budget
 from .calibration import figures_for
+from .calls import backward_call, forward_call, true_elements
 from .capture.attention import simplify_masks
 from .capture.fx import capture
 from .capture.joint import Costs
 from .capture.partition import Chooser, Cutter, Modules, Partitioned, partitioner
-from .compilation import PASS_NAMES, compile_program, plan_program
+from .compilation import (
+    PASS_NAMES,
+    CompiledProgram,
+    Together,
+    compile_program,
+    plan_prepared,
+    plan_program,
+    prepare_program,
+)
 from .ir.config import Config
 from .ir.errors import OptionError, PlanningError, UnsupportedError
-from .ir.plan import Plan
-from .ir.program import BufferKind, Phase, Program, TensorInput, View
+from .ir.plan import InPool, Plan
+from .ir.program import BufferKind, Phase, Program, View
 from .lowering.decompositions import decomposition_table
+from .lowering.lower import NOTHING_KEPT
 from .passes.rematerialize import choose_within
 from .passes.step_peak import step_peak
+from .recompute_prices import cheap_again
 from .runtime import cuda_graphs
+from .step_planning import StepPlanner
 
 log = logging.getLogger(__name__)
 _groups = itertools.count()
@@ -89,25 +101,56 @@ class Region:
     recorded: bool = False
     #: positions of parameters among the forward's inputs, where AOTAutograd cannot be asked
     parameters: frozenset[int] | None = None
+    #: the forward planned together with its backward; None where each is planned by itself
+    planner: StepPlanner | None = None
+    #: the backward as it was planned, and its FX graph's text
+    backward: Program | None = None
+    backward_code: str = ""
+    #: the forward as it was compiled
+    ahead: CompiledProgram | None = None
 
     def compile_forward(self, module: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
         program = self.capture_forward(module)
         if self.records(program):
             self.recorded = True
             return self.watch_hooks(self.finish_recorded(program, module, inputs))
-        return self.watch_hooks(self.finish(program, module))
+        self.planner = self.plan_together(program)
+        if self.planner is None:
+            return self.watch_hooks(self.finish(program, module))
+        call = self.finish(program, module, self.planner.role(program))
+        return self.watch_hooks(call, lambda: self.forward_apart(call, program, module))
 
-    def watch_hooks(self, call: Callable[..., object]) -> Callable[..., object]:
-        """The forward, which notes whether saved-tensor hooks (offload, for example) were active."""
-        top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+    def plan_together(self, forward: Program) -> StepPlanner | None:
+        """Both programs of the region, the backward's as it will be handed over; None where it makes no difference."""
+        module = self.partitioned.backward
+        if module is None or not forward.operations:
+            return None
+        on_gpu = any(b.device.startswith("cuda") for b in forward.buffers.values())
+        if not on_gpu and self.config.pools != "always":
+            return None
+        self.backward, self.backward_code = self.capture_backward(module), str(module.graph)
+        return StepPlanner(forward, self.backward, self.joins(self.backward), self.config)
 
-        def forward(args: list[object]) -> object:
-            if not self.hooked and top_hooks(True) is not None:
-                self.hooked = True
-            return call(args)
+    def forward_apart(
+        self, call: Callable[..., object], program: Program, module: torch.fx.GraphModule
+    ) -> Callable[..., object]:
+        """The forward with no saved tensor in a slab."""
+        assert self.ahead is not None
+        plan = self.ahead.plan
+        saved = (n for n, b in plan.program.buffers.items() if b.kind is BufferKind.SAVED and n in plan.placements)
+        if not any(isinstance(plan.placements[plan.storage_of(n)], InPool) for n in saved):
+            return call
+        return true_elements(program, module, compile_program(program, self.config).call)
 
-        forward._boxed_call = True  # type: ignore[attr-defined]
-        return forward
+    def watch_hooks(
+        self, call: Callable[..., object], make_apart: Callable[[], Callable[..., object]] | None = None
+    ) -> Callable[..., object]:
+        """`forward_call`, which is told when hooks were active."""
+
+        def note() -> None:
+            self.hooked = True
+
+        return forward_call(call, note, make_apart)
 
     def capture_forward(self, module: torch.fx.GraphModule) -> Program:
         count = len(module.graph.output_node().args[0])  # type: ignore[arg-type]
@@ -124,16 +167,19 @@ class Region:
 
     def compile_backward(self, module: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
         leave_donation_to_us()
-        program = self.capture_backward(module)
+        foreseen = self.planner is not None and self.backward_code == str(module.graph)
+        program = self.backward if foreseen and self.backward is not None else self.capture_backward(module)
         if self.recorded:
             if self.records(program):
                 return self.finish_recorded(program, module, inputs)
             plain = self.finish(without_donation(program), module)  # what the forward saved is in its recording's pool
             return cuda_graphs.beside_recordings(plain, cuda_graphs.gpu_of(program) or 0)
-        donating = self.finish(program, module)
+        donating = self.finish(program, module, self.planner.role(program) if foreseen and self.planner else None)
         if self.config.plan_only or not any(b.donated for b in program.buffers.values()):
             return donating
-        return backward_call(donating, lambda: compile_program(without_donation(program), self.config).call, self)
+        return backward_call(
+            donating, lambda: compile_program(without_donation(program), self.config).call, lambda: self.hooked
+        )
 
     def capture_backward(self, module: torch.fx.GraphModule) -> Program:
         """Inputs that the forward made for this backward alone are donated: they die with their last use."""
@@ -142,11 +188,13 @@ class Region:
         if self.forward is not None:
             assert self.partitioned.forward is not None
             outputs = self.partitioned.forward.graph.output_node().args[0]
-            counted: set[str] = set()
+            times = Counter(out.buffer for out in self.forward.outputs if isinstance(out, View))
             for node, out in zip(outputs, self.forward.outputs, strict=True):  # type: ignore[arg-type]
-                if isinstance(out, View) and isinstance(node, torch.fx.Node) and out.buffer not in counted:
-                    counted.add(out.buffer)
-                    kinds[node.name] = self.forward.buffers[out.buffer].kind
+                # (of a storage that is saved twice, neither may be written over while the other is read)
+                if isinstance(out, View) and isinstance(node, torch.fx.Node):
+                    kind = self.forward.buffers[out.buffer].kind
+                    if kind is not BufferKind.SAVED or times[out.buffer] == 1:
+                        kinds[node.name] = kind
         static: set[int] = set()
         for position, node in enumerate(n for n in module.graph.nodes if n.op == "placeholder"):
             match kinds.get(node.name):
@@ -205,18 +253,23 @@ class Region:
         kept = without_donation(program)
         return cuda_graphs.recorded(self.finish(kept, module), inputs, kept, module, static)
 
-    def finish(self, program: Program, module: torch.fx.GraphModule) -> Callable[..., object]:
+    def finish(
+        self, program: Program, module: torch.fx.GraphModule, together: Together | None = None
+    ) -> Callable[..., object]:
+        """The program planned, built, told to who listens."""
         if self.config.plan_only:
-            planned = plan_program(program, self.config)
-            joins = self.joins(planned.plan)
+            planned = together.plan(NOTHING_KEPT) if together is not None else plan_program(program, self.config)
+            joins = self.joins(planned.plan.program)
             trace(planned.plan)
             recording.tell(recording.CompiledGraph(planned.plan, self.group, joins, planned.waterfall))
             return make_boxed_func(module.forward)  # type: ignore[no-any-return]
-        compiled = compile_program(program, self.config)
+        compiled = compile_program(program, self.config, together)
+        if program.phase is Phase.FORWARD:
+            self.ahead = compiled
         if recording.listening() or trace_log.handlers:  # a plan from the cache is read for them alone
             plan = compiled.plan
             trace(plan)
-            joins = self.joins(plan)
+            joins = self.joins(plan.program)
             recording.tell(recording.CompiledGraph(plan, self.group, joins, compiled.waterfall, compiled.source))
         return true_elements(program, module, compiled.call)
 
@@ -228,19 +281,20 @@ class Region:
         programs = [trial.capture_forward(modules[0]), trial.capture_backward(modules[1])]
         if config.cuda_graphs:  # see `finish_recorded`
             programs = [without_donation(p) for p in programs]
-        plans = [plan_program(p, config).plan for p in programs]
-        joins = {later: earlier for earlier, later in trial.joins(plans[1])}
+        pairs = trial.joins(programs[1])
+        plans = [p.plan for p in plan_prepared([prepare_program(p, config) for p in programs], pairs, config)]
+        joins = {later: earlier for earlier, later in pairs}
         return budget.Planned(plans, joins, step_peak(plans, joins))
 
-    def joins(self, plan: Plan) -> tuple[tuple[str, str], ...]:
+    def joins(self, program: Program) -> tuple[tuple[str, str], ...]:
         """(forward buffer, backward buffer) for what this backward got from its forward."""
-        if plan.program.phase is not Phase.BACKWARD or self.forward is None:
+        if program.phase is not Phase.BACKWARD or self.forward is None:
             return ()
         assert self.partitioned.forward is not None
         outputs = self.partitioned.forward.graph.output_node().args[0]
         out = []
         for node, held in zip(outputs, self.forward.outputs, strict=True):  # type: ignore[arg-type]
-            if isinstance(held, View) and isinstance(node, torch.fx.Node) and node.name in plan.program.buffers:
+            if isinstance(held, View) and isinstance(node, torch.fx.Node) and node.name in program.buffers:
                 out.append((held.buffer, node.name))
         return tuple(dict.fromkeys(out))
 
@@ -253,131 +307,10 @@ def trace(plan: Plan) -> None:
         trace_plan(plan)
 
 
-def true_elements(program: Program, module: torch.fx.GraphModule, call: Callable[..., object]) -> Callable[..., object]:
-    """The call, given lazily conjugated or negated inputs as their elements are: kernels read memory, not such bits.
-
-    (Dynamo compiles again for an input with other bits.) What the program writes into such an input is written back.
-    """
-    nodes = enumerate(n for n in module.graph.nodes if n.op == "placeholder")
-    values = {k: n.meta.get("val") for k, n in nodes}
-    lazy = [k for k, v in values.items() if isinstance(v, torch.Tensor) and (v.is_conj() or v.is_neg())]
-    if not lazy:
-        return call
-    changed = {b for op in program.operations for b in op.mutates}
-    changes = {i.position for i in program.inputs if isinstance(i, TensorInput) and i.view.buffer in changed}
-
-    def resolved(args: list[object]) -> object:
-        back = []
-        for k in lazy:
-            given = args[k]
-            assert isinstance(given, torch.Tensor)
-            made = torch.empty_strided(given.shape, given.stride(), dtype=given.dtype, device=given.device)
-            args[k] = made.copy_(given.detach())
-            if k in changes:
-                back.append((given.detach(), made))
-        out = call(args)
-        for given, made in back:
-            given.copy_(made)
-        return out
-
-    resolved._boxed_call = True  # type: ignore[attr-defined]
-    return resolved
-
-
-def backward_call(
-    donating: Callable[..., object], make_plain: Callable[[], Callable[..., object]], region: Region
-) -> Callable[..., object]:
-    """The backward that frees and overwrites what the forward saved, unless somebody may still want it.
-
-    Under ``retain_graph=True``, or where saved-tensor hooks gave us tensors that may be the user's, a variant of the
-    same program runs that leaves them alone; it is made when it is first needed, from kernels that are built already.
-    """
-    keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
-    plain: list[Callable[..., object]] = []
-    lock = threading.Lock()
-
-    def backward(args: list[object]) -> object:
-        if not keeps_graph() and not region.hooked:
-            return donating(args)
-        with lock:
-            if not plain:
-                plain.append(make_plain())
-        return plain[0](args)
-
-    backward._boxed_call = True  # type: ignore[attr-defined]
-    return backward
-
-
 def without_donation(program: Program) -> Program:
     """The same program with every input left to its owner."""
     buffers = {n: replace(b, donated=False) for n, b in program.buffers.items()}
     return replace(program, buffers=buffers)
-
-
-#: Operators that are never computed again though nothing random or mutating marks them: they cost time.
-EXPENSIVE = [
-    "mm",
-    "addmm",
-    "bmm",
-    "baddbmm",
-    "addmv",
-    "mv",
-    "dot",
-    "vdot",
-    "convolution",
-    "cudnn_convolution",
-    "mkldnn_convolution",
-    "convolution_backward",
-    "sort",
-    "topk",
-    "unique",
-    "unique2",
-    "_unique2",
-    "cumsum",
-    "cumprod",
-    "scatter_add",
-    "scatter_reduce",
-    "index_put",
-    "index_add",
-    "nonzero",
-    "_scaled_dot_product",
-    "_flash_attention",
-    "_efficient_attention",
-    "_cudnn_attention",
-    "embedding_bag",
-    "_embedding_bag",
-    "_fft",
-    "linalg",
-    "_linalg",
-    "native_dropout",
-    "svd",
-    "qr",
-    "cholesky",
-    "inverse",
-    "grid_sampler",
-    "max_pool3d",
-    "rnn",
-    "lstm",
-    "gru",
-    "histc",
-    "bincount",
-    "_scaled_mm",
-    "_int_mm",
-    "_grouped_mm",
-    "_cdist",
-    "_pdist",
-    "cdist",
-    "ctc_loss",
-    "_ctc_loss",
-]
-
-
-def cheap_again(target: str) -> bool:
-    """Whether an operator may be computed again in the backward: what fuses into one pass over its inputs."""
-    namespace, name, _ = target.split(".")
-    if namespace not in ("aten", "prims", "memplan"):
-        return False
-    return not any(name == e or (e.startswith("_") and name.startswith(e)) for e in EXPENSIVE)
 
 
 def leave_donation_to_us() -> None:

@@ -38,14 +38,16 @@ from .passes.overlap import overlap
 from .passes.padding import pad_rows
 from .passes.pipeline import PASSES as PIPELINE
 from .passes.pipeline import Pass, run_pipeline
-from .passes.pools import Pooled, choose_pools
 from .passes.reorder import reorder
 from .passes.schedule import lifetimes, make_plan, storages, timeline
 from .passes.split_reductions import SplitReductions
 from .passes.templates import Templates
-from .plan_cache import Found, find_entry
+from .passes.whole_step import Laid
+from .plan_cache import Beside, Found, find_entry
 from .planner import planner_libraries
+from .pooling import StepChoice, choose, step_memories
 from .runtime.python_runtime import namespace
+from .runtime.reserve import reserves_of, reserving
 from .runtime.triton_launch import GridKernel, Launcher
 from .template_tuning import chooser
 from .templates import NO_TEMPLATES, TemplateSet, collect_templates, with_templates
@@ -125,8 +127,26 @@ class Planned:
     waterfall: tuple[tuple[str, int], ...]
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A program that only lacks its pools: all passes have run, order and in-place reuse are decided."""
+
+    laid: Laid
+    stages: tuple[tuple[str, int], ...]
+    order_bound: int
+    program_peak: int | None
+    notes: tuple[tuple[str, str], ...]
+    note: str
+    pools: str
+
+
 def plan_program(program: Program, config: Config, kept: Kept = NOTHING_KEPT) -> Planned:
     """All passes and the planner; nothing is built. What is ``kept`` stays a call."""
+    return plan_prepared((prepare_program(program, config, kept),), (), config)[0]
+
+
+def prepare_program(program: Program, config: Config, kept: Kept = NOTHING_KEPT) -> Prepared:
+    """All passes, order and in-place reuse. What is ``kept`` stays a call."""
     stages = [("captured", _unplanned_peak(program, {}))]
 
     def on_pass(name: str, before: Program, after: Program) -> None:
@@ -150,26 +170,55 @@ def plan_program(program: Program, config: Config, kept: Kept = NOTHING_KEPT) ->
     order, taken = _overlapped(program, order, config)
     in_place = dict(taken.taken) if taken is not None else {}
     stages.append(("inplace", _unplanned_peak(program, in_place, order)))
-    pooled = Pooled()
-    stores = storages(program, lifetimes(program, order), in_place)
-    arenas, in_arenas = place_in_arenas(program, len(order), stores, libraries.pack)
-    if config.enabled("pools") and config.pools != "never" and order:
-        pooled = choose_pools(program, order, stores, native=libraries.pack, always=config.pools == "always")
-    plan = make_plan(
-        program,
-        order,
-        in_place=in_place,
-        pools=(*pooled.pools, *arenas),
-        offsets={**(pooled.offsets or {}), **in_arenas},
-        order_bound=bound,
-        program_peak=program_peak,
-        notes=taken.notes if taken is not None else (),
-        note=note,
-    )
-    stages.append(("pools", max(plan.timeline)))
-    if config.verify:
-        verify_plan(plan, check_program=False)
-    return Planned(plan, tuple(stages))
+    pools = config.pools if config.enabled("pools") and order else "never"
+    notes = taken.notes if taken is not None else ()
+    return Prepared(Laid(program, order, in_place), tuple(stages), bound, program_peak, notes, note, pools)
+
+
+def plan_prepared(
+    prepared: Sequence[Prepared],
+    joins: Sequence[tuple[str, str]],
+    config: Config,
+    choice: StepChoice | None = None,
+) -> tuple[Planned, ...]:
+    """Plans of programs that run one after the other.
+
+    Parameters
+    ----------
+    joins:
+        (buffer of a forward, input of its backward that receives it).
+    choice:
+        Their pools; chosen here where not given.
+    """
+    choice = choice or choose(prepared, joins)
+    pack = planner_libraries().pack
+    plans = []
+    for k, p in enumerate(prepared):
+        pooled = choice.pooled[k]
+        arenas, in_arenas = place_in_arenas(p.laid.program, len(p.laid.order), p.laid.stores, pack)
+        plans.append(
+            make_plan(
+                p.laid.program,
+                p.laid.order,
+                in_place=p.laid.in_place,
+                pools=(*pooled.pools, *arenas),
+                offsets={**(pooled.offsets or {}), **in_arenas},
+                order_bound=p.order_bound,
+                program_peak=p.program_peak,
+                notes=p.notes,
+                note=p.note,
+                slabs=choice.slabs if k == len(prepared) - 1 else (),
+                reserve=choice.reserve if k == 0 else None,
+            )
+        )
+    memory = step_memories(plans, joins)
+    out = []
+    for p, plan in zip(prepared, plans, strict=True):
+        plan = replace(plan, step=memory)
+        if config.verify:
+            verify_plan(plan, check_program=False)
+        out.append(Planned(plan, (*p.stages, ("pools", max(plan.timeline)))))
+    return tuple(out)
 
 
 def _overlapped(program: Program, order: tuple[str, ...], config: Config) -> tuple[tuple[str, ...], InPlace | None]:
@@ -245,12 +294,31 @@ def _safe_canonical(cpu: bool, kernel: Kernel, old: str, new: str) -> bool:
     return bool(emitter.safe_in_place(kernel, old, new))
 
 
-def compile_program(program: Program, config: Config) -> CompiledProgram:
+@dataclass(frozen=True, slots=True)
+class Together:
+    """How a program is planned that runs before or after another one.
+
+    ``plan`` makes its plan, given what is kept as calls; ``beside`` says what else decides it; ``as_foreseen`` whether
+    the other one is as it would be if all its kernels had been built, so that the cache's plans go with it.
+    """
+
+    plan: Callable[[Kept], Planned]
+    beside: Beside
+    as_foreseen: Callable[[], bool]
+
+
+def compile_program(program: Program, config: Config, together: Together | None = None) -> CompiledProgram:
     """Plan, print, build and load, or take all that from the cache.
 
     What no kernel can be built for runs as calls, with a warning; such a result is not kept.
+
+    Parameters
+    ----------
+    together:
+        How it is planned with another program; without it, by itself.
     """
-    entry = find_entry(program, config)
+    foreseen = together is None or together.as_foreseen()
+    entry = find_entry(program, config, together.beside if together else None) if foreseen else None
     found = entry.read() if entry is not None else None
     if found is not None:
         ready = _from_cache(found, program, config)
@@ -258,7 +326,8 @@ def compile_program(program: Program, config: Config) -> CompiledProgram:
             return ready
 
     def attempt(kept: Kept) -> CompiledProgram:
-        made, artifact = _compile(program, config, kept)
+        planned = together.plan(kept) if together is not None else plan_program(program, config, kept)
+        made, artifact = _compile(planned, program, config, kept)
         if entry is not None and artifact is not None and kept == NOTHING_KEPT and not made.plan.certificate.note:
             entry.write(artifact, made.plan)
         return made
@@ -297,7 +366,7 @@ def _from_cache(found: Found, program: Program, config: Config) -> CompiledProgr
     return _assemble(artifact, linked, found.plan, program, config, NOTHING_KEPT)
 
 
-def _compile(program: Program, config: Config, kept: Kept) -> tuple[CompiledProgram, Artifact | None]:
+def _compile(planned: Planned, program: Program, config: Config, kept: Kept) -> tuple[CompiledProgram, Artifact | None]:
     """`compile_program` for what is left to calls so far, and the result as data where it can be had as such.
 
     Raises
@@ -305,7 +374,6 @@ def _compile(program: Program, config: Config, kept: Kept) -> tuple[CompiledProg
     LoweringError, KernelBuildError
         Naming the operations that no kernel can be had for.
     """
-    planned = plan_program(program, config, kept)
     plan = planned.plan
     found = kernel_sets.collect(plan.program)
     built = kernel_sets.build(found, plan.program, config)
@@ -324,7 +392,7 @@ def _compile(program: Program, config: Config, kept: Kept) -> tuple[CompiledProg
     gpu = (
         GpuKernel.of(n, launcher.index, built.emitted[n], launcher.compiled) for n, launcher in built.launchers.items()
     )
-    artifact = Artifact(python, cpp, cached(built.library), tuple(gpu), planned.waterfall)
+    artifact = Artifact(python, cpp, cached(built.library), tuple(gpu), planned.waterfall, reserves_of(plan))
     held, communicating = plan.program, Communicating.of(plan, config)
     linked = Linked(built.callables, built.launchers, held.callables, held.constants, communicating)
     ready = _assemble(artifact, linked, lambda: plan, program, config, kept)
@@ -379,7 +447,7 @@ def _assemble(
         exec(compile(source, filename, "exec"), names)
         call = names["call"]  # type: ignore[assignment]
     made = CompiledProgram(make_plan, call, source, artifact.waterfall, artifact)
-    call = explained(call, lambda: made.plan, filename, starts, explain)
+    call = explained(reserving(call, artifact.reserves), lambda: made.plan, filename, starts, explain)
     call = call if linked.communicating is None else linked.communicating.guarded(call)
     return replace(made, call=call)
 

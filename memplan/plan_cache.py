@@ -132,16 +132,38 @@ class Found:
         return expose_clones(program).callables if program.callables else {}
 
 
-def find_entry(program: Program, config: Config) -> Entry | None:
+@dataclass(frozen=True)
+class Beside:
+    """The program that another one is planned with, and how they hang together.
+
+    ``forward``: of the two, the one that is compiled is the forward; ``joins``: (its buffer, the backward's input).
+    """
+
+    other: Program
+    forward: bool
+    joins: tuple[tuple[str, str], ...]
+
+    def key(self, identity: Identity) -> KeyPart:
+        """What of it decides the plan of the program of this identity."""
+        other = identify(self.other, _fingerprint)
+        ahead, behind = (identity, other) if self.forward else (other, identity)
+        first, last = ({n: k for k, n in enumerate(i.names)} for i in (ahead, behind))
+        numbers = tuple((first.get(a, -1), last.get(b, -1)) for a, b in self.joins)
+        return (self.forward, other.form, numbers)
+
+
+def find_entry(program: Program, config: Config, beside: Beside | None = None) -> Entry | None:
     """Where the result for a program is kept; None if it is not to be kept, or nobody can say what decides it."""
     if not config.plan_cache or config.dump or torch.compiler.config.force_disable_caches:
         return None
-    if any(group_of(op) is not None for op in program.operations):
+    programs = (program,) if beside is None else (program, beside.other)
+    if any(group_of(op) is not None for p in programs for op in p.operations):
         return None  # what other ranks tell has a say in the plan
     store = Cache(config.cache_dir) if config.cache_dir else Cache()
     try:
         identity = identify(program, _fingerprint)
-        key = cache_key(_FORMAT, identity.form, config.cache_key(), _versions(), _settings(), _machine(program, store))
+        around = (_versions(), _settings(), _machine(program, store), beside.key(identity) if beside else ())
+        key = cache_key(_FORMAT, identity.form, config.cache_key(), *around)
     except (SavedModelError, UnknownCallableError, CompilerError, CacheError) as error:
         log.info("the plan of %s is not cached: %s", program.name, error)
         return None

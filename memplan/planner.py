@@ -30,7 +30,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from .ir.errors import CompilerError, PlanningError
-from .passes import order_search, pack_search
+from .passes import allocator_replay, order_search, pack_search
+from .passes.allocator_replay import NativeReplay
 from .passes.order import OrderResult, order_ops
 from .passes.order_model import InPlacePair, OrderBuffer, OrderGraph, is_order, peak_bytes
 from .passes.order_search import OrderSearch
@@ -62,6 +63,7 @@ class PlannerLibraries:
 
     pack: PackSearch | None
     order: OrderSearch | None
+    replay: NativeReplay | None = None
     note: str = ""
 
 
@@ -81,11 +83,21 @@ def _order_library() -> tuple[OrderSearch | None, str]:
         return None, str(error).splitlines()[0]
 
 
+@functools.cache
+def _replay_library() -> tuple[NativeReplay | None, str]:
+    try:
+        source = allocator_replay.SOURCE.read_text()
+        return NativeReplay(build_library(source, name="memplan_replay", openmp=False)), ""
+    except CompilerError as error:
+        return None, str(error).splitlines()[0]
+
+
 def planner_libraries() -> PlannerLibraries:
     """Build the searches, or take them from the cache; without a compiler the heuristics in Python have to do."""
     packed, reason = _pack_library()
     ordered, _ = _order_library()
-    return PlannerLibraries(packed, ordered, reason)
+    replay, _ = _replay_library()
+    return PlannerLibraries(packed, ordered, replay, reason)
 
 
 def pack(

@@ -27,6 +27,7 @@ _ROLES: Mapping[str, Mapping[str, str]] = {
     "Load": {"buffer": "one"},
     "Store": {"buffer": "one"},
     "InPlaceOf": {"buffer": "one"},
+    "Slab": {"members": "many"},
     "OpaqueInput": {"name": "one"},
     "Plan": {"order": "many", "lifetimes": "keys", "placements": "keys", "notes": "pairs"},
     "Program": {"buffers": "keys", "notes": "pairs"},

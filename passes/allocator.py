@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from ..ir.errors import PlanningError
 
@@ -60,16 +60,6 @@ class AllocatorStats:
     peak_allocated: int = 0
     peak_requested: int = 0
     peak_reserved: int = 0
-
-    def _after(self, allocated: int, requested: int, reserved: int) -> AllocatorStats:
-        return AllocatorStats(
-            allocated,
-            requested,
-            reserved,
-            max(self.peak_allocated, allocated),
-            max(self.peak_requested, requested),
-            max(self.peak_reserved, reserved),
-        )
 
 
 @dataclass(eq=False, slots=True)
@@ -140,7 +130,25 @@ class CachingAllocator:
         self._live: dict[int, _Block] = {}
         self._next_handle = 0
         self._next_segment = 0
-        self.stats = AllocatorStats()
+        self._allocated = self._requested = self._reserved = 0
+        self._peak_allocated = self._peak_requested = self._peak_reserved = 0
+
+    @property
+    def stats(self) -> AllocatorStats:
+        """What is held now, and the most that was."""
+        return AllocatorStats(
+            self._allocated,
+            self._requested,
+            self._reserved,
+            self._peak_allocated,
+            self._peak_requested,
+            self._peak_reserved,
+        )
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes of segments that nothing is allocated in."""
+        return self._reserved - self._allocated
 
     def alloc(self, size: int, *, stream: int = 0) -> int:
         """Allocate ``size`` bytes; returns a handle for `free`. A request of no bytes takes nothing.
@@ -207,14 +215,16 @@ class CachingAllocator:
 
     def reset_peaks(self) -> None:
         """Start counting peaks from what there is now."""
-        now = self.stats
-        self.stats = replace(
-            now, peak_allocated=now.allocated, peak_requested=now.requested, peak_reserved=now.reserved
-        )
+        self._peak_allocated, self._peak_requested = self._allocated, self._requested
+        self._peak_reserved = self._reserved
 
     def _count(self, allocated: int, requested: int, reserved: int) -> None:
-        now = self.stats
-        self.stats = now._after(now.allocated + allocated, now.requested + requested, now.reserved + reserved)
+        self._allocated += allocated
+        self._requested += requested
+        self._reserved += reserved
+        self._peak_allocated = max(self._peak_allocated, self._allocated)
+        self._peak_requested = max(self._peak_requested, self._requested)
+        self._peak_reserved = max(self._peak_reserved, self._reserved)
 
     def _best_fit(self, pool: _Pool, rounded: int) -> _Block | None:
         at = bisect.bisect_left(pool.free, (rounded, -1))
@@ -227,11 +237,11 @@ class CachingAllocator:
         return block
 
     def _reserve(self, size: int) -> None:
-        if self._device_bytes is not None and self.stats.reserved + size > self._device_bytes:
+        if self._device_bytes is not None and self._reserved + size > self._device_bytes:
             self.empty_cache()
-            if self.stats.reserved + size > self._device_bytes:
+            if self._reserved + size > self._device_bytes:
                 raise PlanningError(
-                    f"out of memory: {size} bytes more do not fit beside {self.stats.reserved} reserved"
+                    f"out of memory: {size} bytes more do not fit beside {self._reserved} reserved"
                     f" of {self._device_bytes}"
                 )
         self._count(0, 0, size)

@@ -65,7 +65,7 @@ def choose_pools(
     base = max(timeline(program, order, stores, (), frozenset()))
     best_peak = None if always else base
     for cuts in (0, 1, 3, 7, 15, 31):
-        found = _stretches(program, order, movable, cuts, native)
+        found = stretch_pools(program, order, movable, cuts, native)
         if not found.pools:
             # cut so often that nothing lies between two cuts: the same as no pool, which is `base`
             continue
@@ -83,8 +83,14 @@ def choose_pools(
     return best
 
 
-def _stretches(
-    program: Program, order: Sequence[str], movable: Sequence[Storage], cuts: int, native: PackSearch | None
+def stretch_pools(
+    program: Program,
+    order: Sequence[str],
+    movable: Sequence[Storage],
+    cuts: int,
+    native: PackSearch | None,
+    *,
+    prefix: str = "pool",
 ) -> Pooled:
     """One pool a device for each of ``cuts + 1`` stretches; a storage that crosses a cut stays its own allocation."""
     n = len(order)
@@ -108,7 +114,7 @@ def _stretches(
                 ALIGNMENT,
             )
             packing = pack_buffers(problem, native=native)
-            name = f"pool{d}_{k}" if len(devices) > 1 or cuts else "pool"
+            name = f"{prefix}{d}_{k}" if len(devices) > 1 or cuts else prefix
             life = Lifetime(min(s.lifetime.start for s in inside), max(s.lifetime.stop for s in inside))
             size: Size = rounded(packing.arena, device)
             pools.append(Pool(name, size, device, life))

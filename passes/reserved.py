@@ -11,29 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..ir.plan import InPool, Own, Plan
+from ..ir.communication import Memory
+from ..ir.plan import InPool, Own, Plan, StepMemory
 from ..ir.program import EXTERNAL_KINDS, BufferKind, Extern, evaluate
 from .allocator import AllocatorStats, CachingAllocator
+from .allocator_replay import top_up
 
 #: The second step finds the segments of the first; from the third on nothing changes.
 STEPS = 3
-
-
-@dataclass(frozen=True, slots=True)
-class StepMemory:
-    """Bytes of a whole step on one device, with what is resident: parameters and the batch.
-
-    ``live`` is the largest sum of allocations alive at once, ``reserved`` the segments at the end of the last step.
-    """
-
-    resident: int
-    live: int
-    reserved: int
-
-    @property
-    def ratio(self) -> float:
-        """``reserved / live``; 1 where nothing is allocated."""
-        return self.reserved / self.live if self.live else 1.0
 
 
 class _Device:
@@ -60,6 +45,10 @@ class _Moments:
     scratch: tuple[int, ...]
     deaths: tuple[tuple[str, ...], ...]
     leaving: tuple[str, ...]
+    #: slabs of the forward that are freed after each step
+    slabs: tuple[tuple[str, ...], ...]
+    #: bytes to have free at the start
+    reserve: int
 
 
 def _moments(plan: Plan, device: str) -> _Moments:
@@ -70,7 +59,7 @@ def _moments(plan: Plan, device: str) -> _Moments:
     leaving: list[str] = []
     program = plan.program
     for pool in plan.pools:
-        if pool.device == device:
+        if pool.device == device and pool.memory is Memory.PLAIN:
             births[pool.lifetime.start].append((pool.name, evaluate(pool.nbytes, program.hints)))
     ends: dict[str, int] = {}
     for name, life in plan.lifetimes.items():
@@ -89,14 +78,26 @@ def _moments(plan: Plan, device: str) -> _Moments:
         else:
             leaving.append(root)
     for pool in plan.pools:
-        if pool.device == device and pool.lifetime.stop <= n:
+        if pool.device == device and pool.memory is Memory.PLAIN and pool.lifetime.stop <= n:
             deaths[pool.lifetime.stop - 1].append(pool.name)
+    slabs: list[list[str]] = [[] for _ in range(n)]
+    for slab in plan.slabs:
+        last = max((ends[m] for m in slab.members if m in ends), default=0)
+        if slab.device == device and 0 < last <= n:
+            slabs[last - 1].append(slab.name)
     scratch = []
     for name in plan.order:
         op = program.by_name[name]
         on_device = isinstance(op, Extern) and op.device == device
         scratch.append(evaluate(op.scratch, program.hints) if on_device and isinstance(op, Extern) else 0)
-    return _Moments(tuple(map(tuple, births)), tuple(scratch), tuple(map(tuple, deaths)), tuple(leaving))
+    return _Moments(
+        tuple(map(tuple, births)),
+        tuple(scratch),
+        tuple(map(tuple, deaths)),
+        tuple(leaving),
+        tuple(map(tuple, slabs)),
+        evaluate(plan.reserve.get(device, 0), program.hints),
+    )
 
 
 def step_memory(
@@ -115,7 +116,8 @@ def step_memory(
     -------
     Bytes on ``device``; parameters and inputs of the first plan are there before the first step.
     """
-    joins = joins or {}
+    first = plans[0] if plans else None
+    joins = {k: first.storage_of(v) if first and v in first.placements else v for k, v in (joins or {}).items()}
     memory = _Device()
     for b in plans[0].program.buffers.values() if plans else ():
         if b.kind in EXTERNAL_KINDS and b.device == device and b.kind is not BufferKind.CONSTANT:
@@ -132,7 +134,9 @@ def step_memory(
 
 
 def _run(memory: _Device, found: _Moments, owner: str, joins: Mapping[str, str]) -> None:
-    for births, scratch, deaths in zip(found.births, found.scratch, found.deaths, strict=True):
+    top_up(memory.allocator, found.reserve)
+    steps = zip(found.births, found.scratch, found.deaths, found.slabs, strict=True)
+    for births, scratch, deaths, slabs in steps:
         for name, nbytes in births:
             memory.make(owner, name, nbytes)
         if scratch:
@@ -140,3 +144,5 @@ def _run(memory: _Device, found: _Moments, owner: str, joins: Mapping[str, str])
             memory.drop(owner, "(scratch)")
         for name in deaths:
             memory.drop("0" if name in joins else owner, joins.get(name, name))
+        for name in slabs:
+            memory.drop("0", name)

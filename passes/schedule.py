@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from ..ir.communication import Memory
+from ..ir.loops import Size
 from ..ir.plan import (
     Certificate,
     External,
@@ -20,6 +22,7 @@ from ..ir.plan import (
     Placement,
     Plan,
     Pool,
+    Slab,
 )
 from ..ir.program import EXTERNAL_KINDS, BufferKind, Contract, Extern, Program, all_views_buffers, evaluate
 
@@ -99,33 +102,50 @@ def must_own(program: Program) -> frozenset[str]:
 
 
 def timeline(
-    program: Program, order: Sequence[str], stores: Sequence[Storage], pools: Sequence[Pool], pooled: frozenset[str]
+    program: Program,
+    order: Sequence[str],
+    stores: Sequence[Storage],
+    pools: Sequence[Pool],
+    pooled: frozenset[str],
+    slabs: Sequence[Slab] = (),
+    device: str | None = None,
 ) -> list[int]:
     """Live bytes while each step runs: own allocations and whole pools, rounded, and the step's own scratch.
 
-    Externals count only where they are donated (the caller's other memory was there before the step), arenas of
-    communication memory not at all (they outlive the step).
+    Externals count only where they are donated (the caller's other memory was there before the step), those of a slab
+    together, until the last of them is dropped; arenas of communication memory not at all (they outlive the step).
+    ``device``: whose scratch counts; None for all.
     """
     n = max(1, len(order))
     change = [0] * (n + 2)
+    slab_of = {m: slab for slab in slabs for m in slab.members}
+    ends: dict[str, int] = {}
     for s in stores:
         b = program.buffers[s.root]
+        if s.root in slab_of:
+            name = slab_of[s.root].name
+            ends[name] = max(ends.get(name, 0), s.lifetime.stop)
+            continue
         if s.root in pooled or (b.kind in EXTERNAL_KINDS and not b.donated) or b.memory is Memory.SYMMETRIC:
             continue
         size = rounded(s.nbytes, b.device)
         change[s.lifetime.start] += size
         change[min(s.lifetime.stop, n + 1)] -= size
-    for p in (p for p in pools if p.memory is not Memory.SYMMETRIC):
-        size = rounded(evaluate(p.nbytes, program.hints), p.device)
-        change[p.lifetime.start] += size
-        change[min(p.lifetime.stop, n + 1)] -= size
+    plain = [p for p in pools if p.memory is not Memory.SYMMETRIC]
+    spans = [(p.nbytes, p.device, p.lifetime.start, p.lifetime.stop) for p in plain]
+    spans += [(slab.nbytes, slab.device, 0, ends[slab.name]) for slab in slabs if slab.name in ends]
+    for nbytes, device, start, stop in spans:
+        size = rounded(evaluate(nbytes, program.hints), device)
+        change[start] += size
+        change[min(stop, n + 1)] -= size
     out, live = [], 0
     for k in range(n):
         live += change[k]
         scratch = 0
         if k < len(order):
             op = program.by_name[order[k]]
-            scratch = evaluate(op.scratch, program.hints) if isinstance(op, Extern) else 0
+            counts = isinstance(op, Extern) and device in (None, op.device)
+            scratch = evaluate(op.scratch, program.hints) if counts and isinstance(op, Extern) else 0
         out.append(live + scratch)
     return out
 
@@ -141,6 +161,8 @@ def make_plan(
     program_peak: int | None = None,
     notes: Sequence[tuple[str, str]] = (),
     note: str = "",
+    slabs: Sequence[Slab] = (),
+    reserve: Mapping[str, Size] | None = None,
 ) -> Plan:
     """Join the decisions into a plan.
 
@@ -152,6 +174,10 @@ def make_plan(
         For each storage root placed in a pool: (pool, offset in bytes).
     order_bound, program_peak:
         Certified lower bound on any order's peak and the peak in program order, in bytes.
+    slabs:
+        Inputs that share allocations of the forward.
+    reserve:
+        By device, bytes to have free when the program starts.
     """
     lives = lifetimes(program, order)
     live_places = {b: p for b, p in in_place.items() if b in lives and p in lives}
@@ -168,7 +194,7 @@ def make_plan(
         else:
             placements[name] = Own()
     pooled = frozenset(offsets)
-    line = timeline(program, order, stores, pools, pooled)
+    line = timeline(program, order, stores, pools, pooled, slabs)
     unpooled = timeline(program, order, stores, (), frozenset())
     peak, placed = max(unpooled), max(line)
     certificate = Certificate(
@@ -188,18 +214,28 @@ def make_plan(
         tuple(line),
         certificate,
         (*program.notes, *notes),
-        by_device(program, order, stores, pools, pooled),
+        by_device(program, order, stores, pools, pooled, slabs, reserve or {}),
+        tuple(slabs),
+        dict(reserve or {}),
     )
 
 
 def by_device(
-    program: Program, order: Sequence[str], stores: Sequence[Storage], pools: Sequence[Pool], pooled: frozenset[str]
+    program: Program,
+    order: Sequence[str],
+    stores: Sequence[Storage],
+    pools: Sequence[Pool],
+    pooled: frozenset[str],
+    slabs: Sequence[Slab] = (),
+    reserve: Mapping[str, Size] = MappingProxyType({}),
 ) -> dict[str, int]:
-    """Predicted peak of each device by itself."""
+    """Predicted peak of each device by itself; making free what is reserved allocates it for a moment."""
     devices = sorted({b.device for b in program.buffers.values() if b.kind is not BufferKind.CONSTANT})
     out = {}
     for device in devices:
         mine = [s for s in stores if program.buffers[s.root].device == device]
         here = [p for p in pools if p.device == device]
-        out[device] = max(timeline(program, order, mine, here, pooled))
+        kept = [s for s in slabs if s.device == device]
+        peak = max(timeline(program, order, mine, here, pooled, kept, device))
+        out[device] = max(peak, evaluate(reserve.get(device, 0), program.hints))
     return out

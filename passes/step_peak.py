@@ -68,7 +68,9 @@ def _taken_over(plan: Plan, earlier: Plan, joins: Mapping[str, str]) -> int:
     program = plan.program
     donated = [b for b in program.buffers.values() if b.donated and b.name in plan.lifetimes and b.name in joins]
     made = {earlier.storage_of(joins[b.name]) for b in donated if joins[b.name] in earlier.placements}
-    return sum(rounded(program.nbytes(b.name), b.device) for b in donated if made)
+    inside = {m for slab in plan.slabs for m in slab.members}
+    slabs = sum(rounded(evaluate(slab.nbytes, program.hints), slab.device) for slab in plan.slabs)
+    return slabs + sum(rounded(program.nbytes(b.name), b.device) for b in donated if made and b.name not in inside)
 
 
 def alive_at(plans: Sequence[Plan], joins: Mapping[str, str], at: StepPeak) -> list[tuple[int, Buffer]]:

@@ -27,7 +27,10 @@ RANKS = (
     {"program", "canonical"},
     {"template"},
     {"plan"},
-    {"verify", "verify_access", "verify_kernel", "verify_plan", "verify_communication", "verify_template", "printing"},
+    {
+        "verify", "verify_access", "verify_kernel", "verify_plan", "verify_communication", "verify_template",
+        "verify_slabs", "printing",
+    },
 )
 #: Names that say nothing of what is in a file.
 GENERIC = {"utils", "helpers", "misc", "common"}

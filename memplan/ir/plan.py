@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import sympy
+
 from .communication import Memory
 from .loops import Size
 from .program import Program
@@ -73,6 +75,43 @@ class Pool:
 
 
 @dataclass(frozen=True, slots=True)
+class Slab:
+    """Donated inputs of a backward that lie in one allocation of their forward; the last one to go frees it."""
+
+    name: str
+    nbytes: Size
+    device: str
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """Bytes to have free on a device before a call; ``symbols`` are the (symbol, input's position) in ``nbytes``."""
+
+    device: str
+    nbytes: Size
+    symbols: tuple[tuple[sympy.Symbol, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepMemory:
+    """Bytes of a whole step on one device, with what is resident: parameters and the batch.
+
+    ``live`` is the largest sum of allocations alive at once, ``reserved`` the segments that the device's caching
+    allocator holds after some steps, by simulation.
+    """
+
+    resident: int
+    live: int
+    reserved: int
+
+    @property
+    def ratio(self) -> float:
+        """``reserved / live``; 1 where nothing is allocated."""
+        return self.reserved / self.live if self.live else 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Certificate:
     """How near the optimum the plan is, in bytes at the hinted sizes.
 
@@ -114,6 +153,12 @@ class Plan:
     notes: tuple[tuple[str, str], ...] = ()
     #: bytes at the hinted sizes, rounded as the device allocator rounds them, by device
     predicted_peak: Mapping[str, int] = field(default_factory=dict)
+    #: of a backward: inputs that share an allocation, which the timeline counts until the last of them is dropped
+    slabs: tuple[Slab, ...] = ()
+    #: by device, bytes to have free in its caching allocator when the program starts (see memplan.runtime.reserve)
+    reserve: Mapping[str, Size] = field(default_factory=dict)
+    #: by device, the whole step that the program belongs to; only where a caching allocator is simulated
+    step: Mapping[str, StepMemory] = field(default_factory=dict)
 
     @property
     def arenas(self) -> tuple[Pool, ...]:

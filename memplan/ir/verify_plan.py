@@ -9,7 +9,9 @@ What it takes a plan to mean:
   without the externals that the caller keeps (donated inputs count from step 0 until they stop), and the scratch of
   the operation that runs; the certificate's peak is the largest of these;
 * arenas of symmetric memory, and what lies in them, are in no count: they are there before and after;
-* held bytes count whole pools instead of the storages inside them: the plan's timeline, and its placed peak.
+* held bytes count whole pools instead of the storages inside them: the plan's timeline, and its placed peak;
+* a slab is an allocation of the forward with several donated inputs in it: it is held from step 0 until the last of
+  their storages ends, and none of them may leave with the results, which would keep all of it alive.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from .verify import location, verify_program
 from .verify_access import extern_hazard, in_place_hazard, same_elements
 from .verify_communication import check_arenas, check_flights
 from .verify_kernel import evaluate_index
+from .verify_slabs import check_slabs, held_slabs
 
 Values = Mapping[sympy.Symbol, int]
 #: Bytes to which an allocator rounds a request; 64 where nothing else is known.
@@ -109,6 +112,8 @@ class _PlanCheck:
         self.check_pools()
         for b in self.program.buffers.values():
             self.check_placement(b)
+        if self.plan.slabs:
+            check_slabs(self.plan, self.members(), lambda text, b: self.fail(text, buffer=b))
         self.check_fresh_results()
         self.check_storages()
         check_arenas(self.plan, self.fail)
@@ -449,11 +454,14 @@ class _PlanCheck:
             if life.stop <= steps:
                 change[life.stop] -= size
 
-        for root, names in self.members().items():
+        storages = self.members()
+        slabs = held_slabs(self.plan, storages) if placed else {}
+        shared = {m for slab in slabs for m in slab.members}
+        for root, names in storages.items():
             b = self.program.buffers[root]
             if (b.kind in EXTERNAL_KINDS and not b.donated) or b.memory is Memory.SYMMETRIC:
                 continue
-            if placed and isinstance(self.plan.placements[root], InPool):
+            if root in shared or (placed and isinstance(self.plan.placements[root], InPool)):
                 continue
             lives = [self.plan.lifetimes[n] for n in names]
             whole = Lifetime(min(x.start for x in lives), max(x.stop for x in lives))
@@ -461,6 +469,8 @@ class _PlanCheck:
         if placed:
             for p in (p for p in self.plan.pools if p.memory is not Memory.SYMMETRIC):
                 count(p.lifetime, evaluate_index(p.nbytes, self.hints), p.device)
+            for slab, life in slabs.items():
+                count(life, evaluate_index(slab.nbytes, self.hints), slab.device)
         out = list(itertools.accumulate(change[:steps]))
         for step, name in enumerate(self.plan.order):
             op = self.program.by_name[name]
@@ -484,7 +494,8 @@ class _PlanCheck:
             ("a bound over all orders of", certificate.order_bound, certificate.peak, int.__le__),
         ]
         for device, claimed in self.plan.predicted_peak.items():
-            found = max(self.timeline(placed=True, device=device))
+            reserve = evaluate_index(self.plan.reserve.get(device, 0), self.hints)
+            found = max(*self.timeline(placed=True, device=device), reserve)
             checks.append((f"a peak on {device} of", claimed, found, int.__eq__))
         for what, claimed, found, holds in checks:
             if not holds(claimed, found):

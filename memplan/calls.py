@@ -1,0 +1,95 @@
+"""What stands between autograd and a wrapper's call: lazy bits, saved-tensor hooks, graphs that are kept."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+import torch.fx
+
+from .ir.program import Program, TensorInput
+
+
+def true_elements(program: Program, module: torch.fx.GraphModule, call: Callable[..., object]) -> Callable[..., object]:
+    """The call, given lazily conjugated or negated inputs as their elements are: kernels read memory, not such bits.
+
+    (Dynamo compiles again for an input with other bits.) What the program writes into such an input is written back.
+    """
+    nodes = enumerate(n for n in module.graph.nodes if n.op == "placeholder")
+    values = {k: n.meta.get("val") for k, n in nodes}
+    lazy = [k for k, v in values.items() if isinstance(v, torch.Tensor) and (v.is_conj() or v.is_neg())]
+    if not lazy:
+        return call
+    changed = {b for op in program.operations for b in op.mutates}
+    changes = {i.position for i in program.inputs if isinstance(i, TensorInput) and i.view.buffer in changed}
+
+    def resolved(args: list[object]) -> object:
+        back = []
+        for k in lazy:
+            given = args[k]
+            assert isinstance(given, torch.Tensor)
+            made = torch.empty_strided(given.shape, given.stride(), dtype=given.dtype, device=given.device)
+            args[k] = made.copy_(given.detach())
+            if k in changes:
+                back.append((given.detach(), made))
+        out = call(args)
+        for given, made in back:
+            given.copy_(made)
+        return out
+
+    resolved._boxed_call = True  # type: ignore[attr-defined]
+    return resolved
+
+
+def backward_call(
+    donating: Callable[..., object], make_plain: Callable[[], Callable[..., object]], hooked: Callable[[], bool]
+) -> Callable[..., object]:
+    """The backward that frees and overwrites what the forward saved, unless somebody may still want it.
+
+    Under ``retain_graph=True``, or where saved-tensor hooks gave us tensors that may be the user's, a variant of the
+    same program runs that leaves them alone; it is made when it is first needed, from kernels that are built already.
+    """
+    keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+    plain = made_once(make_plain)
+
+    def backward(args: list[object]) -> object:
+        return donating(args) if not keeps_graph() and not hooked() else plain()(args)
+
+    backward._boxed_call = True  # type: ignore[attr-defined]
+    return backward
+
+
+def forward_call(
+    call: Callable[..., object], note: Callable[[], None], make_apart: Callable[[], Callable[..., object]] | None
+) -> Callable[..., object]:
+    """The forward, which notes whether saved-tensor hooks (offload, for example) were active.
+
+    A hook is given tensors of their own, not places in a slab that they would keep alive or copy as a whole: with
+    hooks what ``make_apart`` makes runs instead.
+    """
+    top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+    apart = made_once(make_apart) if make_apart is not None else None
+
+    def forward(args: list[object]) -> object:
+        if top_hooks(True) is None:
+            return call(args)
+        note()
+        return call(args) if apart is None else apart()(args)
+
+    forward._boxed_call = True  # type: ignore[attr-defined]
+    return forward
+
+
+def made_once(make: Callable[[], Callable[..., object]]) -> Callable[[], Callable[..., object]]:
+    """What ``make`` makes, made when it is first asked for, by whichever thread."""
+    made: list[Callable[..., object]] = []
+    lock = threading.Lock()
+
+    def get() -> Callable[..., object]:
+        with lock:
+            if not made:
+                made.append(make())
+        return made[0]
+
+    return get

@@ -1,0 +1,98 @@
+"""A forward and its backward planned together, before either is built.
+
+AOTAutograd hands over the forward first, but the joint graph was cut before that, so the backward is known: what the
+forward saves is laid out for how the backward drops it. Where a kernel cannot be built, planning starts again for the
+program concerned (`memplan.fallback`): the forward's second plan changes what the backward gets, and the backward's
+second plan keeps to what the forward does already.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from .compilation import Planned, Prepared, Together, plan_prepared, plan_program, prepare_program
+from .ir.config import Config
+from .ir.errors import MemplanError
+from .ir.program import Program
+from .lowering.lower import NOTHING_KEPT, Kept
+from .passes.whole_step import Laid
+from .plan_cache import Beside
+from .pooling import StepChoice, choose
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class StepPlanner:
+    """Plans of a forward and its backward. ``joins``: (forward buffer, backward input that receives it)."""
+
+    forward_program: Program
+    backward_program: Program
+    joins: tuple[tuple[str, str], ...]
+    config: Config
+    prepared: dict[tuple[bool, Kept], Prepared] = field(default_factory=dict)
+    #: what the forward was last planned with
+    forward_kept: Kept = NOTHING_KEPT
+    #: the choice made for both; None so far, or where the forward is planned by itself
+    choice: StepChoice | None = None
+    apart: bool = False
+
+    def role(self, program: Program) -> Together:
+        """How one of the two is compiled."""
+        ahead = program is self.forward_program
+        other = self.backward_program if ahead else self.forward_program
+        return Together(
+            self.forward if ahead else self.backward,
+            Beside(other, ahead, self.joins),
+            lambda: ahead or self.forward_kept == NOTHING_KEPT,
+        )
+
+    def forward(self, kept: Kept = NOTHING_KEPT) -> Planned:
+        """The forward's plan, with what is kept as calls."""
+        self.forward_kept = kept
+        both = self.both(kept)
+        if both is None:
+            return plan_program(self.forward_program, self.config, kept)
+        return plan_prepared(both, self.joins, self.config, self.choice)[0]
+
+    def both(self, kept: Kept) -> tuple[Prepared, Prepared] | None:
+        """The two programs, their pools chosen; None where the backward cannot be planned."""
+        try:
+            found = (self.prepare(True, kept), self.prepare(False, NOTHING_KEPT))
+        except MemplanError as error:  # it is said where the program that it concerns is compiled
+            log.debug("the forward and the backward are not planned together: %s", error)
+            self.choice, self.apart = None, True
+            return None
+        self.choice = choose(found, self.joins)
+        return found
+
+    def backward(self, kept: Kept = NOTHING_KEPT) -> Planned:
+        """The backward's plan after the forward's."""
+        if self.choice is None and not self.apart:
+            self.both(self.forward_kept)  # the forward came from the cache
+        if self.choice is None:
+            return plan_program(self.backward_program, self.config, kept)
+        ahead, behind = self.prepare(True, self.forward_kept), self.prepare(False, kept)
+        if kept == NOTHING_KEPT:
+            return plan_prepared((ahead, behind), self.joins, self.config, self.choice)[1]
+        members = {m for slab in self.choice.slabs for m in slab.members}
+        behind = replace(behind, laid=_leaving_slabs_alone(behind.laid, members))
+        chosen = choose((ahead, behind), self.joins, self.choice)
+        return plan_prepared((ahead, behind), self.joins, self.config, chosen)[1]
+
+    def prepare(self, forward: bool, kept: Kept) -> Prepared:
+        if (forward, kept) not in self.prepared:
+            program = self.forward_program if forward else self.backward_program
+            self.prepared[forward, kept] = prepare_program(program, self.config, kept)
+        return self.prepared[forward, kept]
+
+
+def _leaving_slabs_alone(laid: Laid, members: set[str]) -> Laid:
+    """Without in-place reuse that would return a part of a slab to the user."""
+    kept: Mapping[str, str] = laid.in_place
+    for s in laid.stores:
+        if s.root in members and s.lifetime.stop > len(laid.order):
+            kept = {new: old for new, old in kept.items() if new not in s.members}
+    return replace(laid, in_place=dict(kept))

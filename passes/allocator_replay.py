@@ -1,0 +1,99 @@
+"""A step's requests in the simulated device allocator, several steps in a row: how much is reserved in the end.
+
+The compiled half is `allocator_replay.cpp` (the same rules as `memplan.passes.allocator`, a test compares them);
+without a compiler the simulator in Python does the same, some thirty times slower.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .allocator import CachingAllocator
+
+SOURCE = Path(__file__).with_name("allocator_replay.cpp")
+#: Free bytes are topped up by whole multiples of this: the allocator's rounding of large segments.
+TOP_UP = 2 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """One step: ``sizes[k] >= 0`` allocates that many bytes under ``keys[k]``, a negative size frees the key again.
+
+    ``resident`` is allocated before the first step and stays. Every key is free at the end of a step.
+    """
+
+    resident: tuple[int, ...]
+    keys: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, resident: Sequence[int], events: Sequence[tuple[Hashable, int]]) -> Requests:
+        """From (any key, bytes or -1) pairs."""
+        numbers: dict[Hashable, int] = {}
+        keys = tuple(numbers.setdefault(key, len(numbers)) for key, _ in events)
+        return cls(tuple(resident), keys, tuple(size for _, size in events))
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """Bytes: the segments at the end, and the most that was allocated at once."""
+
+    reserved: int
+    live: int
+
+
+class NativeReplay:
+    """The compiled replay."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._library.memplan_replay.restype = None
+
+    def run(self, requests: Requests, reserve: int, steps: int) -> Replayed:
+        keys = np.array(requests.keys, dtype=np.int32)
+        sizes = np.array(requests.sizes, dtype=np.int64)
+        resident = np.array(requests.resident, dtype=np.int64)
+        out = np.zeros(2, dtype=np.int64)
+        self._library.memplan_replay(
+            ctypes.c_int32(len(keys)), ctypes.c_void_p(keys.ctypes.data), ctypes.c_void_p(sizes.ctypes.data),
+            ctypes.c_int32(max(requests.keys, default=-1) + 1), ctypes.c_int32(len(resident)),
+            ctypes.c_void_p(resident.ctypes.data), ctypes.c_int64(reserve), ctypes.c_int32(steps),
+            ctypes.c_void_p(out.ctypes.data),
+        )  # fmt: skip
+        return Replayed(int(out[0]), int(out[1]))
+
+
+def replay_steps(requests: Requests, *, reserve: int = 0, steps: int, native: NativeReplay | None) -> Replayed:
+    """Run the step's requests ``steps`` times over.
+
+    Parameters
+    ----------
+    reserve:
+        Bytes that are made free before each step, in one request for what is lacking: see `top_up`.
+    """
+    if native is not None:
+        return native.run(requests, reserve, steps)
+    allocator = CachingAllocator()
+    for size in requests.resident:
+        allocator.alloc(size)
+    live: dict[int, int] = {}
+    for _ in range(steps):
+        top_up(allocator, reserve)
+        for key, size in zip(requests.keys, requests.sizes, strict=True):
+            if size >= 0:
+                live[key] = allocator.alloc(size)
+            else:
+                allocator.free(live.pop(key))
+    return Replayed(allocator.stats.reserved, allocator.stats.peak_allocated)
+
+
+def top_up(allocator: CachingAllocator, wanted: int) -> None:
+    """Have ``wanted`` bytes free in the allocator's segments: what is lacking is allocated in one piece and freed."""
+    lacking = (wanted - allocator.free_bytes) // TOP_UP * TOP_UP
+    if wanted > 0 and lacking > 0:
+        allocator.free(allocator.alloc(lacking))

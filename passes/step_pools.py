@@ -1,0 +1,264 @@
+"""Pools of a whole step, chosen by what the device's caching allocator would reserve for it.
+
+Three things keep segments from being full: temporaries and saved tensors of all sizes that are born and die in turn,
+saved tensors that die one by one while gradients, of other sizes, are born, and segments made for one size that
+another one does not fill. So the candidates are: pools of temporaries over stretches of each program; slabs of saved
+tensors, grouped by when the backward drops them, so that a slab dies as a whole and gradients take its place; and a
+*reserve*: before the step, one request for all the bytes that the step will need and that are not free already, freed
+at once, so that everything comes out of one segment. Each is simulated (`memplan.passes.allocator_replay`) for several
+steps; what reserves least is taken, between equals the one with fewer allocations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from ..ir.loops import Size
+from ..ir.plan import Lifetime, Pool, Slab
+from ..ir.program import Phase, SymbolInput
+from .allocator import MIB
+from .allocator_replay import NativeReplay, Requests, replay_steps
+from .pack_search import PackSearch
+from .pools import ALIGNMENT, Pooled, stretch_pools
+from .schedule import rounded
+from .whole_step import Laid, StepStorage, WholeStep, whole_step
+
+#: Cuts between stretches that have a pool each; None: own allocations.
+CUTS = (0, None, 1, 3, 7, 15)
+#: Slabs that saved tensors are grouped into; 0: own allocations.
+SLABS = (8, 0, 2, 4, 16, 32)
+#: The second step finds the segments of the first.
+STEPS = 2
+#: Live bytes may grow by this part of their peak if less is reserved.
+LIVE_TOLERANCE = 0.01
+#: Good enough: reserved bytes over the peak of live ones with every storage an allocation of its own.
+CONTENT = 1.005
+#: What one allocation fewer is worth in reserved bytes.
+ALLOCATION = 16 << 10
+#: A step that needs less than this has no reserve: the allocator's own segments are as large.
+LEAST_RESERVE = 32 * MIB
+#: Simulations of one step: with the compiled replay, and in Python.
+MOST_TRIALS, MOST_TRIALS_PYTHON = 60, 6
+
+
+@dataclass(frozen=True)
+class StepPools:
+    """For each program its pools, by which storage roots are placed; ``slabs`` as the last program gets them.
+
+    ``reserve`` is the bytes to have free before the step, 0 for none.
+    """
+
+    pooled: tuple[Pooled, ...]
+    slabs: tuple[Slab, ...] = ()
+    reserve: Size = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """Cuts of each program's pools, the number of slabs, and whether there is a reserve."""
+
+    cuts: tuple[int | None, ...]
+    slabs: int
+    reserve: bool
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Saved tensors in one allocation: the forward's pool, its (root, offset) pairs, when the last of them dies."""
+
+    pool: Pool
+    offsets: tuple[tuple[str, int], ...]
+    received: tuple[str, ...]
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """Bytes that a candidate reserves, that are alive at most, and its allocations in a step."""
+
+    reserved: int
+    live: int
+    allocations: int
+
+
+@dataclass
+class _Search:
+    step: WholeStep
+    pack: PackSearch | None
+    replay: NativeReplay | None
+    #: pools and slabs even where own allocations would do
+    always: bool
+    may_reserve: bool
+    fixed: StepPools | None
+    pooled: dict[tuple[int, int | None], Pooled] = field(default_factory=dict)
+    groups: dict[int, tuple[_Group, ...]] = field(default_factory=dict)
+    tried: dict[_Candidate, _Trial] = field(default_factory=dict)
+
+    def run(self) -> StepPools:
+        programs = len(self.step.laid)
+        base = self.trial(_Candidate((None,) * programs, 0, False))
+        allowed, content = int(base.live * (1 + LIVE_TOLERANCE)), int(base.live * CONTENT)
+
+        def rank(c: _Candidate) -> tuple[bool, int]:
+            found = self.trial(c)
+            return found.live > allowed, found.reserved + ALLOCATION * found.allocations
+
+        most = MOST_TRIALS if self.replay is not None else MOST_TRIALS_PYTHON
+        found = []
+        for k, reserve in enumerate((True, False) if self.may_reserve else (False,), 1):
+            best = _Candidate((0,) * programs, SLABS[0] if programs > 1 else 0, reserve)
+            if not self.always and self.fixed is None:
+                best = min(best, _Candidate((None,) * programs, 0, reserve), key=rank)
+            for what in (*range(programs), "slabs", *range(programs), "slabs"):
+                if rank(best) <= (False, content):
+                    return self.result(best)
+                for other in self.others(best, what):
+                    if other in self.tried or len(self.tried) < k * most:
+                        best = min(best, other, key=rank)
+            found.append(best)
+        return self.result(min(found, key=rank))
+
+    def others(self, best: _Candidate, what: int | str) -> list[_Candidate]:
+        """Candidates that differ from the best so far in one thing: a program's pools, or the slabs."""
+        if what == "slabs":
+            counts = SLABS if len(self.step.laid) > 1 and self.fixed is None else ()
+            return [replace(best, slabs=k) for k in counts if k or not self.always]
+        if self.fixed is not None and what != len(self.step.laid) - 1:
+            return []
+        cuts = [c for c in CUTS if c is not None or not self.always]
+        return [replace(best, cuts=tuple(c if k == what else old for k, old in enumerate(best.cuts))) for c in cuts]
+
+    # -- what a candidate is ----------------------------------------------------------------------------------------
+
+    def pools_of(self, owner: int, cuts: int | None) -> Pooled:
+        if self.fixed is not None and owner != len(self.step.laid) - 1:
+            kept = self.fixed.pooled[owner]
+            slabs = {s.name for s in self.fixed.slabs}
+            offsets = {r: at for r, at in (kept.offsets or {}).items() if at[0] not in slabs}
+            return Pooled(tuple(p for p in kept.pools if p.name not in slabs), offsets)
+        if (owner, cuts) not in self.pooled:
+            one, none = self.step.laid[owner], Pooled()
+            movable = [s for s in one.movable if one.program.buffers[s.root].device == self.step.device]
+            if cuts is None or not movable:
+                self.pooled[owner, cuts] = none
+            else:
+                devices = {b.device for b in one.program.buffers.values()}
+                prefix = "pool" if len(devices) == 1 else f"pool_{self.step.device.replace(':', '')}_"
+                self.pooled[owner, cuts] = stretch_pools(
+                    one.program, one.order, movable, cuts, self.pack, prefix=prefix
+                )
+        return self.pooled[owner, cuts]
+
+    def groups_of(self, count: int) -> tuple[_Group, ...]:
+        if self.fixed is not None:
+            return self.fixed_groups()
+        if count not in self.groups:
+            self.groups[count] = tuple(_grouped(self.step, count))
+        return self.groups[count]
+
+    def fixed_groups(self) -> tuple[_Group, ...]:
+        assert self.fixed is not None
+        first = self.fixed.pooled[0]
+        ends = {s.root: s.stop for s in self.step.stores if s.owner == 0}
+        found = []
+        for slab in self.fixed.slabs:
+            pool = next(p for p in first.pools if p.name == slab.name)
+            offsets = tuple((r, offset) for r, (name, offset) in (first.offsets or {}).items() if name == slab.name)
+            found.append(_Group(pool, offsets, slab.members, max(ends[r] for r, _ in offsets)))
+        return tuple(found)
+
+    def trial(self, c: _Candidate) -> _Trial:
+        if c not in self.tried:
+            requests = self.requests(c)
+            reserve = self.reserve(requests) if c.reserve else 0
+            found = replay_steps(requests, reserve=reserve, steps=STEPS, native=self.replay)
+            self.tried[c] = _Trial(found.reserved, found.live, len(requests.keys) // 2)
+        return self.tried[c]
+
+    def requests(self, c: _Candidate) -> Requests:
+        pools: list[tuple[int, Pool, int]] = []
+        inside: set[tuple[int, str]] = set()
+        for owner, cuts in enumerate(c.cuts):
+            found = self.pools_of(owner, cuts)
+            here = [p for p in found.pools if p.device == self.step.device]
+            pools += [(owner, p, self.step.starts[owner] + p.lifetime.stop) for p in here]
+            inside.update((owner, root) for root in found.offsets or {})
+        for group in self.groups_of(c.slabs):
+            pools.append((0, group.pool, group.stop))
+            inside.update((0, root) for root, _ in group.offsets)
+        return self.step.requests(pools, frozenset(inside))
+
+    def reserve(self, requests: Requests) -> int:
+        """What large allocations need at one time: small ones have segments of their own."""
+        needed = self.step.large_peak(requests, MIB)
+        return needed if needed >= LEAST_RESERVE else 0
+
+    def result(self, c: _Candidate) -> StepPools:
+        pooled = [self.pools_of(owner, cuts) for owner, cuts in enumerate(c.cuts)]
+        groups = self.groups_of(c.slabs)
+        if groups:
+            offsets = dict(pooled[0].offsets or {})
+            for group in groups:
+                offsets.update({root: (group.pool.name, offset) for root, offset in group.offsets})
+            pooled[0] = Pooled((*pooled[0].pools, *(g.pool for g in groups)), offsets)
+        slabs = tuple(Slab(g.pool.name, g.pool.nbytes, g.pool.device, g.received) for g in groups)
+        reserve: Size = self.reserve(self.requests(c)) if c.reserve else 0
+        if reserve:
+            known = frozenset(i.symbol for i in self.step.laid[0].program.inputs if isinstance(i, SymbolInput))
+            expression = self.step.peak_expression(known)
+            reserve = reserve if expression is None else expression
+        return StepPools(tuple(pooled), slabs, reserve)
+
+
+def _grouped(step: WholeStep, count: int) -> Iterator[_Group]:
+    """The saved tensors in ``count`` slabs of about equal bytes, by when the backward drops them, the last first."""
+    saved = sorted((s for s in step.stores if s.saved), key=lambda s: (-s.stop, s.start, s.root))
+    total, seen, group = sum(_placed(s) for s in saved), 0, 0
+    count = min(count, len(saved) // 2)
+    members: list[list[StepStorage]] = [[] for _ in range(count)]
+    for s in saved if count else ():
+        members[group].append(s)
+        seen += _placed(s)
+        group = min(count - 1, seen * count // total)
+    after = len(step.laid[0].order) + 1
+    for k, inside in enumerate(m for m in members if len(m) > 1):
+        offsets, size = [], 0
+        for s in inside:
+            offsets.append((s.root, size))
+            size += _placed(s)
+        life = Lifetime(min(s.start for s in inside), after)
+        pool = Pool(f"slab{step.device.replace(':', '')}_{k}", rounded(size, step.device), step.device, life)
+        yield _Group(pool, tuple(offsets), tuple(s.received for s in inside), max(s.stop for s in inside))
+
+
+def _placed(s: StepStorage) -> int:
+    return -(-s.nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def choose_step_pools(
+    laid: Sequence[Laid],
+    joins: Sequence[tuple[str, str]],
+    device: str,
+    *,
+    pack: PackSearch | None,
+    replay: NativeReplay | None,
+    always: bool = False,
+    fixed: StepPools | None = None,
+) -> StepPools:
+    """Pools, slabs and the reserve of the programs of a step, on one device.
+
+    Parameters
+    ----------
+    laid:
+        A forward and its backward, or one program alone.
+    joins:
+        (buffer of the forward, input of the backward that receives it).
+    always:
+        Pools and slabs even where own allocations are predicted to need less.
+    fixed:
+        An earlier choice for the forward, which holds: only the backward's pools are chosen.
+    """
+    step = whole_step(laid, joins, device)
+    reserves = device.startswith("cuda") and laid[0].program.phase is not Phase.BACKWARD
+    return _Search(step, pack, replay, always, reserves, fixed).run()

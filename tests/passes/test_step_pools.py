@@ -1,0 +1,203 @@
+"""Pools of a forward and its backward together: plans that verify, slabs that die as a whole, fewer reserved bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memplan.ir.plan import InPlaceOf, InPool, Plan
+from memplan.ir.program import BufferKind, Contract, Phase, Program
+from memplan.ir.verify_plan import verify_plan
+from memplan.passes.allocator import MIB
+from memplan.passes.allocator_replay import Requests, replay_steps
+from memplan.passes.inplace import decide_in_place
+from memplan.passes.reserved import step_memory
+from memplan.passes.schedule import make_plan
+from memplan.passes.step_pools import LIVE_TOLERANCE, StepPools, choose_step_pools
+from memplan.passes.whole_step import Laid, whole_step
+from memplan.planner import planner_libraries
+from tests.generated import Choice, _step, choices, program_from
+from tests.programs import ProgramBuilder
+
+SETTINGS = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+Joins = list[tuple[str, str]]
+
+
+def laid(program: Program, *, in_place: bool = True) -> Laid:
+    order = tuple(op.name for op in program.operations)
+    return Laid(program, order, decide_in_place(program, order) if in_place else {})
+
+
+def planned(pair: Sequence[Laid], chosen: StepPools, device: str) -> list[Plan]:
+    """Both plans, verified."""
+    plans = []
+    for k, one in enumerate(pair):
+        pooled = chosen.pooled[k]
+        plan = make_plan(
+            one.program,
+            one.order,
+            in_place=one.in_place,
+            pools=pooled.pools,
+            offsets=pooled.offsets,
+            slabs=chosen.slabs if k else (),
+            reserve={device: chosen.reserve} if k == 0 and chosen.reserve else None,
+        )
+        verify_plan(plan)
+        plans.append(plan)
+    return plans
+
+
+def pair_from(ahead: Sequence[Choice], behind: Sequence[Choice], kept: int) -> tuple[list[Laid], Joins]:
+    """A forward that saves ``kept`` of its values, and a backward that reads them and returns some of what it makes."""
+    forward = program_from(ahead)
+    made = [b.name for b in forward.buffers.values() if b.kind is not BufferKind.INPUT]
+    public = {o.buffer for o in forward.outputs}  # type: ignore[union-attr]
+    saved = [n for n in made if n not in public and forward.buffers[n].dtype.itemsize == 4][:kept]
+    views = {v.buffer: v for op in forward.operations for v in _written(op)}
+    saved = [n for n in saved if n in views]
+    buffers = {n: replace(b, kind=BufferKind.SAVED) if n in saved else b for n, b in forward.buffers.items()}
+    forward = replace(
+        forward,
+        phase=Phase.FORWARD,
+        buffers={n: replace(b, kind=BufferKind.OUTPUT) if n in public and n in made else b for n, b in buffers.items()},
+        outputs=(*forward.outputs, *(views[n] for n in saved)),
+    )
+    p = ProgramBuilder()
+    values = [p.input("tangent", (4, 4)), *(p.input(f"{n}_s", (4, 4), donated=True) for n in saved)]
+    for k, (kind, first, second) in enumerate(behind):
+        values.append(_step(p, f"b{k}", kind, values[-1 - first % len(values)], values[-1 - second % len(values)]))
+    backward = replace(p.program(values[-1], values[len(values) // 2]), phase=Phase.BACKWARD)
+    return [laid(forward), laid(backward)], [(n, f"{n}_s") for n in saved]
+
+
+def _written(op: object) -> list[object]:
+    results = [v for v in getattr(op, "results", ()) if v is not None]
+    target = getattr(op, "target", None)
+    return results + ([target] if hasattr(target, "buffer") else [])
+
+
+@SETTINGS
+@given(choices, choices, st.integers(0, 6), st.booleans())
+def test_plans_of_a_step_verify(ahead: list[Choice], behind: list[Choice], kept: int, always: bool) -> None:
+    pair, joins = pair_from(ahead, behind, kept)
+    chosen = choose_step_pools(pair, joins, "cpu", pack=None, replay=None, always=always)
+    forward, backward = planned(pair, chosen, "cpu")
+    inside = {m for slab in chosen.slabs for m in slab.members}
+    for name, placement in backward.placements.items():
+        if name in backward.program.output_buffers:
+            assert not isinstance(placement, InPool)
+            assert backward.storage_of(name) not in inside
+    for earlier, later in joins:
+        place = forward.placements[forward.storage_of(earlier)]
+        assert (isinstance(place, InPool) and place.pool.startswith("slab")) == (later in inside)
+
+
+def layers(count: int, elements: int, device: str = "cuda:0") -> tuple[list[Laid], Joins]:
+    """A chain whose layers each save two values of other sizes; the backward reads them last to first."""
+    f = ProgramBuilder("forward")
+    x = f.input("x", (elements,))
+    saved = []
+    for k in range(count):
+        big = f.extern(f"big{k}", "aten.repeat.default", (x, [1]), (elements * (1 + k % 3),), contract=Contract.OUT)
+        low = f.extern(f"low{k}", "aten.repeat.default", (big, [1]), (elements // 2,), contract=Contract.OUT)
+        x = f.extern(f"x{k}", "aten.repeat.default", (low, [1]), (elements,), contract=Contract.OUT)
+        saved += [big, low]
+    forward = f.program(x, *saved)
+    b = ProgramBuilder("backward")
+    g = b.input("g", (elements,))
+    received = {v.buffer: b.input(f"{v.buffer}_s", v.sizes, donated=True) for v in saved}
+    out = []
+    for k in reversed(range(count)):
+        wide = b.extern(f"w{k}", "aten.add.Tensor", (g, received[f"low{k}"]), (elements * 2,), contract=Contract.OUT)
+        g = b.extern(f"g{k}", "aten.add.Tensor", (wide, received[f"big{k}"]), (elements,), contract=Contract.OUT)
+        out.append(b.extern(f"p{k}", "aten.add.Tensor", (g, g), (elements + 1000,), contract=Contract.OUT))
+    backward = b.program(*out)
+    names = {v.buffer for v in saved}
+
+    def on(program: Program, phase: Phase) -> Program:
+        buffers = {}
+        for n, buffer in program.buffers.items():
+            kind = BufferKind.SAVED if n in names else buffer.kind
+            buffers[n] = replace(buffer, device=device, kind=kind)
+        operations = tuple(replace(op, device=device) for op in program.operations)
+        return replace(program, buffers=buffers, operations=operations, phase=phase)
+
+    pair = [laid(on(forward, Phase.FORWARD), in_place=False), laid(on(backward, Phase.BACKWARD), in_place=False)]
+    return pair, [(n, f"{n}_s") for n in sorted(names)]
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_less_is_reserved(native: bool) -> None:
+    """Against own allocations; live bytes grow by no more than is said; the plans' own figures agree."""
+    pair, joins = layers(12, 3 * MIB)
+    libraries = planner_libraries()
+    replay = libraries.replay if native else None
+    chosen = choose_step_pools(pair, joins, "cuda:0", pack=libraries.pack, replay=replay)
+    plans = planned(pair, chosen, "cuda:0")
+    received = {later: earlier for earlier, later in joins}
+    own = step_memory([make_plan(p.program, p.order, in_place={}) for p in pair], received)
+    found = step_memory(plans, received)
+    assert found.reserved < own.reserved
+    assert found.live <= own.live * (1 + LIVE_TOLERANCE)
+    assert found.reserved <= 1.03 * own.live
+    again = choose_step_pools(pair, joins, "cuda:0", pack=libraries.pack, replay=replay)
+    assert again == chosen
+
+
+def test_a_reserve_is_made_of_what_is_alive_at_the_peak() -> None:
+    pair, joins = layers(8, 4 * MIB)
+    step = whole_step(pair, joins, "cuda:0")
+    requests = step.requests((), frozenset())
+    assert step.large_peak(requests, MIB) + sum(step.resident) == replay_steps(requests, steps=1, native=None).live
+    assert step.peak_expression(frozenset()) is None
+
+
+def test_gradients_in_place_of_saved_values_keep_them_out_of_slabs() -> None:
+    pair, joins = layers(4, MIB)
+    behind = replace(pair[1], in_place={"p2": "big2_s"})
+    assert isinstance(make_plan(behind.program, behind.order, in_place=behind.in_place).placements["p2"], InPlaceOf)
+    chosen = choose_step_pools((pair[0], behind), joins, "cuda:0", pack=None, replay=None, always=True)
+    members = {m for slab in chosen.slabs for m in slab.members}
+    assert members
+    assert "big2_s" not in members
+    planned((pair[0], behind), chosen, "cuda:0")
+
+
+def test_a_choice_for_the_forward_can_be_kept() -> None:
+    pair, joins = layers(6, MIB)
+    first = choose_step_pools(pair, joins, "cuda:0", pack=None, replay=None, always=True)
+    other = laid(pair[1].program)  # planned again, for another reason
+    other = replace(other, in_place={n: o for n, o in other.in_place.items() if not n.startswith("p")})
+    second = choose_step_pools((pair[0], other), joins, "cuda:0", pack=None, replay=None, always=True, fixed=first)
+    assert second.slabs == first.slabs
+    assert second.pooled[0].offsets == first.pooled[0].offsets
+    planned((pair[0], other), second, "cuda:0")
+
+
+sizes = st.sampled_from([0, 1, 511, 512, 1000, 2**20 - 1, 2**20, 2**20 + 1, 3 * MIB, 9 * MIB, 10 * MIB, 25 * MIB + 7])
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(
+    st.lists(st.tuples(sizes, st.integers(0, 9)), max_size=40), st.lists(sizes, max_size=4), sizes, st.integers(1, 3)
+)
+def test_the_compiled_replay_is_the_simulator(
+    given_sizes: list[tuple[int, int]], resident: list[int], reserve: int, steps: int
+) -> None:
+    replay = planner_libraries().replay
+    assert replay is not None
+    events: list[tuple[object, int]] = []
+    live: list[int] = []
+    for k, (size, frees) in enumerate(given_sizes):
+        events.append((k, size))
+        live.append(k)
+        if frees < 5:
+            events.append((live.pop(frees % len(live)), -1))
+    events += [(k, -1) for k in live]
+    requests = Requests.of(resident, events)  # type: ignore[arg-type]
+    python = replay_steps(requests, reserve=reserve, steps=steps, native=None)
+    assert replay_steps(requests, reserve=reserve, steps=steps, native=replay) == python
