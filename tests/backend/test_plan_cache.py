@@ -210,7 +210,8 @@ NO_NAMES = {
     "Origin": "*", "Pool": "name device group", "InPool": "pool", "Certificate": "note", "Buffer": "device group",
     "KernelOp": "device", "Extern": "device kwargs symbols", "Collective": "device group kwargs symbols",
     "Wait": "device kwargs symbols", "Copy": "device", "Program": "name constants callables", "Call": "op",
-    "UserKernel": "*", "KernelSource": "*", "Plan": "predicted_peak", "Literal": "value",
+    "UserKernel": "*", "KernelSource": "*", "Plan": "predicted_peak reserve step", "Literal": "value",
+    "Slab": "name device", "Reserve": "device",
 }  # fmt: skip
 
 
