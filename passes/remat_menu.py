@@ -124,9 +124,7 @@ def _undominated(items: list[Item]) -> tuple[Item, ...]:
     items.sort(key=lambda i: (i.microseconds, i.nbytes, i.backward, i.forward))
     out: list[Item] = []
     for item in items:
-        if not any(
-            o.nbytes <= item.nbytes and o.backward <= item.backward and o.forward <= item.forward for o in out
-        ):
+        if not any(o.nbytes <= item.nbytes and o.backward <= item.backward and o.forward <= item.forward for o in out):
             out.append(item)
     return tuple(out)
 

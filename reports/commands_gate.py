@@ -17,7 +17,7 @@ from rich.text import Text
 from ..ir.config import parse_bytes
 from ..ir.errors import OptionError, ReportError
 from . import command_options as given
-from . import terminal
+from . import page, terminal
 from .compare import Comparison, compare, gates
 from .fit import Attempt, attempt, changes, default_batch, largest_batch
 from .model import Report, read_report, write_report
@@ -49,6 +49,9 @@ def diff(
     ] = None,
     group_by: Annotated[given.By, typer.Option("--group-by", help="Group what is alive at the peak.")] = given.By.line,
     top: given.Top = 12,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Also both charts, one under the other, as an HTML page.")
+    ] = None,
     backward: given.Backward = None,
     option: given.Options = None,
 ) -> None:
@@ -57,6 +60,8 @@ def diff(
         raise OptionError("give a second target, or --against BACKEND, or --with NAME=VALUE, one of them")
     request = given.request(backward=backward, options=option)
     if against is not None:
+        if output is not None:
+            raise OptionError("--against measures a peak and has no chart; -o goes with two plans")
         _against(before, against, request)
         return
     left = report_for(before, request)
@@ -66,6 +71,9 @@ def diff(
         more = given.parse_options(with_option or ())
         right = report_for(before, replace(request, options={**request.options, **more}))
     show_comparison(terminal.console(), compare(left, right, group_by.value), top)
+    if output is not None:
+        output.write_text(page.html(left, other=right), encoding="utf-8")
+        terminal.console().print(Text(f"Both charts: {clean(str(output))}", style="dim"))
 
 
 def show_comparison(out: Console, found: Comparison, top: int) -> None:

@@ -41,6 +41,11 @@ def html(report: Report, graph: Graph | None = None, other: Report | None = None
     payloads = [payload(report, graph or report.step)]
     if other is not None:
         payloads.append(payload(other, other.step))
+    headers = [p.header for p in payloads]
+    for header, name in zip(headers, ("before: ", "after: ") if other is not None else (), strict=False):
+        header["title"] = f"{name}{header['title']}"
+        # one scale for both, or the eye compares nothing
+        header["highest"] = max(report.step.peak, (other or report).step.peak)
     blocks = "\n".join(
         f'<script type="application/octet-stream" id="data{k}">{base64.b64encode(p.data).decode()}</script>'
         for k, p in enumerate(payloads)
@@ -50,7 +55,7 @@ def html(report: Report, graph: Graph | None = None, other: Report | None = None
         policy=markup.escape(_POLICY),
         title=markup.escape(title),
         plain=markup.escape(f"{title}, peak {size(report.step.peak)}. The chart needs JavaScript."),
-        headers=inert_json([p.header for p in payloads]),
+        headers=inert_json(headers),
         blocks=blocks,
         module=module_source(),
     )

@@ -67,7 +67,7 @@ border-radius:4px;box-shadow:0 2px 8px #0003;max-width:440px;overflow-wrap:anywh
 .memplan dl{display:grid;grid-template-columns:max-content 1fr;gap:1px 10px;margin:4px 0;overflow-wrap:anywhere}
 .memplan dt{color:var(--soft)}.memplan dd{margin:0}.memplan code{font-size:12px}
 .memplan table{border-collapse:collapse;width:100%}.memplan td{padding:1px 8px 1px 0;overflow-wrap:anywhere}
-.memplan td.n{text-align:right;white-space:nowrap}.memplan tr[tabindex]{cursor:pointer}
+.memplan td.n{text-align:right;white-space:nowrap}.memplan td.place{white-space:nowrap}.memplan input{width:17em}.memplan tr[tabindex]{cursor:pointer}
 .memplan tr:hover{background:#8882}@media(max-width:700px){.memplan .below{grid-template-columns:1fr}}`;
 
 class View {
@@ -97,7 +97,7 @@ class View {
     let at = 0;
     this.tops = this.header.lanes.map((l) => { const top = at; at += Math.max(1, l.nbytes) + gap; return top; });
     this.total = Math.max(1, at - gap);
-    this.highest = Math.max(1, this.header.measured || 0, ...blocks(this.c.allocated), ...blocks(this.c.live));
+    this.highest = Math.max(1, this.header.measured || 0, this.header.highest || 0, ...blocks(this.c.allocated), ...blocks(this.c.live));
   }
 
   build(root) {
@@ -235,6 +235,7 @@ class View {
       item.append(swatch, element("span", "", this.s[id] || "(none)"));
       return item;
     }));
+    this.legend.append(element("span", "soft", "above: blue line live, grey with rounding and room in pools"));
     if (order.length > shown) this.legend.append(element("span", "soft", `grey: ${order.length - shown} more`));
   }
 
@@ -456,7 +457,7 @@ class View {
     const table = element("table");
     for (const i of alive.slice(0, 25)) {
       const row = element("tr"); row.tabIndex = 0;
-      row.append(element("td", "n", bytes(this.c.nbytes[i])), element("td", "", this.text("line", i) || this.text("module", i) || this.text("node", i)),
+      row.append(element("td", "n", bytes(this.c.nbytes[i])), element("td", "place", this.text("line", i) || this.text("module", i) || this.text("node", i)),
         element("td", "", this.text("code", i)), element("td", "soft", `${this.text("name", i)} ${this.text("shape", i)}`));
       row.addEventListener("click", () => this.select(i));
       row.addEventListener("keydown", (e) => { if (e.key === "Enter" || e.key === " ") { e.preventDefault(); this.select(i); } });

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -178,3 +179,30 @@ def test_every_compile_of_a_script_comes_here_if_asked(folder: Path) -> None:
     assert nothing.returncode == 3
     assert "--backend-override" in nothing.stderr
     assert "Peak memory" in memplan("run", "--backend-override", "script.py", cwd=folder).stdout
+
+
+def test_two_reports_on_one_page(folder: Path) -> None:
+    done = memplan("diff", "small.json", "train.json", "-o", "both.html", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    page = (folder / "both.html").read_text()
+    assert '"title": "before: small"' in page
+    assert '"title": "after: train"' in page
+    assert len(set(re.findall(r'"highest": (\d+)', page))) == 1, "one scale for both"
+    refused = memplan("diff", "small.json", "--against", "eager", "-o", "both.html", cwd=folder)
+    assert (refused.returncode, "no chart" in refused.stderr) == (2, True)
+
+
+def test_a_report_of_another_version_and_absurd_numbers(folder: Path) -> None:
+    report = json.loads((folder / "small.json").read_text())
+    for change in ({"version": 999}, {"graphs": [{**report["graphs"][0], "live": [-5]}]}):
+        (folder / "odd.json").write_text(json.dumps({**report, **change}))
+        for command in ("report", "peak", "export"):
+            done = memplan(command, "odd.json", *(["--to", "html"] if command == "export" else []), cwd=folder)
+            assert (done.returncode, "Traceback" in done.stderr) == (4, False), done.stderr
+
+
+def test_nothing_compiled_says_what_to_do(folder: Path) -> None:
+    (folder / "plain.py").write_text("import torch\ntorch.ones(2).sum()\n")
+    done = memplan("run", "plain.py", cwd=folder)
+    assert done.returncode == 3
+    assert "torch.compile" in done.stderr
