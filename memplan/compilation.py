@@ -357,10 +357,11 @@ def _from_cache(found: Found, program: Program, config: Config) -> CompiledProgr
     if not found.same_origins:
         plan = found.plan()
         sets = kernel_sets.collect(plan.program)
-        if not sets.sources.keys() <= kernels.keys():  # their names are made of the operators that they came from
+        templates = collect_templates(plan.program)
+        if not {*sets.sources, *templates.sources} <= kernels.keys():  # named after the operators they came from
             return None
         grids = {k.name: k for k in artifact.gpu}
-        python, cpp = _printed(plan, sets, grids, NO_USER_KERNELS, config)
+        python, cpp = _printed(plan, sets, grids, NO_USER_KERNELS, config, templates)
         artifact = replace(artifact, python=python, cpp=cpp)
     linked = Linked(kernels, launchers, found.callables(), found.constants())
     return _assemble(artifact, linked, found.plan, program, config, NOTHING_KEPT)
@@ -396,7 +397,7 @@ def _compile(planned: Planned, program: Program, config: Config, kept: Kept) -> 
     held, communicating = plan.program, Communicating.of(plan, config)
     linked = Linked(built.callables, built.launchers, held.callables, held.constants, communicating)
     ready = _assemble(artifact, linked, lambda: plan, program, config, kept)
-    if user.launchers or templates.sources:  # neither is data yet
+    if user.launchers:  # these are compiled by Triton, for what their arguments turn out to be
         return replace(ready, artifact=None), None
     return ready, artifact
 

@@ -73,7 +73,7 @@ def save(model: ExportedProgram, path: str | Path, *, options: Mapping[str, obje
             raise SavedModelError(f"the model calls {name}, a function over graphs, which cannot be saved yet")
         compiled = compile_program(exported.program, config)
     if compiled.artifact is None:
-        raise SavedModelError("the model launches Triton kernels of its own or templates, which cannot be saved yet")
+        raise SavedModelError("the model launches Triton kernels of its own, which cannot be saved yet")
     artifact = compiled.artifact
     package.write(Path(path), lambda writer: _fill(writer, exported, compiled, artifact, config))
 

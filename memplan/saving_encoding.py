@@ -17,18 +17,18 @@ from enum import Enum
 import sympy
 import torch
 
-from .ir import index, loops, plan, program
+from .ir import index, loops, plan, program, template
 from .ir.errors import SavedModelError
 
 _CLASSES: dict[str, type] = {
     c.__name__: c
-    for module in (loops, program, plan)
+    for module in (loops, program, plan, template)
     for c in vars(module).values()
     if isinstance(c, type) and dataclasses.is_dataclass(c) and c.__module__ == module.__name__
 }
 _ENUMS: dict[str, type[Enum]] = {
     c.__name__: c
-    for module in (loops, program)
+    for module in (loops, program, template)
     for c in vars(module).values()
     if isinstance(c, type) and issubclass(c, Enum) and c is not Enum
 }

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .codegen.triton_kernel import TritonKernel, emit_triton
 from .codegen.triton_product import emit_product
@@ -58,6 +59,9 @@ class Measured:
 def chooser(config: Config, kept: Kept) -> Choose:
     """What the pass `templates` asks: measurements where they are wanted and possible, else no template at all."""
     wanted = config.max_autotune and config.enabled("templates") and not config.plan_only
+    if wanted and torch.distributed.is_available() and torch.distributed.is_initialized():
+        # every rank would measure for itself, and plans of ranks have to be the same
+        wanted = torch.distributed.get_world_size() == 1
     if not wanted or "cuda" in kept.devices or not torch.cuda.is_available():
         return lambda candidates, program: {}
     return partial(measured_choices, config=config)
@@ -77,11 +81,21 @@ def measured_choices(
             missing[key] = candidate
         elif (chosen := decode(data)) is not None:
             found[key] = chosen
-    for key, measured in measure_all(missing, program).items():
+    for key, measured in _without_modes(missing, program).items():
         store.put(_cache_key(key), encode(measured))
         if measured.config is not None:
             found[key] = measured.config
     return found
+
+
+def _without_modes(missing: Mapping[Product, Candidate], program: Program) -> dict[Product, Measured]:
+    """`measure_all` outside of what traces: real tensors are made, on the candidates' own device."""
+    out: dict[Product, Measured] = {}
+    with torch.no_grad(), _disable_current_modes():
+        for device in sorted({c.call.device for c in missing.values()}):
+            with torch.cuda.device(device):
+                out.update(measure_all({k: c for k, c in missing.items() if c.call.device == device}, program))
+    return out
 
 
 def _cache_key(key: Product) -> str:
@@ -148,7 +162,7 @@ def measure_all(
     """
     if not missing:
         return {}
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    processors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
     kernels: dict[Product, list[tuple[ProductConfig, TritonKernel]]] = {}
     for key in missing:
         kernels[key] = []
@@ -239,13 +253,14 @@ class _Held:
         self.candidate, self.program = candidate, program
         self.tensors: dict[str, torch.Tensor] = {}
         call, kernel = candidate.call, candidate.kernel
+        generator = torch.Generator(call.device).manual_seed(0)
         names = [*call.reads, *call.writes, *(() if kernel is None else (*kernel.reads, *kernel.writes))]
         for name in dict.fromkeys(names):
             b = program.buffers[name]
             count = -(-program.nbytes(name) // b.dtype.itemsize)
             random = b.dtype.is_floating_point and b.dtype.itemsize > 1
-            make = torch.randn if random else torch.zeros
-            self.tensors[name] = make(count, dtype=b.dtype, device=call.device)
+            made = torch.zeros(count, dtype=b.dtype, device=call.device)
+            self.tensors[name] = made.normal_(generator=generator) if random else made
         self.epilogue = self._epilogue()
 
     def _epilogue(self) -> Callable[[], None] | None:

@@ -97,8 +97,11 @@ _zeros: dict[tuple[str, int], torch.Tensor] = {}
 def zero_workspace(nbytes: int, device: str, stream: int) -> torch.Tensor:
     """A workspace of zeros for kernels of one stream that leave it zero, so that it is filled only when it is made.
 
-    Kernels of a stream run one after another, so one workspace serves all of them; it grows to the largest.
+    Kernels of a stream run one after another, so one workspace serves all of them; it grows to the largest. A CUDA
+    graph that is being recorded gets one of its own, which every replay fills: it may run on any stream.
     """
+    if stream and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(nbytes, dtype=torch.uint8, device=device)
     found = _zeros.get((device, stream))
     if found is None or found.numel() < nbytes:
         found = _zeros[device, stream] = torch.zeros(nbytes, dtype=torch.uint8, device=device)

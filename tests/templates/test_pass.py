@@ -24,6 +24,8 @@ from memplan.passes.schedule import make_plan
 from memplan.passes.templates import Candidate, Templates, candidates
 from memplan.runtime.python_runtime import left_zero, zero_workspace
 from memplan.runtime.triton_build import Build, Compiled, Target, compile_builds
+from memplan.saving_encoding import decode as decode_plan
+from memplan.saving_encoding import encode as encode_plan
 from memplan.template_tuning import Measured, contenders, decode, encode
 from memplan.templates import collect_templates, emitted_templates
 from tests.program_runner import ProgramRunner, copy_inputs, make_inputs
@@ -212,6 +214,11 @@ def test_layers_share_a_template_and_it_builds() -> None:
     (kernel,) = emitted_templates(collect_templates(program)).values()
     (built,) = compile_builds([Build.of(kernel, kernel.configs[0])], Target())
     assert isinstance(built, Compiled)
+
+
+def test_a_plan_with_templates_can_be_kept() -> None:
+    program = with_workspace()
+    assert decode_plan(encode_plan(program.operations)) == program.operations
 
 
 def test_measurements_are_kept_as_text() -> None:
