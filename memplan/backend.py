@@ -30,7 +30,6 @@ from .capture.joint import Costs
 from .capture.partition import Chooser, Cutter, Modules, Partitioned, partitioner
 from .compilation import (
     PASS_NAMES,
-    CompiledProgram,
     Together,
     compile_program,
     plan_prepared,
@@ -47,7 +46,7 @@ from .passes.rematerialize import choose_within
 from .passes.step_peak import step_peak
 from .recompute_prices import cheap_again
 from .runtime import cuda_graphs
-from .step_planning import StepPlanner
+from .step_planning import StepPlanner, joined
 
 log = logging.getLogger(__name__)
 _groups = itertools.count()
@@ -106,8 +105,8 @@ class Region:
     #: the backward as it was planned, and its FX graph's text
     backward: Program | None = None
     backward_code: str = ""
-    #: the forward as it was compiled
-    ahead: CompiledProgram | None = None
+    #: the forward's plan, once it is compiled
+    forward_plan: Callable[[], Plan] | None = None
 
     def compile_forward(self, module: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
         program = self.capture_forward(module)
@@ -129,14 +128,14 @@ class Region:
         if not on_gpu and self.config.pools != "always":
             return None
         self.backward, self.backward_code = self.capture_backward(module), str(module.graph)
-        return StepPlanner(forward, self.backward, self.joins(self.backward), self.config)
+        return StepPlanner(forward, self.backward, self.received(self.backward), self.config)
 
     def forward_apart(
         self, call: Callable[..., object], program: Program, module: torch.fx.GraphModule
     ) -> Callable[..., object]:
         """The forward with no saved tensor in a slab."""
-        assert self.ahead is not None
-        plan = self.ahead.plan
+        assert self.forward_plan is not None
+        plan = self.forward_plan()
         saved = (n for n, b in plan.program.buffers.items() if b.kind is BufferKind.SAVED and n in plan.placements)
         if not any(isinstance(plan.placements[plan.storage_of(n)], InPool) for n in saved):
             return call
@@ -259,13 +258,15 @@ class Region:
         """The program planned, built, told to who listens."""
         if self.config.plan_only:
             planned = together.plan(NOTHING_KEPT) if together is not None else plan_program(program, self.config)
+            if program.phase is Phase.FORWARD:
+                self.forward_plan = lambda: planned.plan
             joins = self.joins(planned.plan.program)
             trace(planned.plan)
             recording.tell(recording.CompiledGraph(planned.plan, self.group, joins, planned.waterfall))
             return make_boxed_func(module.forward)  # type: ignore[no-any-return]
         compiled = compile_program(program, self.config, together)
         if program.phase is Phase.FORWARD:
-            self.ahead = compiled
+            self.forward_plan = lambda: compiled.plan
         if recording.listening() or trace_log.handlers:  # a plan from the cache is read for them alone
             plan = compiled.plan
             trace(plan)
@@ -281,22 +282,29 @@ class Region:
         programs = [trial.capture_forward(modules[0]), trial.capture_backward(modules[1])]
         if config.cuda_graphs:  # see `finish_recorded`
             programs = [without_donation(p) for p in programs]
-        pairs = trial.joins(programs[1])
-        plans = [p.plan for p in plan_prepared([prepare_program(p, config) for p in programs], pairs, config)]
+        prepared = [prepare_program(p, config) for p in programs]
+        pairs = joined(prepared[0].laid.program, trial.received(programs[1]))
+        plans = [p.plan for p in plan_prepared(prepared, pairs, config)]
         joins = {later: earlier for earlier, later in pairs}
         return budget.Planned(plans, joins, step_peak(plans, joins))
 
-    def joins(self, program: Program) -> tuple[tuple[str, str], ...]:
-        """(forward buffer, backward buffer) for what this backward got from its forward."""
-        if program.phase is not Phase.BACKWARD or self.forward is None:
+    def received(self, backward: Program) -> tuple[tuple[int, str], ...]:
+        """(position among the forward's results, input of the backward that receives it)."""
+        if backward.phase is not Phase.BACKWARD or self.forward is None:
             return ()
         assert self.partitioned.forward is not None
         outputs = self.partitioned.forward.graph.output_node().args[0]
-        out = []
-        for node, held in zip(outputs, self.forward.outputs, strict=True):  # type: ignore[arg-type]
-            if isinstance(held, View) and isinstance(node, torch.fx.Node) and node.name in program.buffers:
-                out.append((held.buffer, node.name))
-        return tuple(dict.fromkeys(out))
+        return tuple(
+            (k, node.name)
+            for k, node in enumerate(outputs)  # type: ignore[arg-type]
+            if isinstance(node, torch.fx.Node) and node.name in backward.buffers
+        )
+
+    def joins(self, backward: Program) -> tuple[tuple[str, str], ...]:
+        """(forward buffer, backward buffer) for what this backward got from its forward, as they are planned."""
+        if self.forward_plan is None:
+            return ()
+        return joined(self.forward_plan().program, self.received(backward))
 
 
 def trace(plan: Plan) -> None:

@@ -9,13 +9,13 @@ second plan keeps to what the forward does already.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from .compilation import Planned, Prepared, Together, plan_prepared, plan_program, prepare_program
 from .ir.config import Config
 from .ir.errors import MemplanError
-from .ir.program import Program
+from .ir.program import Program, View
 from .lowering.lower import NOTHING_KEPT, Kept
 from .passes.whole_step import Laid
 from .plan_cache import Beside
@@ -26,11 +26,11 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class StepPlanner:
-    """Plans of a forward and its backward. ``joins``: (forward buffer, backward input that receives it)."""
+    """Plans of a forward and its backward. ``received``: (position among the forward's results, backward input)."""
 
     forward_program: Program
     backward_program: Program
-    joins: tuple[tuple[str, str], ...]
+    received: tuple[tuple[int, str], ...]
     config: Config
     prepared: dict[tuple[bool, Kept], Prepared] = field(default_factory=dict)
     #: what the forward was last planned with
@@ -45,7 +45,7 @@ class StepPlanner:
         other = self.backward_program if ahead else self.forward_program
         return Together(
             self.forward if ahead else self.backward,
-            Beside(other, ahead, self.joins),
+            Beside(other, ahead, joined(self.forward_program, self.received)),
             lambda: ahead or self.forward_kept == NOTHING_KEPT,
         )
 
@@ -55,7 +55,7 @@ class StepPlanner:
         both = self.both(kept)
         if both is None:
             return plan_program(self.forward_program, self.config, kept)
-        return plan_prepared(both, self.joins, self.config, self.choice)[0]
+        return plan_prepared(both, self.joins(both[0]), self.config, self.choice)[0]
 
     def both(self, kept: Kept) -> tuple[Prepared, Prepared] | None:
         """The two programs, their pools chosen; None where the backward cannot be planned."""
@@ -65,7 +65,7 @@ class StepPlanner:
             log.debug("the forward and the backward are not planned together: %s", error)
             self.choice, self.apart = None, True
             return None
-        self.choice = choose(found, self.joins)
+        self.choice = choose(found, self.joins(found[0]))
         return found
 
     def backward(self, kept: Kept = NOTHING_KEPT) -> Planned:
@@ -75,12 +75,17 @@ class StepPlanner:
         if self.choice is None:
             return plan_program(self.backward_program, self.config, kept)
         ahead, behind = self.prepare(True, self.forward_kept), self.prepare(False, kept)
+        joins = self.joins(ahead)
         if kept == NOTHING_KEPT:
-            return plan_prepared((ahead, behind), self.joins, self.config, self.choice)[1]
+            return plan_prepared((ahead, behind), joins, self.config, self.choice)[1]
         members = {m for slab in self.choice.slabs for m in slab.members}
         behind = replace(behind, laid=_leaving_slabs_alone(behind.laid, members))
-        chosen = choose((ahead, behind), self.joins, self.choice)
-        return plan_prepared((ahead, behind), self.joins, self.config, chosen)[1]
+        chosen = choose((ahead, behind), joins, self.choice)
+        return plan_prepared((ahead, behind), joins, self.config, chosen)[1]
+
+    def joins(self, ahead: Prepared) -> tuple[tuple[str, str], ...]:
+        """(buffer of the forward after its passes, backward input that receives it)."""
+        return joined(ahead.laid.program, self.received)
 
     def prepare(self, forward: bool, kept: Kept) -> Prepared:
         if (forward, kept) not in self.prepared:
@@ -96,3 +101,13 @@ def _leaving_slabs_alone(laid: Laid, members: set[str]) -> Laid:
         if s.root in members and s.lifetime.stop > len(laid.order):
             kept = {new: old for new, old in kept.items() if new not in s.members}
     return replace(laid, in_place=dict(kept))
+
+
+def joined(forward: Program, received: Sequence[tuple[int, str]]) -> tuple[tuple[str, str], ...]:
+    """(buffer of the forward, backward input) from positions among its results; passes may have changed the buffer."""
+    found = []
+    for position, name in received:
+        out = forward.outputs[position]
+        if isinstance(out, View):
+            found.append((out.buffer, name))
+    return tuple(dict.fromkeys(found))

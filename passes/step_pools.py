@@ -202,7 +202,10 @@ class _Search:
             for group in groups:
                 offsets.update({root: (group.pool.name, offset) for root, offset in group.offsets})
             pooled[0] = Pooled((*pooled[0].pools, *(g.pool for g in groups)), offsets)
-        slabs = tuple(Slab(g.pool.name, g.pool.nbytes, g.pool.device, g.received) for g in groups)
+        slabs = tuple(
+            Slab(g.pool.name, g.pool.nbytes, g.pool.device, g.received, tuple(at for _, at in g.offsets))
+            for g in groups
+        )
         reserve: Size = self.reserve(self.requests(c)) if c.reserve else 0
         if reserve:
             known = frozenset(i.symbol for i in self.step.laid[0].program.inputs if isinstance(i, SymbolInput))

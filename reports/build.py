@@ -139,6 +139,10 @@ def graph_of(plan: ir_plan.Plan, name: str | None = None, stages: Sequence[tuple
         for p in plan.pools
         if p not in plan.arenas
     )
+    pools += tuple(
+        Pool(name=s.name, nbytes=ir.evaluate(s.nbytes, program.hints), device=s.device, birth=0, death=death)
+        for s, death in _slabs(plan)
+    )
     notes = _notes(plan)
     shapes = _shapes(program)
     buffers = tuple(_buffer(plan, b, shapes, notes) for b in _planned(plan))
@@ -237,15 +241,28 @@ def _buffer(
     )
 
 
+def _slabs(plan: ir_plan.Plan) -> list[tuple[ir_plan.Slab, int]]:
+    """The allocations that a backward gets from its forward, and the step after which each is freed."""
+    ends: dict[str, int] = {}
+    for name, life in plan.lifetimes.items():
+        root = plan.storage_of(name)
+        ends[root] = max(ends.get(root, 0), life.stop)
+    found = [(s, max((ends[m] for m in s.members if m in ends), default=0)) for s in plan.slabs]
+    return [(s, min(stop, len(plan.order) + 1)) for s, stop in found if stop]
+
+
 def _place(plan: ir_plan.Plan, name: str) -> tuple[Placement, str | None, int | None, str | None]:
     """Placement; pool and offset, also of what is in place of something in a pool; what it is in place of."""
     own, at_root = plan.placements[name], plan.placements[plan.storage_of(name)]
     pool, offset = None, None
+    slab = next((s for s in plan.slabs if plan.storage_of(name) in s.members), None)
+    if slab is not None:
+        pool, offset = slab.name, slab.offsets[slab.members.index(plan.storage_of(name))]
     if isinstance(at_root, ir_plan.InPool):
         pool, offset = at_root.pool, ir.evaluate(at_root.offset, plan.program.hints)
     match own:
         case ir_plan.External():
-            return "external", None, None, None
+            return "external", pool, offset, None
         case ir_plan.Own():
             return "own", None, None, None
         case ir_plan.InPool():

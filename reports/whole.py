@@ -27,6 +27,12 @@ class _Timeline:
     starts: Mapping[str, int]
     total: int
     names: Mapping[tuple[str, str], str]
+    #: allocations of a forward under the names that its backward has for them
+    slabs: Mapping[str, str]
+
+    def pool(self, graph: Graph, name: str) -> str:
+        """What a pool is called on the common timeline."""
+        return self.slabs.get(f"{graph.name}:{name}", f"{graph.name}:{name}")
 
     def stop(self, graph: Graph, death: int) -> int:
         """A death on the common timeline; what outlives its graph lives to the end of the step."""
@@ -52,7 +58,9 @@ def whole_step(graphs: Sequence[Graph], joins: Sequence[Join]) -> Graph:
             name = timeline.names[g.name, b.name]
             rows[name] = _received(rows[name], b, g, timeline) if name in rows else _moved(b, g, timeline)
     buffers = tuple(b.model_copy(update={"storage": _root(b, rows)}) for b in rows.values())
-    pools = _lasting(tuple(_moved_pool(p, g, timeline) for g in graphs for p in g.pools), buffers)
+    pools = _lasting(
+        tuple(_moved_pool(p, g, timeline) for g in graphs for p in g.pools if _own(p, g, timeline)), buffers
+    )
     steps = tuple(_moved_step(s, g, timeline) for g in graphs for s in g.steps)
     unexplained = [value for g in graphs for value in residue(g)]
     known = allocated_bytes(buffers, pools, steps)
@@ -97,7 +105,18 @@ def _timeline(graphs: Sequence[Graph], joins: Sequence[Join]) -> _Timeline:
         if starts[j.forward] >= starts[j.backward] + 1:
             raise ReportError(f"a join goes from {j.forward!r} back to {j.backward!r}, which runs before it")
         names[j.backward, j.received] = names[j.forward, j.saved]
-    return _Timeline(starts, total, names)
+    pool_of = {(g.name, b.name): b.pool for g in graphs for b in g.buffers if b.pool is not None}
+    slabs = {}
+    for j in joins:
+        ahead, behind = pool_of.get((j.forward, j.saved)), pool_of.get((j.backward, j.received))
+        if ahead is not None and behind is not None:
+            slabs[f"{j.backward}:{behind}"] = f"{j.forward}:{ahead}"
+    return _Timeline(starts, total, names, slabs)
+
+
+def _own(p: Pool, g: Graph, t: _Timeline) -> bool:
+    """Whether the graph made the pool itself."""
+    return f"{g.name}:{p.name}" not in t.slabs
 
 
 def _moved(b: Buffer, g: Graph, t: _Timeline) -> Buffer:
@@ -109,7 +128,7 @@ def _moved(b: Buffer, g: Graph, t: _Timeline) -> Buffer:
             "death": max(t.stop(g, b.death), start + b.birth + 1),
             "storage": t.names[g.name, b.storage],
             "in_place_of": None if b.in_place_of is None else t.names[g.name, b.in_place_of],
-            "pool": None if b.pool is None else f"{g.name}:{b.pool}",
+            "pool": None if b.pool is None else t.pool(g, b.pool),
             "arena": None if b.arena is None else f"{g.name}:{b.arena}",
         }
     )

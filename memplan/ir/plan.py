@@ -76,12 +76,16 @@ class Pool:
 
 @dataclass(frozen=True, slots=True)
 class Slab:
-    """Donated inputs of a backward that lie in one allocation of their forward; the last one to go frees it."""
+    """Donated inputs of a backward that lie in one allocation of their forward; the last one to go frees it.
+
+    ``offsets`` are each member's, in bytes.
+    """
 
     name: str
     nbytes: Size
     device: str
     members: tuple[str, ...]
+    offsets: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

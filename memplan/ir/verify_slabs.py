@@ -37,10 +37,21 @@ def check_slabs(plan: Plan, storages: Mapping[str, Sequence[str]], fail: Fail) -
                 raise fail(f"{name!r} is in slab {seen[name]!r} and in slab {slab.name!r}", b)
             seen[name] = slab.name
             _check_member(plan, slab, b, storages.get(name, ()), fail)
-        total = sum(plan.program.nbytes(name) for name in slab.members)
-        size = evaluate_index(slab.nbytes, plan.program.hints)
-        if total > size:
-            raise fail(f"slab {slab.name!r} of {size} bytes holds {total} bytes of inputs", None)
+        _check_places(plan, slab, fail)
+
+
+def _check_places(plan: Plan, slab: Slab, fail: Fail) -> None:
+    """Members lie side by side, within the slab."""
+    if len(slab.offsets) != len(slab.members):
+        raise fail(f"slab {slab.name!r} has {len(slab.offsets)} offsets for {len(slab.members)} inputs", None)
+    end, before = 0, ""
+    for offset, name in sorted(zip(slab.offsets, slab.members, strict=True)):
+        if offset < end:
+            raise fail(f"{before!r} and {name!r} overlap in slab {slab.name!r}", plan.program.buffers[name])
+        end, before = offset + plan.program.nbytes(name), name
+    size = evaluate_index(slab.nbytes, plan.program.hints)
+    if end > size:
+        raise fail(f"{before!r} ends at byte {end} of slab {slab.name!r}, which has {size}", None)
 
 
 def _check_member(plan: Plan, slab: Slab, b: Buffer, storage: Sequence[str], fail: Fail) -> None:

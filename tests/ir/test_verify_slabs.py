@@ -28,7 +28,7 @@ def plan(*slabs: Slab, in_place: dict[str, str] | None = None, returns_input: bo
 
 
 def slab(*members: str, nbytes: int = 128, name: str = "slab") -> Slab:
-    return Slab(name, nbytes, "cpu", members)
+    return Slab(name, nbytes, "cpu", members, tuple(64 * k for k in range(len(members))))
 
 
 def rejects(plan: Plan, *words: str) -> None:
@@ -51,8 +51,10 @@ def test_what_is_rejected() -> None:
     rejects(plan(slab("a", "b"), slab("b", name="other")), "'b' is in slab 'slab' and in slab 'other'")
     rejects(plan(slab("a", "theirs")), "slab 'slab' holds 'theirs', which is no donated input")
     rejects(plan(slab("a", "y")), "slab 'slab' holds 'y', which is no donated input")
-    rejects(plan(Slab("slab", 128, "cuda:0", ("a", "b"))), "'a' on cpu is in slab 'slab' on cuda:0")
-    rejects(plan(slab("a", "b", nbytes=127)), "slab 'slab' of 127 bytes holds 128 bytes of inputs")
+    rejects(plan(Slab("slab", 128, "cuda:0", ("a", "b"), (0, 64))), "'a' on cpu is in slab 'slab' on cuda:0")
+    rejects(plan(slab("a", "b", nbytes=127)), "'b' ends at byte 128 of slab 'slab', which has 127")
+    rejects(plan(Slab("slab", 128, "cpu", ("a", "b"), (0, 32))), "'a' and 'b' overlap in slab 'slab'")
+    rejects(plan(Slab("slab", 128, "cpu", ("a", "b"), (0,))), "slab 'slab' has 1 offsets for 2 inputs")
     rejects(plan(slab("a", "b"), in_place={"w": "b"}), "'w' leaves the program in the storage of 'b'", "slab 'slab'")
     rejects(plan(slab("a", "b"), returns_input=True), "'b' leaves the program in the storage of 'b'")
     rejects(replace(plan(slab("a", "b")), timeline=plan().timeline), "claims 192 bytes held at step 1")
