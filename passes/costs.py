@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch.utils.flop_counter import flop_registry
 
 from memplan.ir.device import DeviceFigures, Unit, Work
+from memplan.ir.flops import flops, has_formula
 from memplan.ir.index import ranges_of
 from memplan.ir.loops import Call, Constant, Index, Load, Random, Reduce
 from memplan.ir.program import (
@@ -110,10 +110,9 @@ def _call_work(op: Extern, program: Program) -> Work:
 def _operations(op: Extern, name: str, program: Program) -> int | None:
     """Floating point operations by torch's formulas; None where there is none for the operator."""
     packet = getattr(torch.ops.aten, name, None) if op.target.startswith("aten.") else None
-    formula = flop_registry.get(packet)
-    if formula is None or packet is None:
+    overload = None if packet is None else getattr(packet, op.target.split(".")[2])
+    if overload is None or not has_formula(overload):
         return None
-    overload = getattr(packet, op.target.split(".")[2])
     args = [_value(a, program) for a in op.args]
     kwargs = {k: _value(a, program) for k, a in op.kwargs}
     # gradients have the shapes of what they belong to, also those that nobody uses
@@ -121,7 +120,7 @@ def _operations(op: Extern, name: str, program: Program) -> int | None:
     outs = gradients or [None if v is None else _meta(v, program) for v in op.results]
     taken = {a.name for a in overload._schema.arguments if a.is_out}
     kwargs = {k: v for k, v in kwargs.items() if k not in taken}
-    found = int(formula(*args, **kwargs, out_val=outs if len(outs) > 1 else outs[0]))
+    found = flops(overload, args, kwargs, outs if len(outs) > 1 else outs[0])
     return found // 2 if _is_causal(op, overload) else found
 
 

@@ -10,9 +10,9 @@ import torch
 import torch.fx
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
-from torch.utils.flop_counter import flop_registry
 
 from ..ir.device import DeviceFigures, Unit, Work
+from ..ir.flops import flops, has_formula
 from ..ir.joint import JointGraph, JointNode, NodeKind, Side
 from ..ir.program import evaluate
 from .fx import symbol_hint
@@ -220,13 +220,12 @@ def call_work(node: Node) -> Work:
 def _operations(node: Node) -> int:
     """Floating point operations by torch's own formulas; one for each element of the result where there is none."""
     target = node.target
-    formula = flop_registry.get(target.overloadpacket) if isinstance(target, torch._ops.OpOverload) else None
-    if formula is None:
+    if not isinstance(target, torch._ops.OpOverload) or not has_formula(target):
         return elements(node)
     args, kwargs = pytree.tree_map(
         lambda a: _hinted(a.meta.get("val")) if isinstance(a, Node) else a, (node.args, dict(node.kwargs))
     )
-    found = int(formula(*args, **kwargs, out_val=_hinted(node.meta["val"])))
+    found = flops(target, args, kwargs, _hinted(node.meta["val"]))
     return found // 2 if argument_of(node, "is_causal") is True else found
 
 
