@@ -100,7 +100,7 @@ def zero_workspace(nbytes: int, device: str, stream: int) -> torch.Tensor:
     Kernels of a stream run one after another, so one workspace serves all of them; it grows to the largest. A CUDA
     graph that is being recorded gets one of its own, which every replay fills: it may run on any stream.
     """
-    if stream and torch.cuda.is_current_stream_capturing():
+    if device.startswith("cuda") and torch.cuda.is_current_stream_capturing():
         return torch.zeros(nbytes, dtype=torch.uint8, device=device)
     found = _zeros.get((device, stream))
     if found is None or found.numel() < nbytes:
