@@ -7,7 +7,7 @@ that outlives a line is a member of a frame (``t`` handles, ``p`` addresses, ``s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import sympy
@@ -38,6 +38,8 @@ class PythonLine:
     """A line that Python runs: ``def line(<names>)`` returning (tensors, then numbers)."""
 
     source: str
+    #: whether calls that go well run it; the rest say what is wrong, or mend a layout that nobody expects
+    needed: bool = True
 
 
 _KEYWORD_TEXT = """
@@ -97,6 +99,10 @@ class Frame:
     locals: int = 0
     views: int = 0
     steps: int = 0
+
+    def lines_unneeded_from(self, start: int) -> None:
+        """Lines of Python from this one on are not run by calls that go well."""
+        self.lines[start:] = [replace(line, needed=False) for line in self.lines[start:]]
 
     # -- small texts --
 

@@ -46,7 +46,9 @@ def _native(frame: Frame, line: CallExtern, op: Extern, shim: Shim) -> None:
     frame.shims[shim.name] = shim
     frame.line(f"if (__builtin_expect({call} != 0, 0)) {{  // Python says what is wrong")
     made = dict(m.results)
+    count = len(frame.lines)
     through_python(frame, line, op, {k: made[k] for k, v in enumerate(op.results) if v is not None and k in made})
+    frame.lines_unneeded_from(count)
     frame.line("}")
     for k, name in made.items():
         view = op.results[k] if k < len(op.results) else None
@@ -69,5 +71,7 @@ def _relay(frame: Frame, view: View, target: str) -> None:
     sizes, strides = shape[: len(view.sizes)], shape[len(view.sizes) :]
     text = f"    return (laid_out(r, ({''.join(s + ', ' for s in sizes)}), ({''.join(s + ', ' for s in strides)})),)\n"
     numbers = [frame.size(n) for n in (*view.sizes, *view.strides)]
+    count = len(frame.lines)
     call_python(frame, text, ["r", *shape], [old], numbers, [], [target], [])
+    frame.lines_unneeded_from(count)
     frame.line(f"mp::drop({old});")

@@ -33,7 +33,9 @@ def launch(frame: Frame, line: Launch) -> None:
             return
         frame.line(f"if (const char* bad = {call}) {{  // {line.kernel}")
         raising = f"    raise_out_of_range(bad, {line.checks!r})\n"
+        count = len(frame.lines)
         call_python(frame, raising, ["bad"], [], ["(int64_t)bad"], [], [], [])
+        frame.lines_unneeded_from(count)
         frame.line("}")
         return
     kernel = frame.grids[line.kernel]

@@ -425,6 +425,12 @@ def _printed(
     return python, print_in_cpp(lines, grids, config)
 
 
+def print_cpp_wrapper(plan: Plan, config: Config) -> CppWrapper | None:
+    """The C++ wrapper of a plan for the CPU; None where only Python can run it.  Raises UnsupportedError likewise."""
+    found = kernel_sets.collect(plan.program)
+    return _printed(plan, found, {}, NO_USER_KERNELS, replace(config, wrapper="cpp"))[1]
+
+
 def _assemble(
     artifact: Artifact, linked: Linked, make_plan: Callable[[], Plan], program: Program, config: Config, kept: Kept
 ) -> CompiledProgram:

@@ -129,8 +129,9 @@ def load(path: str | Path) -> LoadedModel:
         assert isinstance(interface, Interface)
         memories = {w.storage: _memory(reader, w.storage, w.device) for w in _one_of_each(interface)}
         constants = {name: _constant(reader, name, *given) for name, given in about.items()}
-        for name in ("wrapper.py", "report.json"):
-            reader.verify(name)
+        for name in ("wrapper.py", "report.json", "wrapper.so", "cpp.txt"):
+            if name in reader.entries:
+                reader.verify(name)
         plan = reader.read("plan.json")
         hosts = [n for n in reader.entries if n.startswith("host/")]
         code = {n: reader.read(n) for n in ("kernels.so", *hosts) if n in reader.entries}

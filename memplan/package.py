@@ -1,9 +1,9 @@
 """The file of a saved model: a zip without compression, with a manifest that has the digest of everything in it.
 
 ``manifest.json`` comes last and tells of every other entry its bytes and sha256; ``manifest.sha256`` is the manifest's
-own. Entries start at multiples of 64 bytes, so that a program may map weights where they lie. Reading checks before it
-gives anything out; nothing here runs what is in a file. The digests tell damage, not who made the file: load only files
-that you trust, as they hold code.
+own. Entries below 2 GiB start at multiples of 64 bytes, so that a program may map weights where they lie. Reading
+checks before it gives anything out; nothing here runs what is in a file. The digests tell damage, not who made the
+file: load only files that you trust, as they hold code.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Writer:
         gap = -(start + 4) % _ALIGNMENT  # an extra field has a header of four bytes
         info.extra = b"\x4d\x50" + gap.to_bytes(2, "little") + bytes(gap)
         info.external_attr = 0o600 << 16
-        with self.archive.open(info, "w", force_zip64=False) as file:
+        info.file_size = len(data)  # from 2 GiB on a longer header follows, and the entry lies where it lies
+        with self.archive.open(info, "w") as file:
             file.write(data)
 
     def finish(self, manifest: Mapping[str, object]) -> None:

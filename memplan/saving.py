@@ -24,6 +24,7 @@ from .recording import CompiledGraph
 from .runtime import cuda_launch
 from .runtime.cache import Cache
 from .runtime.toolchain import cpu_instructions
+from .saving_cpp import cpp_parts
 from .saving_encoding import encode
 
 _BASE = 64  # stored weights start at a multiple of so many bytes of their memory
@@ -99,6 +100,10 @@ def _fill(
         writer.add("kernels.so", data)
     if artifact.gpu:
         writer.add(f"host/cuda_launch.{cuda_launch.soabi()}.so", cuda_launch.module_path().read_bytes())
+    cpp = cpp_parts(plan, interface, artifact, plan.program.constants, config)
+    if cpp is not None:
+        writer.add("wrapper.so", cpp[0])
+        writer.add("cpp.txt", cpp[1].encode())
     bare = replace(plan, program=replace(plan.program, constants={}, callables={}))
     writer.add("model.json", encode((interface, artifact, constants)))
     writer.add("plan.json", encode(bare))
