@@ -390,7 +390,7 @@ def base_views(plan: Plan) -> dict[str, View]:
 def _elements(b: Buffer) -> Size:
     if isinstance(b.nbytes, int):
         return -(-b.nbytes // b.dtype.itemsize)
-    return sympy.cancel(b.nbytes / b.dtype.itemsize)
+    return sympy.expand_mul(b.nbytes / b.dtype.itemsize)
 
 
 def _covers(view: View, b: Buffer) -> bool:

@@ -26,7 +26,7 @@ from .ir.errors import CompilerError
 from .ir.loops import Kernel, Size
 from .ir.plan import Plan
 from .ir.program import Contract, Extern, KernelOp, Operation, Program
-from .ir.verify import verify_program
+from .ir.verify import ProgramVerifier
 from .ir.verify_plan import verify_plan
 from .lowering.call_site import LOWERINGS
 from .lowering.contracts import contract
@@ -158,7 +158,7 @@ def prepare_program(program: Program, config: Config, kept: Kept = NOTHING_KEPT)
     communication = Communication(facts, config.communication, refused)
     last = (Templates(chooser(config, kept)), communication)
     passes: tuple[type[Pass] | Pass, ...] = (Lowering(config, kept), *PASSES[1:-2], *last)
-    program = run_pipeline(program, config, verify_program, on_pass, passes=passes)
+    program = run_pipeline(program, config, ProgramVerifier(), on_pass, passes=passes)
     libraries = planner_libraries()
     order: tuple[str, ...] = tuple(op.name for op in program.operations)
     bound, program_peak, note = 0, None, libraries.note

@@ -76,11 +76,13 @@ def with_fallback(program: Program, attempt: Callable[[Kept], Result]) -> Result
             for failure in error.failures:
                 _warn(_origins(failure.users), failure.error)
         except LoweringError as error:
-            failed = [op for op in program.operations if op.name == error.operation]
+            errors = {e.operation: e for e in (error, *error.others)}
+            failed = [op for op in program.operations if op.name in errors]
             more = _without(kept, program, failed)
             if more == kept:
                 raise
-            _warn(_origins(failed), error)
+            for op in failed:
+                _warn(_origins([op]), errors[op.name])
         kept = more
 
 

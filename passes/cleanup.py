@@ -80,13 +80,19 @@ def _stays(op: Extern | Copy | UserKernel, wanted: set[str]) -> bool:
     return not changed or bool(changed & wanted)
 
 
-@lru_cache(maxsize=1 << 14)
 def normalise(kernel: Kernel) -> Kernel:
     """The kernel with equal nodes shared, dead ones gone, index expressions simplified, ranges in simplest form.
 
     Ranges of size 1 go; a range that is only ever used split (``x // 8`` and ``x % 8``) becomes two; neighbours that
     every access runs through as one become one. Outer ranges are ordered as most accesses stride, largest first.
     """
+    found = _normalised(kernel.anonymous)
+    return kernel if found is kernel.anonymous else found.numbered_over(kernel.buffers)
+
+
+@lru_cache(maxsize=1 << 14)
+def _normalised(kernel: Kernel) -> Kernel:
+    """`normalise` for all kernels that are equal but for their buffers' names."""
     body = Body(kernel.outer, kernel.row)
     moved = body.embed(kernel, {r.symbol: _ZERO for r in (*kernel.outer, *kernel.row) if r.size == 1})
     body.stores = body.embed_stores(

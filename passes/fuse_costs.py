@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import sympy
@@ -154,6 +155,12 @@ def keeps_parallel(kernel: Kernel, device: str, limits: Limits, parts: tuple[Ker
 
 def _uses_result_along_row(kernel: Kernel) -> bool:
     """Whether a value of a point depends on a reduction over the row."""
+    return _feeds_back(kernel.anonymous)
+
+
+@lru_cache(maxsize=1 << 14)
+def _feeds_back(kernel: Kernel) -> bool:
+    """`_uses_result_along_row` for all kernels that are equal but for their buffers' names."""
     reduced = [False] * len(kernel.nodes)
     for k, node in enumerate(kernel.nodes):
         reduced[k] = isinstance(node, Reduce) or any(reduced[a] for a in operands(node))
@@ -168,6 +175,11 @@ def row_is_contiguous(kernel: Kernel) -> bool:
     A value for each row or column (a mean, a weight) counts by its few elements, so that it does not decide. Sizes that
     are not known count as 64.
     """
+    return _row_is_contiguous(kernel.anonymous)
+
+
+@lru_cache(maxsize=1 << 14)
+def _row_is_contiguous(kernel: Kernel) -> bool:
     row = {r.symbol for r in kernel.row if r.size != 1}
     if not row:
         return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import sympy
 import torch
@@ -41,6 +42,28 @@ def merge(producer: Kernel, consumer: Kernel, rules: MergeRules = MergeRules()) 
     The consumer's loads of what the producer stores must all be at the very point where it is stored. None where no
     common iteration space is found, or where a point would need another point's new value.
     """
+    names = tuple(dict.fromkeys((*producer.buffers, *consumer.buffers)))
+    number = {name: k for k, name in enumerate(names)}
+    found = _merged(
+        producer.anonymous,
+        consumer.anonymous,
+        tuple([number[b] for b in consumer.buffers]),
+        frozenset([number[b] for b in rules.changed if b in number]),
+        frozenset([number[b] for b in rules.dropped if b in number]),
+    )
+    return None if found is None else found.numbered_over(names)
+
+
+@lru_cache(maxsize=1 << 14)
+def _merged(
+    producer: Kernel, consumer: Kernel, shared: tuple[int, ...], changed: frozenset[int], dropped: frozenset[int]
+) -> Kernel | None:
+    """`merge` of kernels whose buffers have numbers: ``shared[k]`` is what the consumer's ``b<k>`` is to the two.
+
+    Layers of a model that do the same differ in names alone, so that they are merged once.
+    """
+    consumer = consumer.over(tuple([f"b{k}" for k in shared]))
+    rules = MergeRules(frozenset([f"b{k}" for k in changed]), frozenset([f"b{k}" for k in dropped]))
     for producer_is_base in _orientations(producer, consumer):
         base, other = (producer, consumer) if producer_is_base else (consumer, producer)
         identity = {r.symbol: r.symbol for r in (*base.outer, *base.row)}
@@ -102,8 +125,13 @@ def updates_once_a_row(kernel: Kernel) -> bool:
     over the row after an earlier one has written it; so might a value that something along the row depends on.
     """
     both = set(kernel.read_buffers) & set(kernel.written_buffers) if kernel.row else set()
-    if not both:
-        return True
+    return not both or _updates_once_a_row(kernel.anonymous)
+
+
+@lru_cache(maxsize=1 << 14)
+def _updates_once_a_row(kernel: Kernel) -> bool:
+    """`updates_once_a_row` of a kernel that reads and writes a buffer."""
+    both = set(kernel.read_buffers) & set(kernel.written_buffers)
     ranges = ranges_of((*kernel.outer, *kernel.row))
     for s in kernel.stores:
         if s.buffer in both and (
@@ -190,6 +218,17 @@ def inline(producer: Kernel, consumer: Kernel, buffer: str) -> Kernel | None:
     The producer's store must cover all that is ever read of the buffer, and what the producer reads must still hold
     the same when the consumer runs: both are for the caller to see to.
     """
+    names = tuple(dict.fromkeys((*producer.buffers, *consumer.buffers)))
+    number = {name: k for k, name in enumerate(names)}
+    shared = tuple([number[b] for b in consumer.buffers])
+    found = _inlined(producer.anonymous, consumer.anonymous, shared, f"b{number[buffer]}")
+    return None if found is None else found.numbered_over(names)
+
+
+@lru_cache(maxsize=1 << 14)
+def _inlined(producer: Kernel, consumer: Kernel, shared: tuple[int, ...], buffer: str) -> Kernel | None:
+    """`inline` of kernels whose buffers have numbers; see `_merged`."""
+    consumer = consumer.over(tuple([f"b{k}" for k in shared]))
     store = stored_value(producer, buffer)
     if store is None:
         return None
@@ -239,6 +278,13 @@ def _replayed(body: Body, producer: Kernel, store: Store, load: Load, wanted: fr
 
 def without_stores(kernel: Kernel, buffers: frozenset[str]) -> Kernel:
     """The kernel without its stores to these buffers and what only they needed."""
+    gone = frozenset([k for k, b in enumerate(kernel.buffers) if b in buffers])
+    return _without_stores(kernel.anonymous, gone).numbered_over(kernel.buffers)
+
+
+@lru_cache(maxsize=1 << 14)
+def _without_stores(kernel: Kernel, numbers: frozenset[int]) -> Kernel:
+    buffers = frozenset([f"b{k}" for k in numbers])
     body = Body(kernel.outer, kernel.row)
     moved = body.embed(kernel, {})
     body.stores = [s for s in body.embed_stores(kernel, {}, moved) if s.buffer not in buffers]

@@ -88,9 +88,15 @@ def kernel_safe(op: KernelOp, old: str, new: str) -> bool:
     return not kernel_reason(op.kernel, old, new)
 
 
-@lru_cache(maxsize=1 << 14)
 def kernel_reason(kernel: Kernel, old: str, new: str) -> str:
     """Why a kernel may not write ``new`` over ``old``; "" if it may."""
+    number = {name: f"b{k}" for k, name in enumerate(kernel.buffers)}
+    return _kernel_reason(kernel.anonymous, number.get(old, ""), number.get(new, ""))
+
+
+@lru_cache(maxsize=1 << 14)
+def _kernel_reason(kernel: Kernel, old: str, new: str) -> str:
+    """`kernel_reason` for all kernels that are equal but for their buffers' names."""
     stores = [s for s in kernel.stores if s.buffer == new]
     if len(stores) != 1:
         return f"it stores {len(stores)} times"

@@ -72,14 +72,17 @@ def storages(program: Program, lives: Mapping[str, Lifetime], in_place: Mapping[
     root: dict[str, str] = {}
 
     def find(name: str) -> str:
-        while name in in_place:
+        chain = []
+        while name in in_place and name not in root:
+            chain.append(name)
             name = in_place[name]
-        return name
+        end = root.get(name, name)
+        root.update(dict.fromkeys(chain, end))  # a chain may run through all layers of a model: it is followed once
+        return end
 
     members: dict[str, list[str]] = {}
     for name in lives:
-        root[name] = find(name)
-        members.setdefault(root[name], []).append(name)
+        members.setdefault(find(name), []).append(name)
     out = []
     for r, names in members.items():
         life = Lifetime(min(lives[m].start for m in names), max(lives[m].stop for m in names))

@@ -27,8 +27,13 @@ class CanonicalKernel:
 
 def canonicalize(kernel: Kernel) -> CanonicalKernel:
     """Rename ranges and buffers by order of first appearance (loads before stores)."""
-    names = tuple(dict.fromkeys((*kernel.read_buffers, *kernel.written_buffers)))
-    renamed = {name: f"b{k}" for k, name in enumerate(names)}
+    found = _canonical(kernel.anonymous)
+    return CanonicalKernel(found.kernel, kernel.buffers, found.symbols)
+
+
+@lru_cache(maxsize=1 << 14)
+def _canonical(kernel: Kernel) -> CanonicalKernel:
+    """`canonicalize` for a kernel whose buffers have canonical names."""
     ranges: dict[sympy.Symbol, sympy.Symbol] = {}
     outer = tuple(_rename(r, outer_symbol(k), ranges) for k, r in enumerate(kernel.outer))
     row = tuple(_rename(r, row_symbol(k), ranges) for k, r in enumerate(kernel.row))
@@ -40,13 +45,13 @@ def canonicalize(kernel: Kernel) -> CanonicalKernel:
     nodes = []
     for node in kernel.nodes:
         if isinstance(node, Load):
-            node = replace(node, buffer=renamed[node.buffer], index=index(node.index))
+            node = replace(node, index=index(node.index))
         elif hasattr(node, "expr"):
             node = replace(node, expr=index(node.expr))
         nodes.append(node)
-    stores = tuple(replace(s, buffer=renamed[s.buffer], index=index(s.index)) for s in kernel.stores)
+    stores = tuple(replace(s, index=index(s.index)) for s in kernel.stores)
     out = Kernel(outer, row, tuple(nodes), stores)
-    return CanonicalKernel(out, names, size_symbols(out))
+    return CanonicalKernel(out, kernel.buffers, size_symbols(out))
 
 
 #: Bytes that every offset is a multiple of, so that addresses stay aligned as kernels expect.
@@ -59,8 +64,14 @@ def hoist_offsets(canonical: CanonicalKernel) -> CanonicalKernel:
     Slices of one tensor then run one kernel. Each access reaches the same byte as before, so what was known about
     overlaps, races and bounds of the kernel still holds.
     """
-    body = canonical.kernel
-    offsets = {f"b{k}": 0 for k in range(len(canonical.buffers))}
+    kernel, offsets = _hoisted(canonical.kernel)
+    return canonical if kernel is canonical.kernel else replace(canonical, kernel=kernel, offsets=offsets)
+
+
+@lru_cache(maxsize=1 << 14)
+def _hoisted(body: Kernel) -> tuple[Kernel, tuple[int, ...]]:
+    """`hoist_offsets` of a canonical kernel: the kernel and the bytes for each buffer."""
+    offsets = dict.fromkeys(body.buffers, 0)
     every: list[Load | Store] = [*body.loads, *body.stores]
     for name in offsets:
         accesses = [a for a in every if a.buffer == name]
@@ -70,7 +81,7 @@ def hoist_offsets(canonical: CanonicalKernel) -> CanonicalKernel:
             common = min(_constant_part(a.index) for a in accesses)
             offsets[name] = common * itemsize // OFFSET_UNIT * OFFSET_UNIT
     if not any(offsets.values()):
-        return canonical
+        return body, ()
 
     def moved(index: sympy.Expr, buffer: str, itemsize: int) -> sympy.Expr:
         return index - offsets[buffer] // itemsize if offsets[buffer] else index
@@ -79,9 +90,7 @@ def hoist_offsets(canonical: CanonicalKernel) -> CanonicalKernel:
         replace(n, index=moved(n.index, n.buffer, n.dtype.itemsize)) if isinstance(n, Load) else n for n in body.nodes
     )
     stores = tuple(replace(s, index=moved(s.index, s.buffer, s.dtype.itemsize)) for s in body.stores)
-    return replace(
-        canonical, kernel=Kernel(body.outer, body.row, nodes, stores), offsets=tuple(offsets[b] for b in offsets)
-    )
+    return Kernel(body.outer, body.row, nodes, stores), tuple(offsets.values())
 
 
 @lru_cache(maxsize=1 << 14)

@@ -48,12 +48,14 @@ class CacheError(MemplanError):
 class LoweringError(MemplanError):
     """An operation could not be lowered; it runs as its ATen call instead.
 
-    ``operation`` names the operation of the program, where the failure is one operation's alone.
+    ``operation`` names the operation of the program, where the failure is one operation's alone; ``others`` are those
+    of further operations of the same program.
     """
 
     def __init__(self, message: str, *, where: str = "", operation: str = "") -> None:
         super().__init__(message, where=where)
         self.operation = operation
+        self.others: tuple[LoweringError, ...] = ()
 
 
 class VerificationError(MemplanError):

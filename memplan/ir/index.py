@@ -190,12 +190,20 @@ def _divide_term(term: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr | None:
             if c % d == 0:
                 return sympy.Integer(c // d) * factor
         return None
-    ratio = sympy.cancel(term / divisor)
-    return ratio if ratio.is_polynomial() and all(c.is_Integer for c in _coefficients(ratio)) else None
+    return None if divisor.is_Add else divide_monomials(term, divisor)
 
 
-def _coefficients(expr: sympy.Expr) -> list[sympy.Expr]:
-    return [t.as_coeff_Mul()[0] for t in sympy.Add.make_args(expand(expr))]
+@lru_cache(maxsize=65536)
+def divide_monomials(term: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr | None:
+    """The quotient of two products of powers, if it is such a product with an integer coefficient; else None."""
+    quotient = term / divisor
+    coefficient, factor = quotient.as_coeff_Mul()
+    if not coefficient.is_Integer:
+        return None
+    for part in sympy.Mul.make_args(factor):
+        if part.is_Pow and not (part.exp.is_Integer and part.exp.is_positive):
+            return None
+    return quotient
 
 
 def floor_div(base: sympy.Expr, divisor: sympy.Expr, ranges: Ranges) -> sympy.Expr:
@@ -358,6 +366,15 @@ def invert(
     return out
 
 
+@lru_cache(maxsize=65536)
+def _is_multiple(large: sympy.Expr, small: sympy.Expr) -> bool:
+    """Whether ``large`` is surely ``small`` times a positive integer."""
+    ratio = large / small
+    if not (ratio.is_Rational or divide_monomials(large, small) is not None):
+        ratio = sympy.cancel(ratio)
+    return bool(ratio.is_integer and ratio.is_positive)
+
+
 def _nesting_order(
     strides: list[tuple[sympy.Expr, sympy.Symbol, Size]],
 ) -> list[tuple[sympy.Expr, sympy.Symbol, Size]] | None:
@@ -376,9 +393,7 @@ def _nesting_order(
                 found = item
                 break
         if found is None:
-            divisible = [
-                i for i in remaining if (ratio := sympy.cancel(i[0] / extent)).is_integer and ratio.is_positive
-            ]
+            divisible = [i for i in remaining if _is_multiple(i[0], extent)]
             if not divisible or any(not i[0].is_Integer for i in divisible):
                 return None
             found = min(divisible, key=lambda i: int(i[0]))

@@ -305,8 +305,45 @@ class Kernel:
         return {"outer": self.outer, "row": self.row, "nodes": self.nodes, "stores": self.stores}
 
     @cached_property
+    def buffers(self) -> tuple[str, ...]:
+        """Every buffer once, in order of first appearance, loads before stores."""
+        return tuple(dict.fromkeys((*self.read_buffers, *self.written_buffers)))
+
+    @cached_property
+    def anonymous(self) -> Kernel:
+        """The same loops over buffers ``b0, b1, ...``, which stand for `buffers` in that order.
+
+        One object for all kernels that are equal but for their buffers' names: what a function finds out about it, it
+        finds out once for all layers of a model.
+        """
+        names = tuple([f"b{k}" for k in range(len(self.buffers))])
+        return _interned(self if names == self.buffers else self._renamed(names))
+
+    def over(self, buffers: tuple[str, ...]) -> Kernel:
+        """The same loops over other buffers, all different: ``buffers[k]`` in place of ``self.buffers[k]``."""
+        if buffers == self.buffers:
+            return self
+        made = self._renamed(buffers)
+        made.__dict__.update(anonymous=self.anonymous, buffers=buffers)  # as if `cached_property` had asked
+        return made
+
+    def numbered_over(self, buffers: tuple[str, ...]) -> Kernel:
+        """For loops over some of ``b0, b1, ...``: the same over ``buffers[k]`` in place of ``b<k>``."""
+        return self.over(tuple([buffers[int(b[1:])] for b in self.buffers]))
+
+    def _renamed(self, buffers: tuple[str, ...]) -> Kernel:
+        names = dict(zip(self.buffers, buffers, strict=True))
+        nodes = tuple(
+            [Load(names[n.buffer], n.index, n.dtype, n.mask, n.other) if isinstance(n, Load) else n for n in self.nodes]
+        )
+        stores = tuple([Store(names[s.buffer], s.index, s.value, s.dtype, s.mode, s.mask) for s in self.stores])
+        return Kernel(self.outer, self.row, nodes, stores)
+
+    @cached_property
     def levels(self) -> tuple[Level, ...]:
         """The level of every node, in order."""
+        if self.anonymous is not self:
+            return self.anonymous.levels
         row = {r.symbol for r in self.row}
         outer = {r.symbol for r in self.outer}
         levels: list[Level] = []
@@ -351,6 +388,12 @@ class Kernel:
     @cached_property
     def reductions(self) -> tuple[int, ...]:
         return tuple(k for k, n in enumerate(self.nodes) if isinstance(n, Reduce))
+
+
+@lru_cache(maxsize=1 << 14)
+def _interned(kernel: Kernel) -> Kernel:
+    """The first of all equal kernels that was asked for."""
+    return kernel
 
 
 def operands(node: Node) -> tuple[int, ...]:

@@ -13,14 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import networkx as nx
 import sympy
 import torch
 
 from .communication import Memory, collective_form
-from .loops import Kernel, Size
+from .loops import Kernel, Size, free_symbols
 from .user_kernel import Fixed, FixedValue, KernelSource
 
 
@@ -134,7 +134,7 @@ class Contract(Enum):
     MUTATE = "mutate"  # writes its inputs in place; returns nothing new
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class KernelOp:
     """One of our kernels. Reads and writes are what the kernel's loads and stores say.
 
@@ -148,16 +148,16 @@ class KernelOp:
     origins: tuple[Origin, ...] = ()
     mutates: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def reads(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((*self.kernel.read_buffers, *self.mutates)))
 
-    @property
+    @cached_property
     def writes(self) -> tuple[str, ...]:
         return tuple(b for b in self.kernel.written_buffers if b not in self.mutates)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Extern:
     """A call of a torch operator.
 
@@ -181,7 +181,7 @@ class Extern:
     symbols: tuple[tuple[str, sympy.Symbol], ...] = ()
     effect: bool = False
 
-    @property
+    @cached_property
     def reads(self) -> tuple[str, ...]:
         seen = {v.buffer: None for v in argument_views(self.args)}
         for _, a in self.kwargs:
@@ -189,7 +189,7 @@ class Extern:
         seen.update(dict.fromkeys(self.mutates))
         return tuple(seen)
 
-    @property
+    @cached_property
     def writes(self) -> tuple[str, ...]:
         if self.contract is Contract.ALIAS:
             return ()
@@ -227,7 +227,7 @@ class Wait(Extern):
     """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Copy:
     """``target.copy_(source)``: equal shapes; ``target``'s buffer is mutated (or written, where it is fresh)."""
 
@@ -238,11 +238,11 @@ class Copy:
     origins: tuple[Origin, ...] = ()
     mutates: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def reads(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((self.source.buffer, *self.mutates)))
 
-    @property
+    @cached_property
     def writes(self) -> tuple[str, ...]:
         return () if self.target.buffer in self.mutates else (self.target.buffer,)
 
@@ -481,7 +481,13 @@ def evaluate(size: Size, hints: Mapping[sympy.Symbol, int]) -> int:
         return size
     if isinstance(size, sympy.Integer):
         return int(size)
-    missing = [s for s in size.free_symbols if s not in hints]
+    symbols = free_symbols(size)
+    missing = [s for s in symbols if s not in hints]
     if missing:
         raise KeyError(f"no hint for size symbol {missing[0]} in {size}")
-    return int(size.xreplace({s: sympy.Integer(hints[s]) for s in size.free_symbols}))
+    return _evaluated(size, tuple([(s, hints[s]) for s in symbols]))
+
+
+@lru_cache(maxsize=1 << 16)
+def _evaluated(size: sympy.Expr, values: tuple[tuple[sympy.Symbol, int], ...]) -> int:
+    return int(size.xreplace({s: sympy.Integer(n) for s, n in values}))

@@ -7,6 +7,7 @@ It shares no code with a pass. Every message names the operation, the buffer or 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import sympy
 
@@ -42,7 +43,7 @@ from .verify_communication import check_flights, check_memory
 from .verify_kernel import evaluate_index, verify_kernel
 from .verify_template import check_template, check_workspaces
 
-__all__ = ["verify_kernel", "verify_program"]
+__all__ = ["ProgramVerifier", "verify_kernel", "verify_program"]
 
 
 def verify_program(program: Program) -> None:
@@ -57,7 +58,35 @@ def verify_program(program: Program) -> None:
     VerificationError
         At the first rule broken.
     """
-    _ProgramCheck(program).run()
+    _ProgramCheck(program, _Accepted()).run()
+
+
+class ProgramVerifier:
+    """`verify_program` of a program after every pass.
+
+    What an operation says by itself (views, kernel, contract) is checked again only where the operation or one of its
+    buffers is another object than in a program that was accepted before; what it means among the others, always.
+    """
+
+    def __init__(self) -> None:
+        self._accepted = _Accepted()
+
+    def __call__(self, program: Program) -> None:
+        if program.hints != self._accepted.hints:
+            self._accepted = _Accepted(dict(program.hints))
+        _ProgramCheck(program, self._accepted).run()
+
+
+@dataclass
+class _Accepted:
+    """Operations found right, by identity, with the buffers they name; held, so that no identity is given twice."""
+
+    hints: Mapping[sympy.Symbol, int] = field(default_factory=dict)
+    operations: dict[int, tuple[Operation, tuple[Buffer, ...]]] = field(default_factory=dict)
+    #: the values of sizes at the hints
+    sizes: dict[sympy.Expr, int] = field(default_factory=dict)
+    #: pairs of such operations that write separate parts of a buffer
+    apart: set[tuple[int, int, str]] = field(default_factory=set)
 
 
 def location(op: Operation) -> str:
@@ -86,8 +115,9 @@ def operation_views(op: Operation) -> Iterator[View]:
 
 
 class _ProgramCheck:
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, accepted: _Accepted) -> None:
         self.program = program
+        self.accepted = accepted
         self.hints: Mapping[sympy.Symbol, int] = program.hints
         self.written: dict[str, list[Operation]] = {}
         self.mutated: dict[str, Operation] = {}
@@ -131,10 +161,13 @@ class _ProgramCheck:
     def size(self, size: Size, what: str, op: Operation | None = None) -> int:
         if isinstance(size, int):
             return size
-        for symbol in size.free_symbols:
-            if symbol not in self.hints:
-                raise self.fail(f"{what} uses the symbol {symbol}, which has no hint", op)
-        return evaluate_index(size, self.hints)
+        found = self.accepted.sizes.get(size)
+        if found is None:
+            for symbol in size.free_symbols:
+                if symbol not in self.hints:
+                    raise self.fail(f"{what} uses the symbol {symbol}, which has no hint", op)
+            found = self.accepted.sizes[size] = evaluate_index(size, self.hints)
+        return found
 
     def check_inputs(self) -> None:
         positions: set[int] = set()
@@ -165,8 +198,8 @@ class _ProgramCheck:
         if len(view.sizes) != len(view.strides):
             raise self.fail(f"{what} of {view.buffer!r} has {len(view.sizes)} sizes, {len(view.strides)} strides", op)
         label = f"{what} of {view.buffer!r}"
-        sizes = [self.size(n, label, op) for n in view.sizes]
-        strides = [self.size(n, label, op) for n in view.strides]
+        sizes = [n if isinstance(n, int) else self.size(n, label, op) for n in view.sizes]
+        strides = [n if isinstance(n, int) else self.size(n, label, op) for n in view.strides]
         first = self.size(view.offset, label, op)
         if min(sizes, default=0) < 0 or min(strides, default=0) < 0 or first < 0:
             raise self.fail(f"{label} has a negative size, stride or offset", op)
@@ -189,17 +222,10 @@ class _ProgramCheck:
                 raise self.fail(f"it names the buffer {name!r}, which does not exist", op)
         for name in op.reads:
             self.check_read(name, op)
-        for view in operation_views(op):
-            self.check_view(view, "a view", op)
-        match op:
-            case KernelOp():
-                self.check_kernel(op)
-            case Extern():
-                self.check_extern(op)
-            case Copy():
-                self.check_copy(op)
-            case UserKernel():
-                self.check_user_kernel(op)
+        if isinstance(op, Extern):
+            self.check_target(op)
+        if not self.is_accepted(op):
+            self.check_alone(op)
         for name in op.mutates:
             self.check_mutation(name, op)
         for name in op.writes:
@@ -210,6 +236,27 @@ class _ProgramCheck:
             self.written.setdefault(name, []).append(op)
         if isinstance(op, Extern):
             self.known.update(s for _, s in op.symbols)
+
+    def is_accepted(self, op: Operation) -> bool:
+        found = self.accepted.operations.get(id(op))
+        return found is not None and all(self.program.buffers.get(b.name) is b for b in found[1])
+
+    def check_alone(self, op: Operation) -> None:
+        """What is right or wrong of the operation whatever stands before or after it."""
+        views = tuple(operation_views(op))
+        for view in views:
+            self.check_view(view, "a view", op)
+        match op:
+            case KernelOp():
+                self.check_kernel(op)
+            case Extern():
+                self.check_extern(op)
+            case Copy():
+                self.check_copy(op)
+            case UserKernel():
+                self.check_user_kernel(op)
+        names = dict.fromkeys((*op.reads, *op.writes, *op.mutates, *(v.buffer for v in views)))
+        self.accepted.operations[id(op)] = op, tuple([self.program.buffers[n] for n in names])
 
     def check_symbols(self, op: Operation) -> None:
         """A size that a call makes known is not used before it."""
@@ -247,6 +294,9 @@ class _ProgramCheck:
             self.check_parts(name, op, other)
 
     def check_parts(self, name: str, op: Operation, other: Operation) -> None:
+        pair = (id(op), id(other), name)
+        if pair in self.accepted.apart:
+            return
         for o in (op, other):
             if isinstance(o, Extern) and o.contract in (Contract.FRESH, Contract.DYNAMIC):
                 raise self.fail(f"{o.name!r} allocates {name!r} itself, yet another operation writes it", op)
@@ -254,6 +304,7 @@ class _ProgramCheck:
             for q in self.regions(other, name):
                 if p is not None and q is not None and regions_disjoint(p, q, self.hints) is False:
                     raise self.fail(f"it writes {name!r}, and {other.name!r} writes some of the same elements", op)
+        self.accepted.apart.add(pair)
 
     def regions(self, op: Operation, name: str) -> list[Region | None]:
         if isinstance(op, KernelOp):
@@ -282,12 +333,14 @@ class _ProgramCheck:
             if device != op.device:
                 raise self.fail(f"it runs on {op.device}, and {name!r} is on {device}", op)
 
+    def check_target(self, op: Extern) -> None:
+        if op.target.startswith("callable:") and op.target.removeprefix("callable:") not in self.program.callables:
+            raise self.fail(f"its target {op.target!r} is not among the program's callables", op)
+
     def check_extern(self, op: Extern) -> None:
         if isinstance(op, Template):
             check_template(op, self.program, self.fail, location(op))
         check_memory(op, self.program.buffers, self.fail)
-        if op.target.startswith("callable:") and op.target.removeprefix("callable:") not in self.program.callables:
-            raise self.fail(f"its target {op.target!r} is not among the program's callables", op)
         for name in {v.buffer for v in op.results if v is not None}:
             fresh = name not in op.mutates
             if fresh and op.contract is Contract.ALIAS and name not in op.reads:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import lru_cache
 
 import sympy
@@ -70,24 +69,16 @@ def verify_kernel(
     VerificationError
         Naming the kernel, the node or store, the buffer, and the point at which it goes wrong.
     """
-    names = tuple(dict.fromkeys((*kernel.read_buffers, *kernel.written_buffers)))
+    names = kernel.buffers
     values = tuple((hints or {}).items())
-    renamed = {n: f"b{k}" for k, n in enumerate(names)}
-    known = tuple((renamed[n], b.dtype, b.nbytes) for n in names if (b := buffers.get(n)) is not None)
-    if not _fault(_with_buffers(kernel, renamed), known, values):
+    known = tuple((f"b{k}", b.dtype, b.nbytes) for k, n in enumerate(names) if (b := buffers.get(n)) is not None)
+    if not _fault(kernel.anonymous, known, values):
         return
     # said once more with the program's own names
     known = tuple((b.name, b.dtype, b.nbytes) for n in names if (b := buffers.get(n)) is not None)
     found = _fault(kernel, known, values)
     if found:
         raise VerificationError(f"kernel {name!r}: {found}", where=where)
-
-
-def _with_buffers(kernel: Kernel, names: Mapping[str, str]) -> Kernel:
-    """The kernel over buffers of other names: the layers of a model are checked once."""
-    nodes = tuple(replace(n, buffer=names[n.buffer]) if isinstance(n, Load) else n for n in kernel.nodes)
-    stores = tuple(replace(s, buffer=names[s.buffer]) for s in kernel.stores)
-    return Kernel(kernel.outer, kernel.row, nodes, stores)
 
 
 @lru_cache(maxsize=1 << 15)
@@ -416,6 +407,8 @@ def interval(
             products = (low * a, low * b, high * a, high * b)
             low, high = min(products), max(products)
         return low, high
+    if expr.is_Pow and known[0][0] >= 0 and known[1][0] == known[1][1] >= 0:
+        return known[0][0] ** known[1][0], known[0][1] ** known[1][0]
     if isinstance(expr, (FloorDiv, Mod)) and known[1][0] == known[1][1] > 0:
         divisor = known[1][0]
         if isinstance(expr, FloorDiv):

@@ -60,12 +60,24 @@ def lower_program(program: Program, config: Config, kept: Kept = NOTHING_KEPT) -
     Returns
     -------
     A program whose results, buffers and order are the same; temporaries between the kernels of one call are added.
+
+    Raises
+    ------
+    LoweringError
+        If lowerings fail: the first failure, with the others in ``others``.
     """
     context = Context.of(program, config)
     context.kernel_readers = _kernel_readers(program, kept)
     operations: list[Operation] = []
+    failures: list[LoweringError] = []
     for op in program.operations:
-        operations.extend((op,) if op in kept else lower_one(op, context))
+        try:
+            operations.extend((op,) if op in kept else lower_one(op, context))
+        except LoweringError as error:
+            failures.append(error)
+    if failures:
+        failures[0].others = tuple(failures[1:])
+        raise failures[0]
     buffers = {**program.buffers, **context.added}
     return replace(program, buffers=buffers).with_operations(without_empties(tuple(operations)))
 

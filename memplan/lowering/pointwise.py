@@ -6,9 +6,11 @@ A formula takes values in the type that is computed in (float32 for half types) 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import sympy
 import torch
+from torch.utils._sympy.functions import FloatTrueDiv, IntTrueDiv, ToFloat
 
 from ..ir.program import View
 from .builder import KernelBuilder, Value, opmath
@@ -26,10 +28,33 @@ def element(builder: KernelBuilder, operand: Operand, dtype: torch.dtype) -> Val
             return builder.compute(value.cast(dtype))
         return value.cast(opmath(dtype))
     if isinstance(operand, sympy.Expr):
-        if not operand.is_integer:
-            raise TypeError(f"{operand} is no integer expression")
-        return builder.index(operand).cast(opmath(dtype))
+        value = builder.index(operand) if operand.is_integer else real(builder, operand)
+        return value.cast(opmath(dtype))
     return builder.constant(operand, opmath(dtype))
+
+
+def real(builder: KernelBuilder, expr: sympy.Expr) -> Value:
+    """A number computed from sizes (``1 / n``), in float64 as Python computes it.
+
+    Raises
+    ------
+    TypeError
+        Where the expression has a function that is none of arithmetic.
+    """
+    if expr.is_integer:
+        return builder.index(expr).cast(torch.float64)
+    if expr.is_number:
+        return builder.constant(float(expr), torch.float64)
+    parts = [real(builder, a) for a in expr.args]
+    if expr.is_Add:
+        return reduce(lambda a, b: a.call("add", b), parts)
+    if expr.is_Mul:
+        return reduce(lambda a, b: a.call("mul", b), parts)
+    if isinstance(expr, (FloatTrueDiv, IntTrueDiv)):
+        return parts[0].call("div", parts[1])
+    if isinstance(expr, ToFloat):
+        return parts[0]
+    raise TypeError(f"{expr} is no arithmetic on sizes")
 
 
 def is_empty(view: View) -> bool:
