@@ -97,10 +97,44 @@ def is_nonnegative(expr: sympy.Expr) -> bool:
     """Whether the expression is provably at least zero; size symbols are positive integers."""
     if expr.is_Integer:
         return bool(expr >= 0)
-    known = expr.is_nonnegative
-    if known is None and not expr.is_Atom:
-        known = expand(expr).is_nonnegative
-    return bool(known)
+    return _is_nonnegative(expr)
+
+
+@lru_cache(maxsize=65536)
+def _is_nonnegative(expr: sympy.Expr) -> bool:
+    """`is_nonnegative`: a polynomial in what is at least one is written in what is more than that, and has to have no
+    negative coefficient; anything else is asked of sympy."""
+    expanded = expr if expr.is_Atom else expand(expr)
+    if _has_no_negative_term(expanded):
+        return True
+    return bool(expr.is_nonnegative or expanded.is_nonnegative)
+
+
+def _has_no_negative_term(expr: sympy.Expr) -> bool:
+    total: dict[tuple[sympy.Symbol, ...], int] = {}
+    for term in sympy.Add.make_args(expr):
+        coefficient, rest = term.as_coeff_Mul()
+        if not coefficient.is_Integer:
+            return False
+        powers: dict[tuple[sympy.Symbol, ...], int] = {(): int(coefficient)}
+        for factor in sympy.Mul.make_args(rest):
+            base, exponent = factor.as_base_exp()
+            if factor is not _ONE and not (base.is_Symbol and base.is_nonnegative and exponent.is_Integer):
+                return False
+            for _ in range(int(exponent) if factor is not _ONE else 0):
+                powers = _times(powers, base)
+        for key, value in powers.items():
+            total[key] = total.get(key, 0) + value
+    return all(c >= 0 for c in total.values())
+
+
+def _times(powers: dict[tuple[sympy.Symbol, ...], int], symbol: sympy.Symbol) -> dict[tuple[sympy.Symbol, ...], int]:
+    """The polynomial times the symbol, a positive one written as one and the rest."""
+    out = dict(powers) if symbol.is_positive else {}
+    for key, value in powers.items():
+        longer = tuple(sorted((*key, symbol), key=str))
+        out[longer] = out.get(longer, 0) + value
+    return out
 
 
 @lru_cache(maxsize=65536)
@@ -138,6 +172,11 @@ def _bounds(
                 return None
             low, high = low * found[0], high * found[1]
         return (low, high) if sign > 0 else (-high, -low)
+    if expr.is_Pow:
+        found = bounds(expr.args[0], ranges)
+        if found is None or not is_nonnegative(found[0]) or not expr.args[1].is_Integer or expr.args[1] < 0:
+            return None
+        return found[0] ** expr.args[1], found[1] ** expr.args[1]
     if isinstance(expr, FloorDiv):
         base, divisor = expr.args
         found = bounds(base, ranges)
