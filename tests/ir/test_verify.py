@@ -28,7 +28,7 @@ from memplan.ir.loops import (
     value_symbol,
 )
 from memplan.ir.program import Buffer, BufferKind, Contract, Extern, Origin, Program, TensorInput, View
-from memplan.ir.verify import verify_kernel, verify_program
+from memplan.ir.verify import ProgramVerifier, verify_kernel, verify_program
 from tests.programs import F32, ProgramBuilder, contiguous, fill_kernel, pointwise_kernel, softmax_kernel
 
 X0, X1, R0 = outer_symbol(0), outer_symbol(1), row_symbol(0)
@@ -537,3 +537,17 @@ def test_messages_name_the_users_line() -> None:
     with pytest.raises(VerificationError) as caught:
         verify_program(p.program())
     assert re.search(r"operation 'late'.*\n  at model\.py:2", str(caught.value))
+
+
+def test_what_was_accepted_is_checked_again_where_it_changed() -> None:
+    p = ProgramBuilder()
+    x = p.input("x", (4, 4))
+    program = p.program(p.pointwise("op", "neg", x))
+    verifier = ProgramVerifier()
+    verifier(program)
+    (made,) = program.operations[0].writes
+    short = {**program.buffers, made: replace(program.buffers[made], nbytes=32)}
+    with pytest.raises(VerificationError, match="it writes element 12"):
+        verifier(replace(program, buffers=short))
+    with pytest.raises(VerificationError, match="which nothing writes"):
+        verifier(replace(program, operations=()))

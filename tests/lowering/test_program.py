@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 import sympy
 import torch
+from torch.utils._sympy.functions import FloatTrueDiv, IntTrueDiv
 
 from memplan.ir.config import Config
 from memplan.ir.errors import LoweringError
@@ -206,3 +207,25 @@ def test_nodes_that_no_store_needs_are_dropped() -> None:
     assert [type(n) for n in kernel.nodes[:2]] == [Load, Load]
     assert str(kernel.nodes[1].index) == "v0"  # type: ignore[union-attr]
     assert isinstance(kernel.nodes[2], Constant)
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_numbers_computed_from_sizes(length: int) -> None:
+    x, y = view("x", S, 4), view("y", S, 4)
+    bessel = FloatTrueDiv(IntTrueDiv(4 * S, 4), IntTrueDiv(4 * S, 4) + 1.0)
+    call = extern("aten.mul.Tensor", [x, Symbolic(bessel)], y)
+    op = kernel_of(program([call], [x, y], [y], hints={S: length}))
+    contents = {"x": torch.rand(length * 4), "y": torch.zeros(length * 4)}
+    run_reference(op.kernel, contents, {S: length})
+    torch.testing.assert_close(contents["y"], contents["x"] * (length / (length + 1.0)))
+
+
+def test_all_failed_lowerings_are_found_at_once() -> None:
+    x, y, z = view("x", 3), view("y", 3), view("z", 3)
+    calls = [
+        extern("aten.relu.default", [Literal("three")], y, name="first"),
+        extern("aten.relu.default", [Literal("four")], z, name="second"),
+    ]
+    with pytest.raises(LoweringError) as caught:
+        lower_program(program(calls, [x, y, z], [y, z]), Config())
+    assert (caught.value.operation, *(e.operation for e in caught.value.others)) == ("first", "second")
