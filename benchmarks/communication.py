@@ -23,11 +23,14 @@ os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 
 import argparse
 import contextlib
+import gc
+import itertools
 import json
 import random
 import statistics
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -39,8 +42,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import memplan
+from memplan.runtime.agreement import group_timeout
 
-SYSTEMS = ("eager", "inductor", "inductor-auto", "memplan-library", "memplan")
+SYSTEMS = ("eager", "inductor", "inductor-auto", "memplan-library", "memplan", "memplan-cpp")
 Step = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -89,6 +93,7 @@ class SymmetricBytes:
 
     def __init__(self) -> None:
         self.by_id: dict[object, int] = {}
+        self.numbers = itertools.count()
         kind = torch._C._distributed_c10d._SymmetricMemory
         real = kind.empty_strided_p2p
 
@@ -96,9 +101,12 @@ class SymmetricBytes:
             nbytes = dtype.itemsize
             for n in size:
                 nbytes *= n
-            key = named.get("alloc_id") or (rest[1] if len(rest) > 1 else None) or ("own", len(self.by_id))
+            key = named.get("alloc_id") or (rest[1] if len(rest) > 1 else None) or ("own", next(self.numbers))
             self.by_id[key] = nbytes
-            return real(size, stride, dtype, device, *rest, **named)
+            made = real(size, stride, dtype, device, *rest, **named)
+            if isinstance(key, tuple):  # nobody keeps it but the tensor
+                weakref.finalize(made, self.by_id.pop, key, None)
+            return made
 
         kind.empty_strided_p2p = staticmethod(counted)
 
@@ -181,6 +189,8 @@ class Run:
     def measure(
         self, row: dict[str, object], system: str, model: nn.Module, xs: list[torch.Tensor], exact: torch.Tensor | None
     ) -> torch.Tensor | None:
+        torch._dynamo.reset()
+        gc.collect()  # programs of other lines would have a say in the size of the arena
         before = self.symmetric.total
         begun = time.perf_counter()
         step = compiled(model, system)
@@ -318,6 +328,8 @@ def _child(rank: int, world: int, path: str, args: argparse.Namespace) -> None:
         for _ in range(5):
             step(x)
         run.sync()
+        seconds = group_timeout(dist.group.WORLD)
+        print(json.dumps({"rank": rank, "check": "before the kill", "group's timeout": seconds}), flush=True)
         dist.barrier(run.control)
         if rank == world - 1:
             Path(f"{path}-killed").write_text("")
@@ -333,8 +345,12 @@ def compiled(model: nn.Module, system: str) -> Step:
     match system:
         case "eager":
             return model
-        case "memplan" | "memplan-library":
-            options = {"communication": {"all_reduce": "library"}} if system == "memplan-library" else {}
+        case "memplan" | "memplan-library" | "memplan-cpp":
+            options: dict[str, object] = {}
+            if system == "memplan-library":
+                options = {"communication": {"all_reduce": "library"}}
+            elif system == "memplan-cpp":
+                options = {"wrapper": "cpp"}
             return torch.compile(model, backend="memplan", dynamic=False, options=options)  # type: ignore[no-any-return]
         case _:
             options = {"_collective.auto_select": True} if system == "inductor-auto" else {}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..ir.communication import Memory
 from ..ir.errors import UnsupportedError
 from ..ir.loops import Size
 from ..ir.program import (
@@ -100,7 +101,10 @@ def print_line(frame: Frame, line: Line) -> None:
             frame.steps += 1
         case AllocatePool(pool):
             name = frame.member(pool.name)
-            _allocate(frame, pool.device, torch.uint8, (pool.nbytes,), (1,), name)
+            if pool.memory is Memory.PLAIN:
+                _allocate(frame, pool.device, torch.uint8, (pool.nbytes,), (1,), name)
+            else:
+                call_python(frame, f"    return ({pool.name}_memory(),)\n", [], [], [], [], [name], [])
             frame.addresses[identifier(pool.name)] = None
             frame.line(f"MP(aoti_torch_get_data_ptr({name}, (void**)&p.{identifier(pool.name)}));")
         case FreePool(pool):

@@ -77,6 +77,7 @@ class _Printer:
     operators: dict[str, str] = field(default_factory=dict)
     devices: dict[str, str] = field(default_factory=dict)
     typed_pools: set[tuple[str, str]] = field(default_factory=set)
+    views: dict[str, int] = field(default_factory=dict)  # numbers of buffers in arenas
     tensors: set[str] = field(default_factory=set)  # names that exist as tensor variables
 
     def line(self, text: str) -> None:
@@ -133,12 +134,17 @@ class _Printer:
         plan = self.program.plan
         placement = plan.placements[plan.storage_of(name)]
         assert isinstance(placement, InPool), f"{name} is used before it exists"
-        base = self.program.base[name]
-        self.line(
-            f"{name} = in_pool({placement.pool}, {base.dtype}, {self.sizes(base.sizes)}, {self.sizes(base.strides)}, "
-            f"{self.size(placement.offset)})"
-        )
+        self.line(f"{name} = {self.in_pool(placement.pool, name, placement.offset)}")
         self.tensors.add(name)
+
+    def in_pool(self, pool: str, buffer: str, offset: Size) -> str:
+        """The tensor of a buffer in a pool. Arenas keep theirs from call to call."""
+        base = self.program.base[buffer]
+        place = f"{base.dtype}, {self.sizes(base.sizes)}, {self.sizes(base.strides)}, {self.size(offset)}"
+        if self.program.plan.program.buffers[buffer].memory is Memory.PLAIN:
+            return f"in_pool({pool}, {place})"
+        number = self.views.setdefault(buffer, len(self.views))
+        return f"{pool}_memory.view({number}, {place})"
 
     def argument(self, a: Argument) -> str:
         match a:
@@ -264,11 +270,7 @@ class _Printer:
                 self.line(f"    {name} = aligned({name})")
 
     def place(self, buffer: Buffer, pool: Pool, offset: Size) -> None:
-        base = self.program.base[buffer.name]
-        self.line(
-            f"{buffer.name} = in_pool({pool.name}, {base.dtype}, {self.sizes(base.sizes)}, {self.sizes(base.strides)}, "
-            f"{self.size(offset)})"
-        )
+        self.line(f"{buffer.name} = {self.in_pool(pool.name, buffer.name, offset)}")
         self.tensors.add(buffer.name)
 
     def reuse(self, buffer: Buffer, old: Buffer) -> None:

@@ -239,6 +239,7 @@ def wrapper_lines(
         lines.extend(FreePool(p) for p in plan.pools if p.lifetime.stop == k + 1)
     if align.changed:
         lines.append(GiveBack(align.changed))
+    lines.extend(FreePool(p) for p in plan.arenas)
     lines.append(Return(program.outputs))
     return WrapperProgram(
         program.name, program.inputs, tuple(lines), base, plan, _tensors_needed(plan, frozenset(base))

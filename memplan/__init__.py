@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .analysis import analyze as analyze
+    from .communicating import calibrate_communication as calibrate_communication
     from .loading import load as load
     from .planner import order as order
     from .planner import pack as pack
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "analyze": ".analysis",
+    "calibrate_communication": ".communicating",
     "load": ".loading",
     "order": ".planner",
     "pack": ".planner",

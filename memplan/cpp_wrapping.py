@@ -10,7 +10,6 @@ from .artifact import Linked
 from .codegen.cpp_wrapper import CPP_WRAPPER_FLAGS, CppWrapper, GridKernel, print_cpp
 from .codegen.wrapper_lines import WrapperProgram
 from .ir.config import Config
-from .ir.errors import UnsupportedError
 from .runtime.cache import Cache
 from .runtime.cpp_wrapper import KernelRow, build_wrapper, load_wrapper
 
@@ -23,12 +22,6 @@ def print_in_cpp(lines: WrapperProgram, grids: Mapping[str, GridKernel], config:
     UnsupportedError
         For what only the Python wrapper does, naming it.
     """
-    if lines.plan.arenas:
-        raise UnsupportedError(
-            "wrapper='cpp' does not take symmetric memory yet; use 'auto' or 'python', or "
-            "communication={'all_reduce': 'library'}",
-            where=lines.name,
-        )
     return print_cpp(lines, grids, poison=config.poison)
 
 
@@ -48,6 +41,7 @@ def load_in_cpp(
     cache = Cache(config.cache_dir) if config.cache_dir else Cache()
     path = build_wrapper(printed, name, CPP_WRAPPER_FLAGS, cache)
     launchers = linked.launchers
+    arenas = {} if linked.communicating is None else linked.communicating.names()
     return load_wrapper(
         printed,
         path,
@@ -57,7 +51,7 @@ def load_in_cpp(
         },
         callables=linked.callables,
         constants=linked.constants,
-        python_kernels=linked.kernels,
+        python_kernels={**linked.kernels, **arenas},
         cache=cache,
     )
 

@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import socket
 import weakref
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..ir.communication import GroupFacts, default_thresholds
+from ..ir.communication import GroupFacts, Thresholds
 from .agreement import exchange
+from .cache import Cache
+from .communication_times import kept_thresholds
 from .symmetric import BACKENDS, resolve
 
 _TRIAL_BYTES = 4096
 _known: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, GroupFacts]] = weakref.WeakKeyDictionary()
 
 
-def group_facts(name: str, device: torch.device, *, ask: bool, seconds: float | None = None) -> GroupFacts | None:
+def group_facts(
+    name: str, device: torch.device, *, ask: bool, cache: Cache, seconds: float | None = None
+) -> GroupFacts | None:
     """The facts of a group for a device; None if there is no group of this name.
 
     Parameters
@@ -38,13 +43,18 @@ def group_facts(name: str, device: torch.device, *, ask: bool, seconds: float | 
     known = _known.setdefault(group, {})
     found = known.get(device.type)
     if found is None:
-        obstacle = _local_obstacle(group, device)
+        obstacle, thresholds = _local_obstacle(group, device), kept_thresholds(group.size(), device, cache)
         if ask and device.type in BACKENDS:
-            obstacle = _common_obstacle(group, device, obstacle, seconds)
-        found = GroupFacts(name, group.size(), device.type, obstacle, default_thresholds(group.size()))
+            obstacle, thresholds = _common(group, device, obstacle, thresholds, seconds)
+        found = GroupFacts(name, group.size(), device.type, obstacle, thresholds)
         if ask:
             known[device.type] = found
     return found
+
+
+def forget_facts(group: dist.ProcessGroup) -> None:
+    """What was found out of a group is asked again, by the program that is compiled next; to be called on all ranks."""
+    _known.pop(group, None)
 
 
 def _local_obstacle(group: dist.ProcessGroup, device: torch.device) -> str:
@@ -52,22 +62,28 @@ def _local_obstacle(group: dist.ProcessGroup, device: torch.device) -> str:
     return f"there is no symmetric memory on {device.type}" if backend is None else backend.obstacle(group, device)
 
 
-def _common_obstacle(group: dist.ProcessGroup, device: torch.device, obstacle: str, seconds: float | None) -> str:
-    """One answer for all ranks: everybody's own obstacles, then one host, then a trial."""
+def _common(
+    group: dist.ProcessGroup, device: torch.device, obstacle: str, thresholds: Thresholds, seconds: float | None
+) -> tuple[str, Thresholds]:
+    """One answer for all ranks: everybody's own obstacles, then one host, then a trial; rank 0's thresholds."""
     what = f"the comparison of hosts and devices of group {group.group_name!r}"
-    told = [json.loads(t) for t in exchange(group, what, json.dumps([obstacle, socket.gethostname()]), seconds)]
-    for rank, (text, _) in enumerate(told):
-        if text:
-            return f"rank {rank}: {text}"
-    hosts = {host for _, host in told}
-    if len(hosts) > 1:
-        return f"its ranks are on {len(hosts)} hosts"
+    mine = [obstacle, socket.gethostname(), thresholds.one_shot_bytes, thresholds.two_shot_bytes]
+    told = [json.loads(t) for t in exchange(group, what, json.dumps(mine), seconds)]
+    thresholds = Thresholds(*told[0][2:])
+    obstacle = _on_some_rank([text for text, *_ in told]) or _on_several_hosts({host for _, host, *_ in told})
+    if obstacle:
+        return obstacle, thresholds
     try:
         with _disable_current_modes():  # the program is being traced with fake tensors
             BACKENDS[device.type].allocate(_TRIAL_BYTES, group, device)
     except RuntimeError as error:
         obstacle = f"symmetric memory could not be allocated: {str(error).splitlines()[0]}"
-    for rank, text in enumerate(exchange(group, "the trial of symmetric memory", obstacle, seconds)):
-        if text:
-            return f"rank {rank}: {text}"
-    return ""
+    return _on_some_rank(exchange(group, "the trial of symmetric memory", obstacle, seconds)), thresholds
+
+
+def _on_some_rank(obstacles: Sequence[str]) -> str:
+    return next((f"rank {rank}: {text}" for rank, text in enumerate(obstacles) if text), "")
+
+
+def _on_several_hosts(hosts: set[str]) -> str:
+    return f"its ranks are on {len(hosts)} hosts" if len(hosts) > 1 else ""

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from ..ir.errors import CommunicationError
 from .agreement import group_timeout
-from .watch import Watch, cuda_mark, stream_at
+from .watch import Watch, stream_at
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +97,8 @@ class Arena:
     users: dict[int, int] = field(default_factory=dict)  # bytes by use
     calls: int = 0
     watch: Watch | None = None
+    #: recorded at the end of every call; the watch takes it and leaves None
+    event: torch.cuda.Event | None = None
 
     @property
     def capacity(self) -> int:
@@ -119,18 +121,33 @@ class Arena:
         if group is None:
             raise RuntimeError(f"process group {self.group!r} was destroyed; compile again for the new one")
         self.release()
-        self.tensor = BACKENDS[self.device.type].allocate(nbytes, group, self.device)
+        with torch.inference_mode(False):  # calls outside of it write there as well
+            self.tensor = BACKENDS[self.device.type].allocate(nbytes, group, self.device)
         self.generation = generation
         if self.device.type == "cuda":
             self.watch = Watch(
                 f"process group {self.group!r} on {self.device}",
-                lambda: self.calls,
-                lambda: cuda_mark(self.device, self.stream),
+                self.take_event,
                 group_timeout(group),
                 self.follow_group,
             )
             self.watch.start()
         log.info("arena of group %s on %s: %d bytes, allocation %d", self.group, self.device, nbytes, generation)
+
+    def done(self) -> None:
+        """A call has put all its work on the current stream."""
+        if self.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return
+        event = self.event
+        if event is None:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.device))
+        self.event = event
+
+    def take_event(self) -> Callable[[], bool] | None:
+        """What says whether the work of all calls so far is done; None if there was none since it was asked last."""
+        found, self.event = self.event, None
+        return None if found is None else found.query
 
     def follow_group(self) -> bool:
         """Whether the group is still there; with it the memory goes. Torch tells nobody that a group is destroyed."""
@@ -214,6 +231,8 @@ class ArenaUse:
     def __init__(self, group: str, device: str, nbytes: int, prepare: Callable[[], None]) -> None:
         self.group, self.device, self.nbytes, self.prepare = group, torch.device(device), nbytes, prepare
         self.number = next(_uses)
+        self.views: dict[int, torch.Tensor] = {}
+        self.seen: torch.Tensor | None = None
         self.join()
 
     def __call__(self) -> torch.Tensor:
@@ -229,9 +248,28 @@ class ArenaUse:
                 self.follow(stream)
         return tensor
 
+    def view(
+        self, number: int, dtype: torch.dtype, sizes: tuple[int, ...], strides: tuple[int, ...], offset: int
+    ) -> torch.Tensor:
+        """The tensor at ``offset`` bytes; the program's view of this number, kept from call to call."""
+        if self.seen is not self.arena.tensor:
+            self.views.clear()
+            self.seen = self.arena.tensor
+        found = self.views.get(number)
+        if found is None:
+            assert self.seen is not None
+            with torch.inference_mode(False):
+                typed = self.seen.view(dtype)
+                found = self.views[number] = typed.as_strided(sizes, strides, offset // dtype.itemsize)
+        return found
+
+    def leave(self) -> None:
+        """Have no say in the size of the arena any more, until the next call."""
+        self.arena.users.pop(self.number, None)
+
     def renew(self) -> None:
         """Join the arena of the group that has this name now, and agree on its size."""
-        self.arena.users.pop(self.number, None)
+        self.leave()
         self.join()
         self.prepare()
 

@@ -20,8 +20,8 @@ import torch
 
 log = logging.getLogger(__name__)
 
-#: Puts a mark behind the work so far, and gives what says whether it has been reached.
-Mark = Callable[[], Callable[[], bool]]
+#: Gives what says whether the work of all calls so far is done; None if there was no call since.
+Mark = Callable[[], Callable[[], bool] | None]
 
 
 def stream_at(device: torch.device, raw: int) -> torch.cuda.Stream:
@@ -29,14 +29,6 @@ def stream_at(device: torch.device, raw: int) -> torch.cuda.Stream:
     if raw == 0:
         return torch.cuda.default_stream(device)
     return torch.cuda.ExternalStream(raw, device=device)  # type: ignore[no-untyped-call]
-
-
-def cuda_mark(device: torch.device, stream: int) -> Callable[[], bool]:
-    """A mark on a raw stream of a GPU."""
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    with torch.cuda.device(device):
-        event.record(stream_at(device, stream))
-    return event.query
 
 
 def end_process(message: str) -> None:
@@ -52,10 +44,8 @@ class Watch:
 
     Attributes
     ----------
-    count:
-        Number of calls so far: while it stands still, nothing is looked at.
     mark:
-        See `Mark`; raises RuntimeError where the device is broken already.
+        See `Mark`.
     alive:
         Whether there is still something to look after.
     seconds:
@@ -63,7 +53,6 @@ class Watch:
     """
 
     what: str
-    count: Callable[[], int]
     mark: Mark
     seconds: float
     alive: Callable[[], bool] = lambda: True
@@ -80,13 +69,10 @@ class Watch:
     def run(self) -> None:
         """What the thread does."""
         interval = min(max(self.seconds / 20, 0.02), 5.0)
-        seen = 0
         while not self.stopped.wait(interval) and self.alive():
-            if self.count() == seen:
-                continue
-            seen = self.count()
+            query = self.mark()
             try:
-                if not self.reached(self.mark(), interval):
+                if query is not None and not self.reached(query, interval):
                     return
             except RuntimeError as error:  # the device has failed: who uses it is told by torch
                 log.warning("the watch over %s ends: %s", self.what, error)

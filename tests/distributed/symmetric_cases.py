@@ -14,11 +14,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import memplan
+from memplan.ir.communication import Thresholds
 from memplan.ir.plan import Plan
 from memplan.ir.program import Copy, Extern
 from memplan.reports.allocation import residue
 from memplan.reports.build import build_report
 from memplan.reports.terminal import rendered, summary
+from memplan.runtime.cache import Cache
+from memplan.runtime.communication_times import calibrate
+from memplan.runtime.groups import group_facts
 from memplan.runtime.symmetric import ArenaUse, arena_of, arenas, release_arenas
 from tests.distributed import shared_memory
 from tests.distributed.shared_memory import shared_files
@@ -61,13 +65,14 @@ def targets(plan: Plan) -> list[str]:
     return [op.target for op in plan.program.operations if isinstance(op, Extern) and "all_reduce" in op.target]
 
 
-def runs(folder: str, options: dict[str, object], grad: bool) -> tuple[list[str], int, int, int]:
+def runs(folder: str, options: dict[str, object], grad: bool, wrapper: str) -> tuple[list[str], int, int, int]:
     """Against eager, in several calls; targets, arena's bytes, what the sites would take apart, number of copies."""
     with shared_files(folder) as backend:
         net = model(dist.new_group([0, 1]))  # Dynamo may keep programs of other tests: they are in other groups
         x = torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
         with memplan.record() as recording:
-            compiled = torch.compile(net, backend="memplan", options={"poison": True, "communication": options})
+            chosen = {"poison": True, "communication": options, "wrapper": wrapper}
+            compiled = torch.compile(net, backend="memplan", options=chosen)
             with torch.set_grad_enabled(grad):
                 want, found = net(x), compiled(x)
                 assert_near(found, want, "result")
@@ -242,3 +247,18 @@ def group_that_goes(folder: str) -> str:
         except memplan.ir.errors.CommunicationError as error:
             return str(error)
         return "nothing"
+
+
+def calibrated(folder: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Thresholds measured, and those that a program compiled afterwards goes by."""
+    with shared_files(folder):
+        group = dist.new_group([0, 1])
+        device, cache = torch.device("cpu"), Cache(f"{folder}/cache{dist.get_rank()}")
+        made = calibrate(group, device, cache, sizes=(1024, 4096))
+        facts = group_facts(group.group_name, device, ask=True, cache=cache)
+        assert facts is not None
+        return bytes_of(made), bytes_of(facts.thresholds)
+
+
+def bytes_of(found: Thresholds) -> tuple[int, int]:
+    return found.one_shot_bytes, found.two_shot_bytes

@@ -6,15 +6,26 @@ from pathlib import Path
 
 import pytest
 
+from memplan.runtime.communication_times import thresholds_from
 from tests.distributed.ranks import Ranks
 
 CASES = "tests.distributed.symmetric_cases"
 
 
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot", "auto"])
-def test_no_copies_and_one_small_arena(ranks: Ranks, tmp_path: Path, algorithm: str, grad: bool) -> None:
-    for targets, arena, apart, copies in ranks.run(CASES, "runs", str(tmp_path), {"all_reduce": algorithm}, grad):
+@pytest.mark.parametrize(
+    ("algorithm", "grad", "wrapper"),
+    [
+        ("one_shot", False, "python"),
+        ("one_shot", True, "python"),
+        ("two_shot", False, "cpp"),
+        ("two_shot", True, "python"),
+        ("auto", False, "python"),
+        ("one_shot", True, "cpp"),
+    ],
+)
+def test_no_copies_and_one_small_arena(ranks: Ranks, tmp_path: Path, algorithm: str, grad: bool, wrapper: str) -> None:
+    outcomes = ranks.run(CASES, "runs", str(tmp_path), {"all_reduce": algorithm}, grad, wrapper)
+    for targets, arena, apart, copies in outcomes:
         assert len(targets) == 3
         assert all(t.startswith("symm_mem.") for t in targets)
         assert not copies
@@ -73,3 +84,23 @@ def test_dynamic_sizes_go_to_the_library(ranks: Ranks, tmp_path: Path) -> None:
 def test_a_group_that_was_destroyed_is_named(ranks: Ranks, tmp_path: Path) -> None:
     for text in ranks.run(CASES, "group_that_goes", str(tmp_path)):
         assert "does not exist" in text
+
+
+def test_calibration_is_kept_and_common(ranks: Ranks, tmp_path: Path) -> None:
+    first, second = ranks.run(CASES, "calibrated", str(tmp_path))
+    assert first == second
+    assert first[0] == first[1]
+
+
+@pytest.mark.parametrize(
+    ("times", "thresholds"),
+    [
+        ({1: (1, 2, 3), 4: (2, 2, 3), 16: (3, 2, 4), 64: (9, 5, 4)}, (4, 16)),
+        ({1: (3, 2, 1), 4: (9, 9, 9)}, (0, 0)),
+        ({1: (3, 1, 2), 4: (9, 9, 9)}, (0, 4)),
+    ],
+)
+def test_thresholds_come_from_times(times: dict[int, tuple[float, ...]], thresholds: tuple[int, int]) -> None:
+    named = {n: dict(zip(("one_shot", "two_shot", "library"), t, strict=True)) for n, t in times.items()}
+    found = thresholds_from(named)
+    assert (found.one_shot_bytes, found.two_shot_bytes) == thresholds
