@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from . import package
 from .artifact import WIDE, Artifact, GpuKernel
 from .backend import check_built, check_platform
+from .communicating import group_of
 from .compilation import PASS_NAMES, CompiledProgram, compile_program
 from .exported import Exported, captured, storages
 from .interface import Interface
@@ -72,6 +73,12 @@ def save(model: ExportedProgram, path: str | Path, *, options: Mapping[str, obje
         if exported.program.callables:
             name = next(iter(exported.program.callables))
             raise SavedModelError(f"the model calls {name}, a function over graphs, which cannot be saved yet")
+        talks = next((op for op in exported.program.operations if group_of(op) is not None), None)
+        if talks is not None:
+            raise SavedModelError(
+                f"the model communicates with other processes ({talks.name}), which cannot be saved yet: groups and "
+                "their memory belong to one run"
+            )
         compiled = compile_program(exported.program, config)
     if compiled.artifact is None:
         raise SavedModelError("the model launches Triton kernels of its own, which cannot be saved yet")

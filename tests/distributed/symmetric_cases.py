@@ -262,3 +262,13 @@ def calibrated(folder: str) -> tuple[tuple[int, int], tuple[int, int]]:
 
 def bytes_of(found: Thresholds) -> tuple[int, int]:
     return found.one_shot_bytes, found.two_shot_bytes
+
+
+def saved(folder: str) -> str:
+    """Saving a model that communicates: what the error says."""
+    exported = torch.export.export(model(), (torch.ones(4, 16),))
+    try:
+        memplan.save(exported, f"{folder}/{dist.get_rank()}.memplan")
+    except memplan.ir.errors.SavedModelError as error:
+        return str(error)
+    return "nothing"

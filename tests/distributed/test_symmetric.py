@@ -104,3 +104,8 @@ def test_thresholds_come_from_times(times: dict[int, tuple[float, ...]], thresho
     named = {n: dict(zip(("one_shot", "two_shot", "library"), t, strict=True)) for n, t in times.items()}
     found = thresholds_from(named)
     assert (found.one_shot_bytes, found.two_shot_bytes) == thresholds
+
+
+def test_a_model_that_communicates_is_not_saved(ranks: Ranks, tmp_path: Path) -> None:
+    for text in ranks.run(CASES, "saved", str(tmp_path)):
+        assert "communicates" in text
