@@ -13,6 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -74,26 +75,27 @@ def run_batch(batch: list[str], run: Run) -> None:
     limit, seconds = run.limit, run.seconds
     command = [sys.executable, "-m", "tests.opdb.run_all", "--worker", ",".join(batch)]
     command += ["--limit", str(limit)] if limit else []
-    try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=min(left, seconds * len(batch)),
-        )
-        text, end = done.stdout, f"the process ended with code {done.returncode}: {done.stderr.strip()[-300:]}"
-    except subprocess.TimeoutExpired as error:
-        text = (error.stdout or b"").decode() if isinstance(error.stdout, bytes) else error.stdout or ""
-        end = f"took more than {seconds:.0f} s"
-    rows: list[dict[str, object]] = [json.loads(line[2:]) for line in text.splitlines() if line.startswith("@@")]
+    rows: list[dict[str, object]] = []
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=errors)
+        late = threading.Timer(min(left, seconds * len(batch)), process.kill)
+        late.start()
+        assert process.stdout is not None
+        for line in process.stdout:  # each row is kept as it comes: a run that is cut loses one operator
+            if line.startswith("@@"):
+                rows.append(json.loads(line[2:]))
+                run.keep(rows[-1:])
+                print(f"{rows[-1]['name']}: {rows[-1]['samples']} samples {rows[-1]['error']}", flush=True)
+        code = process.wait()
+        cut_off = not late.is_alive()
+        late.cancel()
+        errors.seek(0)
+        said = errors.read().strip()[-300:]
+    end = f"took more than {seconds:.0f} s" if cut_off else f"the process ended with code {code}: {said}"
     missing = [n for n in batch if n not in {r["name"] for r in rows}]
-    cut = time.monotonic() >= run.deadline
-    if missing and len(batch) == 1 and not cut:
-        rows.append({"name": missing[0], "samples": 0, "error": end, "way": "graph", "seconds": seconds})
-    run.keep(rows)
-    for row in rows:
-        print(f"{row['name']}: {row['samples']} samples {row['error']}", flush=True)
+    if missing and len(batch) == 1 and time.monotonic() < run.deadline:
+        run.keep([{"name": missing[0], "samples": 0, "error": end, "way": "graph", "seconds": seconds}])
+        print(f"{missing[0]}: {end}", flush=True)
     if len(batch) > 1:
         for name in missing:
             run_batch([name], run)
