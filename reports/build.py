@@ -19,6 +19,7 @@ from .model import (
     Placement,
     Pool,
     Report,
+    Reserved,
     Step,
     StepRecord,
     WaterfallStep,
@@ -158,6 +159,9 @@ def graph_of(plan: ir_plan.Plan, name: str | None = None, stages: Sequence[tuple
         live=live_bytes(buffers, steps),
         allocated=plan.timeline[: len(steps)],
         predicted_peak=dict(plan.predicted_peak),
+        reserved={
+            device: Reserved(resident=m.resident, live=m.live, reserved=m.reserved) for device, m in plan.step.items()
+        },
         waterfall=_closed(list(stages), max(plan.timeline[: len(steps)], default=0)),
         certificate=Certificate(
             program_peak=certificate.program_peak,

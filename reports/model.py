@@ -154,6 +154,17 @@ class Storage:
     counted: bool
 
 
+class Reserved(Model):
+    """What a device's caching allocator is predicted to hold for the whole step, by simulation of its rules.
+
+    Both with ``resident``: the parameters and the batch.
+    """
+
+    resident: Bytes
+    live: Bytes
+    reserved: Bytes
+
+
 class Graph(Model):
     """One compiled graph, or the whole step.
 
@@ -172,6 +183,7 @@ class Graph(Model):
     live: tuple[Bytes, ...]
     allocated: tuple[Bytes, ...]
     predicted_peak: dict[str, Bytes] = Field(default_factory=dict)
+    reserved: dict[str, Reserved] = Field(default_factory=dict)
     certificate: Certificate | None = None
     waterfall: tuple[WaterfallStep, ...] = ()
     notes: tuple[tuple[str, str], ...] = ()

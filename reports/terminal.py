@@ -105,6 +105,9 @@ def headline(report: Report) -> Text:
             text.append(f", libraries' workspaces {size(m.workspace)} apart")
         if m.peak_reserved is not None:
             text.append(f", reserved {size(m.peak_reserved)}")
+    for device, found in graph.reserved.items():
+        text.append(f"\nreserved on {clean(device)}: predicted {size(found.reserved)}, with {size(found.resident)} of ")
+        text.append(f"parameters and batch; {found.reserved / found.live if found.live else 1:.2f} times what is alive")
     held = graph.held_by_caller
     if held:
         text.append("\nheld by the caller, not in the peak: ", style="dim")

@@ -79,6 +79,7 @@ def whole_step(graphs: Sequence[Graph], joins: Sequence[Join]) -> Graph:
         live=live_bytes(buffers, steps),
         allocated=allocated,
         predicted_peak=predicted,
+        reserved={device: found for g in graphs for device, found in g.reserved.items()},
         notes=tuple(n for g in graphs for n in g.notes),
     )
 

@@ -235,3 +235,21 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ReportError, match="cannot read"):
         read_report(tmp_path / "bytes.json")
+
+
+def test_reserved_bytes_of_the_whole_step_are_in_the_report() -> None:
+    from dataclasses import replace
+
+    from rich.console import Console
+
+    from memplan.ir.plan import StepMemory
+    from memplan.reports.terminal import headline
+
+    forward, backward, joins = plans.training()
+    told = replace(backward, step={"cuda:0": StepMemory(resident=2**20, live=4 * 2**20, reserved=6 * 2**20)})
+    report = build_report([forward, told], joins=joins)
+    assert report.step.reserved["cuda:0"].reserved == 6 * 2**20
+    console = Console(width=200, record=True)
+    console.print(headline(report))
+    text = console.export_text()
+    assert "reserved on cuda:0: predicted 6.00 MiB, with 1.00 MiB of parameters and batch; 1.50 times" in text
