@@ -12,7 +12,8 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from .backend import check_platform, compile_with
+from .backend import CurveTeller, check_platform, compile_with
+from .budget import CurvePoint
 from .compilation import PASS_NAMES
 from .ir.config import Config
 from .recording import CompiledGraph, record
@@ -62,9 +63,42 @@ def analyze(
     """
     check_platform()
     config = replace(Config.from_options(options, known_passes=PASS_NAMES), plan_only=True)
+    return _analyzed(model, args, kwargs, config, fake=fake, backward=backward, dynamic=dynamic)
 
+
+def budget_curves(
+    model: Callable[..., object],
+    args: Sequence[object] = (),
+    kwargs: Mapping[str, object] | None = None,
+    *,
+    fake: bool = True,
+    options: Mapping[str, object] | None = None,
+) -> tuple[tuple[CurvePoint, ...], ...]:
+    """What the training step needs at all budgets, for each of its graphs: bytes and estimated time, least bytes first.
+
+    Parameters are those of `analyze`; a ``budget`` among the options is not looked at.
+    """
+    check_platform()
+    given = {**(options or {}), "budget": 2**61}
+    config = replace(Config.from_options(given, known_passes=PASS_NAMES), plan_only=True)
+    found: list[tuple[CurvePoint, ...]] = []
+    _analyzed(model, args, kwargs, config, fake=fake, tell_curve=found.append)
+    return tuple(found)
+
+
+def _analyzed(
+    model: Callable[..., object],
+    args: Sequence[object],
+    kwargs: Mapping[str, object] | None,
+    config: Config,
+    *,
+    fake: bool = True,
+    backward: bool = True,
+    dynamic: bool = False,
+    tell_curve: CurveTeller | None = None,
+) -> tuple[CompiledGraph, ...]:
     def backend(module: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
-        return compile_with(module, inputs, config)
+        return compile_with(module, inputs, config, tell_curve)
 
     given = (tuple(args), dict(kwargs or {}))
     if fake:

@@ -36,6 +36,7 @@ from .compilation import (
     plan_program,
     prepare_program,
 )
+from .ir.activation import Activation
 from .ir.config import Config
 from .ir.errors import OptionError, PlanningError, UnsupportedError
 from .ir.plan import InPool, Plan
@@ -262,7 +263,11 @@ class Region:
                 self.forward_plan = lambda: planned.plan
             joins = self.joins(planned.plan.program)
             trace(planned.plan)
-            recording.tell(recording.CompiledGraph(planned.plan, self.group, joins, planned.waterfall))
+            recording.tell(
+                recording.CompiledGraph(
+                    planned.plan, self.group, joins, planned.waterfall, activations=self.activations(program)
+                )
+            )
             return make_boxed_func(module.forward)  # type: ignore[no-any-return]
         compiled = compile_program(program, self.config, together)
         if program.phase is Phase.FORWARD:
@@ -271,8 +276,16 @@ class Region:
             plan = compiled.plan
             trace(plan)
             joins = self.joins(plan.program)
-            recording.tell(recording.CompiledGraph(plan, self.group, joins, compiled.waterfall, compiled.source))
+            recording.tell(
+                recording.CompiledGraph(
+                    plan, self.group, joins, compiled.waterfall, compiled.source, self.activations(program)
+                )
+            )
         return true_elements(program, module, compiled.call)
+
+    def activations(self, program: Program) -> tuple[Activation, ...]:
+        """What became of the forward's values that a backward needs."""
+        return self.partitioned.activations if program.phase is Phase.BACKWARD else ()
 
     def trial(self, forward_outputs: int, parameters: frozenset[int], modules: Modules) -> budget.Planned:
         """The plans that a cut of the joint graph would get; this region is left as it is."""
@@ -368,15 +381,25 @@ def compile(
     return compile_with(module, example_inputs, config)
 
 
-def chooser(config: Config, device: str = "cpu", region: Region | None = None) -> Chooser:
+#: Told of every training graph's curve over all budgets, where one is asked for.
+CurveTeller = Callable[[tuple[budget.CurvePoint, ...]], None]
+
+
+def chooser(
+    config: Config, device: str = "cpu", region: Region | None = None, tell_curve: CurveTeller | None = None
+) -> Chooser:
     """What is kept for the backward on a device; within the budget, where one is asked for."""
     figures = figures_for(device, config, measure=config.budget is not None)
 
     def search(cut: Cutter, forward_outputs: int, parameters: frozenset[int]) -> Modules:
         assert region is not None
         assert config.budget is not None
-        check_budget(config.budget, device)
-        return Budget(config.budget, figures, cut, partial(region.trial, forward_outputs, parameters)).search()
+        if tell_curve is None:
+            check_budget(config.budget, device)
+        search = Budget(config.budget, figures, cut, partial(region.trial, forward_outputs, parameters))
+        if tell_curve is not None:
+            tell_curve(search.curve())
+        return search.search()
 
     return Chooser(
         choose=lambda graph: choose_within(graph, config.recompute_time, figures),
@@ -412,9 +435,12 @@ def device_of(module: torch.fx.GraphModule) -> str:
 
 
 def compile_with(
-    module: torch.fx.GraphModule, example_inputs: Sequence[object], config: Config
+    module: torch.fx.GraphModule,
+    example_inputs: Sequence[object],
+    config: Config,
+    tell_curve: CurveTeller | None = None,
 ) -> Callable[..., object]:
-    """As `compile`, for a ready `Config`."""
+    """As `compile`, for a ready `Config`; ``tell_curve`` is told what training graphs need at all budgets."""
     check_built(config)
     if config.enabled("attention"):
         simplify_masks(module)
@@ -423,7 +449,7 @@ def compile_with(
         fw_compiler=region.compile_forward,
         bw_compiler=region.compile_backward,
         inference_compiler=region.compile_inference,
-        partition_fn=partitioner(config, region.partitioned, chooser(config, device_of(module), region)),
+        partition_fn=partitioner(config, region.partitioned, chooser(config, device_of(module), region, tell_curve)),
         decompositions=decomposition_table(config),
         keep_inference_input_mutations=True,
     )

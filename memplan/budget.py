@@ -32,6 +32,8 @@ Modules = tuple[torch.fx.GraphModule, torch.fx.GraphModule]
 
 #: Rungs between the least and the fastest choice.
 RUNGS = 64
+#: Points of a curve over all budgets, the fastest choice aside.
+CURVE = 16
 #: Part of the budget that a plan should use for the search to end.
 CLOSE = 0.97
 _SHOWN = 6
@@ -44,6 +46,15 @@ class Planned:
     plans: Sequence[Plan]
     joins: Mapping[str, str]
     peak: StepPeak
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """What the step needs at one budget: planned bytes, and the model's microseconds, those of recomputation apart."""
+
+    nbytes: int
+    microseconds: float
+    recomputation: float
 
 
 @dataclass
@@ -85,13 +96,15 @@ class Budget:
             raise PlanningError(cannot_be_met(self.limit, least))
         return self._tried[max(fitting)[1]][0]
 
-    def curve(self) -> list[tuple[int, float, Planned]]:
-        """All rungs: (peak in bytes, microseconds of recomputation that the model expects, plans), least first."""
+    def curve(self) -> tuple[CurvePoint, ...]:
+        """Peaks and times from the least choice to the fastest."""
         found = []
-        for rung in range(RUNGS, -1, -1):
-            self.peak(rung)
-            found.append((self._tried[rung][1].peak.nbytes, self.choice(rung).microseconds, self._tried[rung][1]))
-        return found[::-1]
+        for rung in (RUNGS, *range(0, RUNGS, RUNGS // CURVE)):
+            nbytes = self.peak(rung)
+            assert self._choices is not None
+            added = self.choice(rung).microseconds
+            found.append(CurvePoint(nbytes, self._choices.menus.segments.graph.microseconds + added, added))
+        return tuple(sorted(found, key=lambda p: (p.nbytes, p.microseconds)))
 
     def peak(self, rung: int) -> int:
         """Bytes that the plans of a rung need."""

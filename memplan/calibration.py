@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from .runtime.cache import Cache, cache_key
 log = logging.getLogger(__name__)
 _lock = threading.Lock()
 _known: dict[tuple[str, str], DeviceFigures] = {}
-_REPEATS = 5
+_REPEATS, _MOST_REPEATS, _SECONDS = 5, 50, 0.2
 
 
 def figures_for(device: str, config: Config, *, measure: bool = False) -> DeviceFigures:
@@ -145,10 +144,11 @@ _LAUNCHES = 50
 
 
 def _seconds(run: Callable[[], object], device: str) -> float:
-    """Median of a few timed runs, after one that is not."""
+    """The least of some timed runs, after one that is not: what else the machine does only makes runs longer."""
     run()
     times: list[float] = []
-    for _ in range(_REPEATS):
+    started = time.perf_counter()
+    while len(times) < _REPEATS or (len(times) < _MOST_REPEATS and time.perf_counter() - started < _SECONDS):
         if device.startswith("cuda"):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()
@@ -157,7 +157,7 @@ def _seconds(run: Callable[[], object], device: str) -> float:
             end.synchronize()
             times.append(begin.elapsed_time(end) / 1e3)
         else:
-            started = time.perf_counter()
+            begun = time.perf_counter()
             run()
-            times.append(time.perf_counter() - started)
-    return max(statistics.median(times), 1e-9)
+            times.append(time.perf_counter() - begun)
+    return max(min(times), 1e-9)

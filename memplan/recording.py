@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from .ir.activation import Activation
 from .ir.plan import Plan
 
 _lock = threading.Lock()
@@ -19,6 +20,7 @@ class CompiledGraph:
 
     ``group`` numbers the torch.compile region that it belongs to (a forward and its backward share one);
     ``joins`` pairs what the forward saves with the backward's inputs: (forward buffer, backward buffer).
+    ``activations``, of a backward: what became of every value of the forward that it needs.
     """
 
     plan: Plan
@@ -26,6 +28,7 @@ class CompiledGraph:
     joins: tuple[tuple[str, str], ...] = ()
     waterfall: tuple[tuple[str, int], ...] = ()
     wrapper: str = ""
+    activations: tuple[Activation, ...] = ()
 
 
 @dataclass

@@ -10,6 +10,7 @@ from ..ir import plan as ir_plan
 from ..ir import program as ir
 from .allocation import live_bytes
 from .model import (
+    Activation,
     Arena,
     Buffer,
     Certificate,
@@ -71,6 +72,7 @@ def report_of(records: Sequence[StepRecord], *, target: str = "") -> Report:
         whole=whole,
         waterfall=_closed(_waterfall(records), peak),
         measured=tuple(r.measured for r in records if r.measured is not None),
+        activations=_activations(records, entries, names),
         environment=environment,
     )
 
@@ -103,6 +105,27 @@ def _joins(records: Sequence[StepRecord], entries: list[_Entry], graphs: list[Gr
         if before and after:
             found += [Join(before[0], saved, after[0], received) for saved, received in record.joins]
     return found
+
+
+def _activations(
+    records: Sequence[StepRecord], entries: Sequence[_Entry], names: Sequence[str]
+) -> tuple[Activation, ...]:
+    """What became of what the backwards need, under the name of the graph that makes it."""
+    found = []
+    for k, record in enumerate(records):
+        graph = next((name for e, name in zip(entries, names, strict=True) if e.record == k), "")
+        found += [
+            Activation(
+                name=a.name,
+                graph=graph,
+                fate=a.fate.value,
+                nbytes=a.nbytes,
+                microseconds=a.microseconds,
+                origin=_origin(a.origin),
+            )
+            for a in record.activations
+        ]
+    return tuple(found)
 
 
 def _waterfall(records: Sequence[StepRecord]) -> list[tuple[str, int]]:

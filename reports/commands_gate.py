@@ -18,8 +18,9 @@ from ..ir.config import parse_bytes
 from ..ir.errors import OptionError, ReportError
 from . import command_options as given
 from . import page, terminal
+from .activations import milliseconds
 from .compare import Comparison, compare, gates
-from .fit import Attempt, attempt, changes, default_batch, largest_batch
+from .fit import Attempt, Point, attempt, changes, curves, default_batch, largest_batch
 from .model import Report, read_report, write_report
 from .target import Request, factory_of, is_saved, make, report_for
 from .text import clean, line, percent, shape, signed, size
@@ -159,17 +160,27 @@ def check(
 
 def fit(
     target: given.Target,
-    budget: Annotated[str, typer.Option("--budget", help="Memory of the device, for example 16GiB.")],
+    budget: Annotated[str | None, typer.Option("--budget", help="Memory of the device, for example 16GiB.")] = None,
+    curve: Annotated[bool, typer.Option("--curve", help="Peak and time of the step for all budgets.")] = False,
     batch: Annotated[int | None, typer.Option("--batch", help="Batch size, given to the factory.", min=1)] = None,
     max_batch: Annotated[bool, typer.Option("--max-batch", help="Find the largest batch size that fits.")] = False,
     backward: given.Backward = None,
     option: given.Options = None,
 ) -> None:
     """Does the step fit, and if not, which known change would make it fit. Nothing is run."""
-    limit = parse_bytes(budget)
     request = given.request(backward=backward, options=option, batch=batch)
     out = terminal.console()
     saved = is_saved(target)
+    if curve:
+        if saved:
+            raise OptionError(f"{target!r} is a saved report: a curve needs a MODULE:FACTORY")
+        with working("planning for all budgets"):
+            found_curves = curves(make(target, batch), request)
+        show_curves(out, found_curves)
+        return
+    if budget is None:
+        raise OptionError("give --budget, for example --budget 16GiB, or --curve")
+    limit = parse_bytes(budget)
     if saved and (batch is not None or max_batch):
         raise OptionError(f"{target!r} is a saved report: other batch sizes need a MODULE:FACTORY")
     if max_batch:
@@ -189,10 +200,32 @@ def fit(
     out.print(Text(f"It does not fit: {size(now.total - limit)} too much.", style="bold red"))
     if not saved:
         request = replace(request, batch=batch or default_batch(factory_of(target)))
+
+        def plan(asked: Request) -> Report:
+            return report_for(target, asked)
+
         with working("trying changes"):
-            tried = changes(lambda r: report_for(target, r), request, limit, lambda text: out.print(clean(text)))
+            tried = changes(plan, request, limit, now.held, lambda text: out.print(clean(text, 2000)))
         _show_attempts(out, tried, limit)
     raise typer.Exit(1)
+
+
+def show_curves(out: Console, found: list[list[Point]]) -> None:
+    """Peak over time, a row for each plan that is smaller or faster than all others."""
+    if not found:
+        out.print("Nothing of it has a backward: there is nothing to recompute, and one plan.")
+    for number, points in enumerate(found):
+        of = f" of graph {number}" if len(found) > 1 else ""
+        out.print(Text(f"Peak and estimated time{of} for all budgets", style="bold"))
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for title in ("peak of the step", "time", "of it recomputing"):
+            table.add_column(title, justify="right", no_wrap=True)
+        table.add_column("")
+        most = max(p.peak for p in points)
+        for p in points:
+            part = f"{100 * p.recomputation / p.microseconds:.1f}%" if p.microseconds else "-"
+            table.add_row(size(p.peak), milliseconds(p.microseconds), part, "█" * max(1, round(30 * p.peak / most)))
+        out.print(table)
 
 
 def _show_attempts(out: Console, rows: list[Attempt], limit: int) -> None:

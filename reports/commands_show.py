@@ -12,6 +12,7 @@ import typer
 from ..ir.errors import OptionError
 from . import command_options as given
 from . import tables, terminal
+from .activations import table as activation_table
 from .model import Report, dump_report, schema, write_report
 from .query import selected
 from .target import Request, make, report_for
@@ -25,6 +26,7 @@ def register(app: typer.Typer) -> None:
     app.command("buffers", epilog="Example: memplan buffers before.json --where 'size>1MiB' --where kind=saved")(
         buffers
     )
+    app.command("activations", epilog="Example: memplan activations train.py:make --top 30")(activations)
     app.command("waterfall", epilog="Example: memplan waterfall train.py:make")(waterfall)
     app.command("export", epilog="Example: memplan export train.py:make --to html -o step.html")(export)
     app.command("schema", epilog="Example: memplan schema > memplan-report.schema.json")(print_schema)
@@ -109,6 +111,18 @@ def buffers(
             terminal.write(tables.buffers_markdown(rows[:top]))
         case given.Format.csv:
             terminal.write(tables.buffers_csv(rows[:top]))
+
+
+def activations(
+    target: given.Target, top: given.Top = 40, backward: given.Backward = None, option: given.Options = None
+) -> None:
+    """What the backward needs of the forward: saved, narrowed, made in slices, or recomputed, by your lines."""
+    found = report_for(target, given.request(backward=backward, options=option))
+    out = terminal.console()
+    if not found.activations:
+        out.print("This report knows of no activations: nothing in it has a backward.")
+        return
+    out.print(activation_table(found, top))
 
 
 def waterfall(target: given.Target, backward: given.Backward = None, option: given.Options = None) -> None:

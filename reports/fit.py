@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..ir.errors import MemplanError
 from .model import Report
-from .target import Request
+from .target import Made, Request, TargetError
 
-#: Changes of options that cost speed but no accuracy, the cheapest first.
-CHANGES: tuple[tuple[str, Mapping[str, object]], ...] = (
-    ("recompute up to 10% of the step's time", {"recompute_time": 0.1}),
-    ("recompute up to 30% of the step's time", {"recompute_time": 0.3}),
-    ("recompute as much as helps", {"recompute_time": 10.0}),
-)
 LARGEST_BATCH = 1 << 20
 
 Planner = Callable[[Request], Report]
@@ -39,21 +33,30 @@ def attempt(title: str, report: Report) -> Attempt:
     return Attempt(title, sum(report.step.held_by_caller.values()), report.step.peak)
 
 
-def changes(plan: Planner, request: Request, budget: int, tell: Callable[[str], None]) -> list[Attempt]:
-    """Known changes in order of their price, until one fits: options first, then smaller batches.
+def changes(plan: Planner, request: Request, budget: int, held: int, tell: Callable[[str], None]) -> list[Attempt]:
+    """Known changes in order of their price, until one fits: recomputation first, then smaller batches.
 
     A change that cannot be planned is left out, after ``tell`` was told why.
+
+    Parameters
+    ----------
+    budget:
+        Bytes of the device.
+    held:
+        Of these, bytes that the caller holds: the step has the rest.
     """
     found: list[Attempt] = []
-    for title, options in CHANGES:
-        asked = replace(request, options={**request.options, **options})
+    title = "recompute what it takes"
+    if budget > held:
         try:
-            found.append(attempt(title, plan(asked)))
+            asked = replace(request, options={**request.options, "budget": budget - held})
+            found.append(attempt(f"{title} (budget={budget - held})", plan(asked)))
         except MemplanError as error:
             tell(f"{title}: {error}")
-            continue
-        if found[-1].total <= budget:
+        if found and found[-1].total <= budget:
             return found
+    else:
+        tell(f"{title}: the parameters and inputs alone are more than the budget")
     batch = request.batch
     while batch is not None and batch > 1:
         batch //= 2
@@ -61,6 +64,40 @@ def changes(plan: Planner, request: Request, budget: int, tell: Callable[[str], 
         if found[-1].total <= budget:
             break
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One point of the curve: planned bytes above those before the step, estimated microseconds of it, and of these
+    what recomputation adds."""
+
+    peak: int
+    microseconds: float
+    recomputation: float
+
+
+def curves(made: Made, request: Request) -> list[list[Point]]:
+    """Peak over time for all budgets, for each graph that has a backward; the least bytes first.
+
+    Points that are neither smaller nor faster than another are left out.
+    """
+    from memplan.analysis import budget_curves
+
+    try:
+        found = budget_curves(made.model, made.args, made.kwargs, fake=request.fake, options=request.options)
+    except MemplanError:
+        raise
+    except Exception as error:
+        raise TargetError(f"the model could not be compiled: {type(error).__name__}: {error}") from error
+    return [_frontier([Point(p.nbytes, p.microseconds, p.recomputation) for p in points]) for points in found]
+
+
+def _frontier(points: list[Point]) -> list[Point]:
+    out: list[Point] = []
+    for p in sorted(points, key=lambda p: (p.peak, p.microseconds)):
+        if not out or p.microseconds < out[-1].microseconds:
+            out.append(p)
+    return out
 
 
 def largest_batch(plan: Planner, request: Request, budget: int) -> tuple[int, Attempt | None]:

@@ -20,10 +20,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ..ir.errors import ReportError, SavedModelError
 
 if TYPE_CHECKING:
+    from ..ir.activation import Activation as PlannedActivation
     from ..ir.plan import Plan
 
 FORMAT = "memplan-report"
-VERSION = 1
+VERSION = 2
+#: Versions that are read: 1 knew no activations.
+READABLE = (1, 2)
 
 Bytes = Annotated[int, Field(ge=0, lt=2**62)]
 SignedBytes = Annotated[int, Field(gt=-(2**62), lt=2**62)]
@@ -277,16 +280,33 @@ class Measurement(Model):
     workspace: Bytes = 0
 
 
+class Activation(Model):
+    """A value of the forward that the backward reads.
+
+    ``fate``: kept as it is, kept narrower, made by a loss in slices in place of its logits, or computed again.
+    ``nbytes``: what it takes from the forward to the backward (a recomputed one: what it does not take).
+    ``microseconds``: estimated time of computing it again; None if it must not be.
+    """
+
+    name: str
+    graph: str
+    fate: Literal["saved", "narrowed", "chunked", "recomputed"]
+    nbytes: Bytes
+    microseconds: Annotated[float, Field(ge=0)] | None
+    origin: Origin = Origin()
+
+
 class Report(Model):
     """All that is known about a step. ``whole`` is the step on one timeline where there are several graphs."""
 
     format: Literal["memplan-report"] = "memplan-report"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
     target: str = ""
     graphs: tuple[Graph, ...]
     whole: Graph | None = None
     waterfall: tuple[WaterfallStep, ...] = ()
     measured: tuple[Measurement, ...] = ()
+    activations: tuple[Activation, ...] = ()
     environment: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -336,6 +356,7 @@ class StepRecord:
     joins: tuple[tuple[str, str], ...] = ()
     #: the waterfall of each plan by itself, in the order of ``plans``; may be shorter
     stages: tuple[tuple[tuple[str, int], ...], ...] = ()
+    activations: tuple[PlannedActivation, ...] = ()
 
 
 def attribution(storages: Sequence[Storage], steps: int) -> list[int]:
@@ -421,10 +442,11 @@ def parse_report(text: str, where: str = "") -> Report:
         raise ReportError(f"the report is damaged (no complete JSON): {error}", where=where) from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ReportError(f'not a memplan report (no "format": "{FORMAT}")', where=where)
-    if data.get("version") != VERSION:
+    if data.get("version") not in READABLE:
         found = repr(data.get("version"))[:40]
         raise ReportError(
-            f"the report is of version {found}, this memplan reads version {VERSION}; make it again with "
+            f"the report is of version {found}, this memplan reads versions {' and '.join(map(str, READABLE))}; "
+            "make it again with "
             "`memplan report TARGET -o FILE`",
             where=where,
         )

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 
+from .activations import by_line, milliseconds, totals
 from .model import Buffer, Report
 from .query import GroupBy, grouped, room
 from .terminal import PHASES, placed, waterfalls
@@ -44,6 +45,13 @@ def markdown(report: Report, *, by: GroupBy = "line", top: int = 10) -> str:
             "",
         ]
     lines += _peak_rows(report, by, top)
+    if report.activations:
+        lines += [f"**What the backward needs of the forward**: {escaped(totals(report.activations))}", ""]
+        kept = [
+            (r.fate, size(r.nbytes), str(r.count), milliseconds(r.microseconds), as_code(r.place), as_code(r.what))
+            for r in by_line(report.activations)[:top]
+        ]
+        lines += [*_rows(("", "bytes", "number", "again", "your line", "what"), kept, right={1, 2, 3}), ""]
     for name, stages in waterfalls(report):
         lines += [f"**What each stage does to the peak of {escaped(name)}**", ""]
         before = [None, *(s.peak for s in stages)]

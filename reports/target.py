@@ -17,6 +17,7 @@ from ..ir.errors import MemplanError
 from .model import Measurement, Report, StepRecord, read_report
 
 if TYPE_CHECKING:
+    from ..ir.activation import Activation
     from ..ir.plan import Plan
 
 
@@ -36,6 +37,8 @@ class CompiledGraph(Protocol):
     def joins(self) -> tuple[tuple[str, str], ...]: ...
     @property
     def waterfall(self) -> tuple[tuple[str, int], ...]: ...
+    @property
+    def activations(self) -> tuple[Activation, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +204,7 @@ def report_from(
             records[0].environment,
             records[0].joins,
             records[0].stages,
+            records[0].activations,
         )
     return report_of(records, target=target)
 
@@ -209,7 +213,8 @@ def _record(members: Sequence[CompiledGraph | Plan]) -> StepRecord:
     plans = tuple(m.plan if isinstance(m, CompiledGraph) else m for m in members)
     joins = tuple(j for m in members if isinstance(m, CompiledGraph) for j in m.joins)
     stages = tuple(m.waterfall if isinstance(m, CompiledGraph) else () for m in members)
-    return StepRecord(plans, environment=environment(), joins=joins, stages=stages)
+    fates = tuple(a for m in members if isinstance(m, CompiledGraph) for a in m.activations)
+    return StepRecord(plans, environment=environment(), joins=joins, stages=stages, activations=fates)
 
 
 def environment() -> dict[str, str]:

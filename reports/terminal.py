@@ -12,6 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from . import activations
 from .model import Buffer, Graph, Report, WaterfallStep
 from .query import GroupBy, grouped, room
 from .text import clean, code, line, percent, shape, short, signed, size, step_title, whereabouts
@@ -70,6 +71,8 @@ def summary(report: Report, *, by: GroupBy = "line", top: int = 8) -> Renderable
     parts: list[RenderableType] = [headline(report), Text()]
     parts.append(peak_groups(report.step, by=by, top=top))
     parts += [Text(), curve(report.step)]
+    if report.activations:
+        parts += [Text(), activations.table(report, top)]
     for title, stages in waterfalls(report):
         parts += [Text(), waterfall(stages, title)]
     parts += [Text(), graph_table(report)]

@@ -26,7 +26,7 @@ RANKS = (
     {"index"},
     {"program", "canonical"},
     {"template"},
-    {"plan"},
+    {"plan", "activation"},
     {
         "verify", "verify_access", "verify_kernel", "verify_plan", "verify_communication", "verify_template",
         "verify_slabs", "printing",

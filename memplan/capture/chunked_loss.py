@@ -23,6 +23,7 @@ import torch
 import torch.fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from .activations import CHUNKED
 from .rewriting import call_node
 
 log = logging.getLogger(__name__)
@@ -467,6 +468,7 @@ def _added(write: _Writer, nodes: list[Node]) -> Node:
 def _saved(node: Node) -> Node:
     """Computed in the forward, kept for the backward: never the other way round."""
     node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    node.meta[CHUNKED] = True
     return node
 
 

@@ -11,7 +11,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch._functorch.config as functorch_config
@@ -19,8 +19,10 @@ import torch._functorch.partitioners as partitioners
 import torch.fx
 from functorch.compile import min_cut_rematerialization_partition
 
+from ..ir.activation import Activation
 from ..ir.config import Config
 from ..ir.joint import JointGraph
+from .activations import activations
 from .chunked_loss import chunk_losses
 from .dropout import seed_dropout
 from .joint import Costs, joint_graph
@@ -28,6 +30,8 @@ from .joint import Costs, joint_graph
 log = logging.getLogger(__name__)
 
 
+#: Where a cut forward holds what became of the values that its backward reads.
+_FATES = "memplan_activations"
 Modules = tuple[torch.fx.GraphModule, torch.fx.GraphModule]
 Choose = Callable[[JointGraph], Sequence[int]]
 #: Makes forward and backward with the values kept that a choice names.
@@ -54,7 +58,7 @@ class Partitioned:
     forward_outputs: int = 0
     forward: torch.fx.GraphModule | None = None
     backward: torch.fx.GraphModule | None = None
-    recomputed: list[str] = field(default_factory=list)
+    activations: tuple[Activation, ...] = ()
 
 
 def partitioner(config: Config, found: Partitioned, chooser: Chooser) -> Callable[..., Modules]:
@@ -70,11 +74,13 @@ def partitioner(config: Config, found: Partitioned, chooser: Chooser) -> Callabl
         def cut(choose: Choose) -> Modules:
             # torch's partitioner changes the graph that it is given
             given = torch.fx.GraphModule(joint, copy.deepcopy(joint.graph)) if chooser.search else joint
-            choosing = _choosing(replace(chooser, choose=choose) if own else None)
+            fates: list[tuple[Activation, ...]] = []
+            choosing = _choosing(replace(chooser, choose=choose) if own else None, fates)
             with functorch_config.patch(recompute_views=True), choosing:
                 modules: Modules = min_cut_rematerialization_partition(
                     given, inputs, num_fwd_outputs=num_fwd_outputs, **kwargs
                 )
+            modules[0].meta[_FATES] = fates[-1] if fates else ()
             return modules
 
         if chooser.search is not None and own:
@@ -84,13 +90,14 @@ def partitioner(config: Config, found: Partitioned, chooser: Chooser) -> Callabl
             forward, backward = cut(chooser.choose)
         found.forward_outputs = num_fwd_outputs
         found.forward, found.backward = forward, backward
+        found.activations = forward.meta.pop(_FATES, ())
         return forward, backward
 
     return partition
 
 
 @contextmanager
-def _choosing(chooser: Chooser | None) -> Iterator[None]:
+def _choosing(chooser: Chooser | None, fates: list[tuple[Activation, ...]]) -> Iterator[None]:
     """torch's partitioner with the choice of kept values replaced (compilation holds Dynamo's lock meanwhile)."""
     if chooser is None:
         yield
@@ -101,7 +108,7 @@ def _choosing(chooser: Chooser | None) -> Iterator[None]:
         if memory_budget != 1:
             # the user set torch's own budget: theirs is the say
             return original(joint_graph, node_info, memory_budget)  # type: ignore[arg-type]
-        return choose_saved(joint_graph, node_info, chooser)
+        return choose_saved(joint_graph, node_info, chooser, fates)
 
     partitioners.choose_saved_values_set = choose
     try:
@@ -110,16 +117,12 @@ def _choosing(chooser: Chooser | None) -> Iterator[None]:
         partitioners.choose_saved_values_set = original
 
 
-def choose_saved(graph: torch.fx.Graph, node_info: object, chooser: Chooser) -> list[torch.fx.Node]:
-    """The forward nodes whose values are kept for the backward."""
+def choose_saved(
+    graph: torch.fx.Graph, node_info: object, chooser: Chooser, fates: list[tuple[Activation, ...]]
+) -> list[torch.fx.Node]:
+    """The forward nodes whose values are kept for the backward; what became of all is added to ``fates``."""
     joint, nodes = joint_graph(graph, node_info, chooser.costs)
-    kept = [nodes[k] for k in chooser.choose(joint)]
-    # what is no tensor (the mesh of a DTensor) may be an input of the forward that the backward returns as it is
-    objects = [n for n in graph.output_node().all_input_nodes if n.op == "placeholder" and not _is_tensor(n)]
-    kept += [n for n in objects if n not in kept and n not in node_info.tangents_closure]  # type: ignore[attr-defined]
-    log.debug("%d of %d values are kept", len(kept), len(nodes))
-    return kept
-
-
-def _is_tensor(node: torch.fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.Tensor)
+    positions = chooser.choose(joint)
+    fates.append(activations(joint, nodes, positions))
+    log.debug("%d of %d values are kept", len(positions), len(nodes))
+    return [nodes[k] for k in positions]

@@ -14,7 +14,7 @@ from enum import Enum
 from types import MappingProxyType
 
 #: Changes whenever the meaning of a figure does, so that figures stored by another version are measured again.
-VERSION = 1
+VERSION = 2
 
 
 class Unit(Enum):
@@ -123,7 +123,7 @@ _KNOWN = (
     DeviceFigures("A100", 1.7e6, 2.4e8, 1.8e7, 1.7e7, 1.2e7, 3.5, host_bandwidth=2.2e4),
 )
 #: One of a desktop's or server's few cores; what differs most from machine to machine, so it is worth calibrating.
-CPU = DeviceFigures("cpu", 1.2e4, 8.0e4, 8.0e4, 4.0e4, 4.0e3, 3.0, attention=0.5, convolution=0.6)
+CPU = DeviceFigures("cpu", 1.2e4, 8.0e4, 8.0e4, 4.0e4, 2.0e4, 3.0, attention=0.5, convolution=0.6)
 DEFAULTS: Mapping[str, DeviceFigures] = MappingProxyType({f.name: f for f in (*_KNOWN, CPU)})
 #: Figures of a GPU that is not known.
 UNKNOWN_GPU = "A100"

@@ -10,9 +10,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import memplan
+import memplan.backend
+from memplan.budget import RUNGS, Budget, Modules
+from memplan.ir.activation import Fate
 from memplan.ir.errors import OptionError
+from memplan.ir.program import BufferKind
 from memplan.passes.step_peak import step_peak
 from memplan.recording import CompiledGraph
+from memplan.reports import terminal
+from memplan.reports.target import report_from
 
 WIDTH, ROWS, BLOCKS = 32, 256, 4
 
@@ -80,14 +86,47 @@ def gradients(budget: str | int | None, **options: object) -> tuple[list[Tensor]
     return [loss.detach(), *found], peak_of(recorded.graphs)
 
 
-def test_smaller_budgets_give_no_higher_peaks_and_keep_within() -> None:
-    most, low = planned("4GB"), least()
-    budgets = [low + (most - low) * k // 4 for k in range(4)]
-    peaks = [planned(b) for b in budgets]
-    assert all(p <= b for p, b in zip(peaks, budgets, strict=True))
+def test_twenty_budgets_give_rising_peaks_within_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each budget is searched for as if it were the only one; what was planned for another is not planned again."""
+    found: list[tuple[int, int]] = []
+
+    class Many(Budget):
+        def search(self) -> Modules:
+            most, low = self.peak(RUNGS), self.peak(0)
+            for k in range(21):
+                self.limit = low + (most - low) * k // 20
+                modules = super().search()
+                (peak,) = (p.peak.nbytes for m, p in self._tried.values() if m is modules)
+                found.append((self.limit, peak))
+            return modules
+
+    monkeypatch.setattr(memplan.backend, "Budget", Many)
+    torch._dynamo.reset()
+    stack, x = model()
+    memplan.analyze(stack, (x,), options={"budget": "1GB"})
+    peaks = [p for _, p in found]
+    assert all(p <= limit for limit, p in found)
     assert peaks == sorted(peaks)
-    assert len(set(peaks)) >= 3
-    assert low < 0.6 * most
+    assert len(set(peaks)) >= 6
+    assert peaks[0] < 0.6 * peaks[-1]
+
+
+def test_the_report_accounts_for_all_that_is_kept() -> None:
+    torch._dynamo.reset()
+    stack, x = model()
+    forward, backward = memplan.analyze(stack, (x,))
+    kept = [a for a in backward.activations if a.fate is not Fate.RECOMPUTED]
+    program = forward.plan.program
+    assert sum(a.nbytes for a in kept) == sum(
+        program.nbytes(b.name) for b in program.buffers.values() if b.kind is BufferKind.SAVED
+    )
+    again = [a for a in backward.activations if a.fate is Fate.RECOMPUTED]
+    assert again
+    assert all(a.microseconds is not None for a in again)
+    assert all(a.origin.location.startswith(__file__) for a in (*kept, *again))
+    saved = report_from((forward, backward))
+    assert len(saved.activations) == len(backward.activations)
+    assert "recomputed" in terminal.rendered(terminal.summary(saved))
 
 
 @pytest.mark.parametrize("poison", [False, True])

@@ -37,7 +37,7 @@ def test_figures_are_read_back_or_refused() -> None:
     assert figures_from({**FIGURES.as_dict(), "version": 0}) is None
     assert figures_from({**FIGURES.as_dict(), "bandwidth": "fast"}) is None
     assert figures_from({**FIGURES.as_dict(), "bandwidth": 0.0}) is None
-    assert figures_from({"version": 1}) is None
+    assert figures_from({"version": 2}) is None
 
 
 def test_devices_are_known_by_their_names() -> None:

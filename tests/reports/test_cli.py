@@ -142,6 +142,7 @@ def test_help_has_an_example_for_every_command(folder: Path) -> None:
         "report",
         "peak",
         "buffers",
+        "activations",
         "waterfall",
         "export",
         "run",

@@ -190,7 +190,7 @@ def test_a_report_comes_back_as_it_was(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"version": 2}, "version 2, this memplan reads version 1"),
+        ({"version": 3}, "version 3, this memplan reads versions 1 and 2"),
         ({"version": None}, "version None"),
         ({"format": "other"}, "not a memplan report"),
         ({"graphs": []}, "no graphs"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import memplan
+from memplan.ir.activation import Activation
 from memplan.ir.errors import LoweringError, OptionError
 from memplan.ir.plan import Plan
 from memplan.reports.command_options import parse_options
@@ -35,15 +36,16 @@ class Compiled:
     group: int
     joins: tuple[tuple[str, str], ...] = ()
     waterfall: tuple[tuple[str, int], ...] = ()
+    activations: tuple[Activation, ...] = ()
 
 
 def planned(model: object, args: Sequence[object], kwargs: object = None, **how: object) -> list[Compiled]:
-    """A plan of 4096 bytes for each row of the batch, less by what recomputation is allowed; LoweringError for 13."""
+    """A plan of 4096 bytes for each row of the batch, half of it under a budget; LoweringError for 13 rows."""
     batch = int(args[0].shape[0]) if args else 1  # type: ignore[attr-defined]
     if batch == 13:
         raise LoweringError("thirteen rows", where="train.py:1")
     options = how["options"]
-    share = 0.5 if isinstance(options, dict) and options.get("recompute_time", 0) >= 0.3 else 1
+    share = 0.5 if isinstance(options, dict) and "budget" in options else 1
     made = [plans.Made("b", int(1024 * batch * share), plans.BufferKind.TEMPORARY, 0, 1, plans.Own())]
     phase = plans.Phase.FORWARD if how["backward"] else plans.Phase.INFERENCE
     return [Compiled(plans.make_plan("g", phase, made, 1), 0)]
@@ -108,12 +110,11 @@ def test_changes_are_tried_from_cheap_to_dear() -> None:
 
     request = Request(batch=default_batch(make.__globals__["factory_of"]("things_to_make:make")))
     assert request.batch == 4
-    found = changes(plan, request, 2 * 4096, print)  # type: ignore[arg-type]
-    assert [a.title for a in found] == [
-        "recompute up to 10% of the step's time",
-        "recompute up to 30% of the step's time",
-    ]
-    found = changes(plan, request, 4096, print)  # type: ignore[arg-type]
+    found = changes(plan, request, 2 * 4096, 4096, print)  # type: ignore[arg-type]
+    assert [a.title for a in found] == ["recompute what it takes (budget=4096)"]
+    told: list[str] = []
+    found = changes(plan, request, 4096, 4096, told.append)  # type: ignore[arg-type]
+    assert "alone are more than the budget" in told[0]
     assert found[-1].title == "batch size 1"
     assert found[-1].total == 4096
 
