@@ -25,6 +25,7 @@ from ..ir.program import (
     Symbolic,
     SymbolInput,
     TensorInput,
+    UserKernel,
     View,
 )
 from .cpp_frame import Frame, GridKernel, PythonLine, dtype_code, identifier
@@ -32,6 +33,7 @@ from .cpp_frame_python import call_python, python_body
 from .cpp_wrapper_calls import copy, extern
 from .cpp_wrapper_launch import launch
 from .cpp_wrapper_source import translation_unit
+from .python_wrapper import python_line
 from .wrapper_lines import (
     Align,
     Allocate,
@@ -45,12 +47,14 @@ from .wrapper_lines import (
     FreePool,
     GiveBack,
     Launch,
+    LaunchUser,
     Line,
     Place,
     Return,
     Reuse,
     WrapperProgram,
     Zero,
+    ZeroWorkspace,
 )
 
 #: -O1 is what a sequence of calls can use; more only costs time
@@ -123,6 +127,10 @@ def print_line(frame: Frame, line: Line) -> None:
             frame.line(f"MP(aoti_torch_zero_({frame.handle(buffer.name)}));")
         case Launch():
             launch(frame, line)
+        case ZeroWorkspace(buffer):
+            _workspace(frame, line, buffer)
+        case LaunchUser(op):
+            _launch_user(frame, line, op)
         case CallExtern(op):
             extern(frame, line, op)
         case CopyInto(op):
@@ -155,6 +163,23 @@ def _allocate(
 def _poisoned(frame: Frame, buffer: str) -> None:
     if frame.poison:
         python_body(frame, f"    poison_tensor({buffer})\n", {}, (), ())
+
+
+def _launch_user(frame: Frame, line: LaunchUser, op: UserKernel) -> None:
+    """Through Python: the user's grid is Python, and so is tuning on what it gets."""
+    python_body(frame, _on_stream(op.device) + python_line(frame.program, line).source, {}, (), op.mutates)
+
+
+def _workspace(frame: Frame, line: ZeroWorkspace, buffer: Buffer) -> None:
+    """Through Python, which keeps the workspaces of streams."""
+    body = _on_stream(buffer.device) + python_line(frame.program, line).source
+    python_body(frame, body, {buffer.name: frame.member(buffer.name)}, (), ())
+    frame.tensors.add(buffer.name)
+
+
+def _on_stream(device: str) -> str:
+    index = int(device.partition(":")[2] or 0)
+    return f"    stream{index} = current_stream({index})\n" if device.startswith("cuda") else ""
 
 
 def _reuse(frame: Frame, buffer: Buffer, old: Buffer) -> None:

@@ -14,11 +14,10 @@ import torch
 from . import kernels as kernel_sets
 from .artifact import Artifact, GpuKernel, Linked, cached, load_cached, load_gpu
 from .codegen import cpp_kernel, triton_kernel
-from .codegen.cpp_wrapper import CppWrapper
-from .codegen.python_wrapper import PythonWrapper, print_python
-from .codegen.wrapper_lines import ZeroWorkspace, wrapper_lines
+from .codegen.python_wrapper import print_python
+from .codegen.wrapper_lines import WrapperProgram, wrapper_lines
 from .communicating import Communicating, facts_of
-from .cpp_wrapping import load_in_cpp, print_in_cpp
+from .cpp_wrapping import load_in_cpp
 from .fallback import with_fallback
 from .ir.canonical import canonicalize
 from .ir.config import Config
@@ -48,10 +47,12 @@ from .planner import planner_libraries
 from .pooling import StepChoice, choose, step_memories
 from .runtime.python_runtime import namespace
 from .runtime.reserve import reserves_of, reserving
-from .runtime.triton_launch import GridKernel, Launcher
+from .runtime.triton_launch import Launcher
 from .template_tuning import chooser
 from .templates import NO_TEMPLATES, TemplateSet, collect_templates, with_templates
 from .user_kernels import UserKernels, build_user_kernels
+from .wrapper_choice import REASONS as CPP_REASONS
+from .wrapper_choice import build_ahead, choose_wrapper, say_python, seen_by_modes
 
 log = logging.getLogger(__name__)
 
@@ -360,9 +361,9 @@ def _from_cache(found: Found, program: Program, config: Config) -> CompiledProgr
         templates = collect_templates(plan.program)
         if not {*sets.sources, *templates.sources} <= kernels.keys():  # named after the operators they came from
             return None
-        grids = {k.name: k for k in artifact.gpu}
-        python, cpp = _printed(plan, sets, grids, NO_USER_KERNELS, config, templates)
-        artifact = replace(artifact, python=python, cpp=cpp)
+        lines = _lines(plan, sets, NO_USER_KERNELS, templates)
+        cpp = choose_wrapper(lines, {k.name: k for k in artifact.gpu}, config)
+        artifact = replace(artifact, python=print_python(lines, poison=config.poison), cpp=cpp)
     linked = Linked(kernels, launchers, found.callables(), found.constants())
     return _assemble(artifact, linked, found.plan, program, config, NOTHING_KEPT)
 
@@ -377,12 +378,17 @@ def _compile(planned: Planned, program: Program, config: Config, kept: Kept) -> 
     """
     plan = planned.plan
     found = kernel_sets.collect(plan.program)
-    built = kernel_sets.build(found, plan.program, config)
     templates = collect_templates(plan.program)
-    built = with_templates(built, templates)
     user = build_user_kernels(plan.program)
+    lines = _lines(plan, found, user, templates)
+    on_cpu = not templates.sources and all(device == "cpu" for device, _ in found.sources.values())
+    ahead = choose_wrapper(lines, {}, config) if on_cpu else None
+    if ahead is not None:
+        build_ahead(ahead, program.name, config)
+    built = with_templates(kernel_sets.build(found, plan.program, config), templates)
     built = replace(built, callables={**built.callables, **user.launchers})
-    python, cpp = _printed(plan, found, built.emitted, user, config, templates)
+    python = print_python(lines, poison=config.poison)
+    cpp = ahead if on_cpu else choose_wrapper(lines, built.emitted, config)
     if config.dump:
         folder = Path(config.dump)
         folder.mkdir(parents=True, exist_ok=True)
@@ -402,27 +408,14 @@ def _compile(planned: Planned, program: Program, config: Config, kept: Kept) -> 
     return ready, artifact
 
 
-def _printed(
-    plan: Plan,
-    found: kernel_sets.KernelSet,
-    grids: Mapping[str, GridKernel],
-    user: UserKernels,
-    config: Config,
-    templates: TemplateSet = NO_TEMPLATES,
-) -> tuple[PythonWrapper, CppWrapper | None]:
-    """The plan's wrapper in Python, and in C++ where that is asked for."""
+def _lines(
+    plan: Plan, found: kernel_sets.KernelSet, user: UserKernels, templates: TemplateSet = NO_TEMPLATES
+) -> WrapperProgram:
+    """The plan's wrapper as data."""
     known = {**found.arguments, **templates.arguments}
     arguments = {n: (a.source, a.buffers, a.symbols) for n, a in known.items()}
     arguments.update((n, (kernel, (), ())) for n, kernel in user.names.items())
-    lines = wrapper_lines(plan, arguments, {n: a.offsets for n, a in known.items()})
-    python = print_python(lines, poison=config.poison)
-    if config.wrapper != "cpp":
-        return python, None
-    if user.names or any(isinstance(line, ZeroWorkspace) for line in lines.lines):
-        name = plan.program.name
-        log.warning("%s has user Triton kernels or zero-filled workspaces: its wrapper is Python, not C++", name)
-        return python, None
-    return python, print_in_cpp(lines, grids, config)
+    return wrapper_lines(plan, arguments, {n: a.offsets for n, a in known.items()})
 
 
 def print_cpp_wrapper(plan: Plan, config: Config) -> CppWrapper | None:
@@ -443,17 +436,25 @@ def _assemble(
         others = [(title, plan_program(program, c, kept).plan) for title, c in alternatives(config)]
         return explain_oom(plan, step, requested=requested, alternatives=others)
 
-    if artifact.cpp is not None:
-        source, starts = artifact.cpp.source, ()  # type: tuple[str, tuple[int, ...]]
-        call = load_in_cpp(artifact.cpp, program.name, linked, config)
-    else:
-        source, starts = artifact.python.source, artifact.python.starts
+    def in_python() -> Callable[..., object]:
         names = namespace(artifact.python.operators, linked.callables, linked.constants, linked.kernels)
         if linked.communicating is not None:
             names.update(linked.communicating.names())
-        exec(compile(source, filename, "exec"), names)
-        call = names["call"]  # type: ignore[assignment]
+        exec(compile(artifact.python.source, filename, "exec"), names)
+        return names["call"]  # type: ignore[return-value]
+
+    source, native = artifact.python.source, None
+    if artifact.cpp is not None:
+        try:
+            native = load_in_cpp(artifact.cpp, program.name, linked, config)
+            source = artifact.cpp.source
+        except CPP_REASONS as error:
+            if config.wrapper == "cpp":
+                raise
+            say_python(str(error))
+    call = in_python() if native is None else seen_by_modes(native, in_python)
     made = CompiledProgram(make_plan, call, source, artifact.waterfall, artifact)
+    starts = artifact.python.starts
     call = explained(reserving(call, artifact.reserves), lambda: made.plan, filename, starts, explain)
     call = call if linked.communicating is None else linked.communicating.guarded(call)
     return replace(made, call=call)
