@@ -33,7 +33,7 @@ from .cpp_frame_python import call_python, python_body
 from .cpp_wrapper_calls import copy, extern
 from .cpp_wrapper_launch import launch
 from .cpp_wrapper_source import translation_unit
-from .python_wrapper import python_line
+from .python_wrapper import origin_text, python_line
 from .wrapper_lines import (
     Align,
     Allocate,
@@ -99,7 +99,7 @@ def print_line(frame: Frame, line: Line) -> None:
         case Comment(origins):
             if len(frame.parts[-1]) > _LINES_A_PART:
                 frame.parts.append([])
-            for text in dict.fromkeys(f"{o.node}: {o.op}   {o.location}" for o in origins[:6]):
+            for text in dict.fromkeys(origin_text(o.node, o.op, o.location, o.code) for o in origins[:6]):
                 frame.line("// " + re.sub(r"[^\x20-\x7e]", "?", text).replace("\\", "/").rstrip())
             frame.line(f"f.call->step = {frame.steps};")
             frame.steps += 1

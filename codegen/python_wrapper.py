@@ -162,7 +162,7 @@ class _Printer:
     def print_line(self, line: Line) -> None:
         match line:
             case Comment(origins):
-                for text in dict.fromkeys(_origin_text(o.node, o.op, o.location, o.code) for o in origins[:6]):
+                for text in dict.fromkeys(origin_text(o.node, o.op, o.location, o.code) for o in origins[:6]):
                     self.line(f"# {text}")
             case AllocatePool(pool):
                 made = f"allocate_pool({self.size(pool.nbytes)}, {self.device(pool.device)})"
@@ -415,7 +415,8 @@ def _index(device: str) -> int:
     return int(device.partition(":")[2] or 0)
 
 
-def _origin_text(node: str, op: str, location: str, code: str) -> str:
+def origin_text(node: str, op: str, location: str, code: str) -> str:
+    """Where something comes from: the comment above its lines."""
     text = f"{node}: {op}"
     if location:
         text += f"   {location}"

@@ -81,17 +81,23 @@ def build_ahead(printed: CppWrapper, name: str, config: Config) -> None:
     _builder.submit(build)
 
 
+def watched(count: int) -> bool:
+    """Whether one of the active modes is the user's: AOTAutograd checks custom operators by one of its own."""
+    modes = map(torch._C._get_dispatch_stack_at, range(count))
+    return any(not type(mode).__module__.startswith("torch._functorch.") for mode in modes)
+
+
 def seen_by_modes(native: Call, make_python: Callable[[], Call]) -> Call:
     """The call in C++; in Python while a `TorchDispatchMode` is active, which does not see torch's C functions.
 
     (Dynamo itself runs no compiled forward under such a mode; a compiled backward may be called under one.)
     """
-    active = torch._C._len_torch_dispatch_stack
+    count = torch._C._len_torch_dispatch_stack
     made: list[Call] = []
     lock = threading.Lock()
 
     def call(args: list[object]) -> object:
-        if not active():
+        if not count() or not watched(count()):
             return native(args)
         with lock:
             if not made:

@@ -148,6 +148,7 @@ def make_fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     fake = FakeGpu(driver, path)
     fake.reset()
     driver.fake_bind(ctypes.c_void_p(0x1000))
+    monkeypatch.setenv("MEMPLAN_PLAN_CACHE", "0")  # a fake cubin means nothing to another process
     capture = memplan.backend.capture
     monkeypatch.setattr(memplan.backend, "capture", lambda *a, **k: fake.on_gpu(capture(*a, **k)))
     monkeypatch.setattr(memplan.kernels, "emit_triton", fake.emit)

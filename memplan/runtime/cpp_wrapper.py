@@ -64,7 +64,9 @@ def build_wrapper(printed: Printed, name: str, flags: tuple[str, ...], cache: Ca
     CompilerError, CacheError
         If it cannot be built.
     """
-    return build_library(printed.source, name=f"{name}_wrapper", flags=flags, openmp=False, native=False, cache=cache)
+    # a comment that changes, a line number for example, is no new library
+    lines = (line for line in printed.source.splitlines() if not line.lstrip().startswith("//"))
+    return build_library("\n".join(lines), name=f"{name}_wrapper", flags=flags, openmp=False, native=False, cache=cache)
 
 
 @functools.cache

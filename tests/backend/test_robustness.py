@@ -134,6 +134,7 @@ def test_a_lowering_that_fails_leaves_its_call(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("compiler", ["/bin/false", "/nowhere/g++"])
 def test_without_a_compiler_everything_is_a_call(monkeypatch: pytest.MonkeyPatch, compiler: str) -> None:
     monkeypatch.setenv("CXX", compiler)
+    monkeypatch.delenv("MEMPLAN_WRAPPER", raising=False)  # C++ that is asked for by name cannot do without
     told = fallback_warnings(lambda: check(Sines(), inputs(), training=False))
     assert len(told) == 1
     assert "apt install g++" in told[0]
@@ -143,6 +144,7 @@ def test_without_a_compiler_everything_is_a_call(monkeypatch: pytest.MonkeyPatch
 def test_training_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random numbers, norms, losses and in-place changes of buffers: all of it as torch's calls."""
     monkeypatch.setenv("CXX", "/bin/false")
+    monkeypatch.delenv("MEMPLAN_WRAPPER", raising=False)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.GELU(), nn.Flatten())
     model.extend((nn.Linear(144, 5), nn.LayerNorm(5), nn.Dropout(0.5)))
     told = fallback_warnings(lambda: check(model, [torch.randn(2, 3, 8, 8, requires_grad=True)], random="eager"))
@@ -182,7 +184,7 @@ def test_sizes_beyond_32_bits_get_a_kernel_that_counts_in_64(monkeypatch: pytest
     launched: list[tuple[str, int]] = []
 
     class Recorder:
-        def __init__(self, kernel: TritonKernel, compiled: object) -> None:
+        def __init__(self, kernel: TritonKernel, compiled: object, device: int) -> None:
             self.kind = "wide" if "tl.int64" in kernel.source else "narrow"
 
         def __call__(self, stream: int, *arguments: int) -> None:
@@ -198,7 +200,7 @@ def test_sizes_beyond_32_bits_get_a_kernel_that_counts_in_64(monkeypatch: pytest
     monkeypatch.setattr(Target, "current", staticmethod(Target))
     size = sympy.Symbol("s0", integer=True, positive=True)
     canonical = canonicalize(add_relu(size))
-    launch = kernel_sets._widening(Narrow(), canonical, "k", {size: 64}, False)  # type: ignore[arg-type]
+    launch = kernel_sets._widening(Narrow(), "cuda:0", canonical, "k", {size: 64}, False)  # type: ignore[arg-type]
     for n in (64, 2**31, 128, 2**32):
         launch(0, 0, 0, 0, n)
     assert launched == [("narrow", 64), ("wide", 2**31), ("narrow", 128), ("wide", 2**32)]
