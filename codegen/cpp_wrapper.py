@@ -111,6 +111,8 @@ def print_line(frame: Frame, line: Line) -> None:
                 call_python(frame, f"    return ({pool.name}_memory(),)\n", [], [], [], [], [name], [])
             frame.addresses[identifier(pool.name)] = None
             frame.line(f"MP(aoti_torch_get_data_ptr({name}, (void**)&p.{identifier(pool.name)}));")
+            if frame.poison:
+                call_python(frame, "    poison_tensor(pool)\n", ["pool"], [name], [], [], [], [])
         case FreePool(pool):
             frame.line(f"mp::drop({frame.member(pool.name)});")
         case Allocate(buffer, view):
@@ -216,9 +218,13 @@ def _ends(frame: Frame, line: Free | Forget | End, buffer: Buffer) -> None:
     if name in frame.handed:
         return  # its handle lives on under another name
     frame.addressed.discard(frame.first.get(name, name))
-    if frame.poison and isinstance(line, Free) and buffer.kind not in (BufferKind.INPUT, BufferKind.PARAMETER):
+    theirs = buffer.kind in (BufferKind.INPUT, BufferKind.PARAMETER) and not buffer.donated
+    if frame.poison and isinstance(line, Free) and not theirs:
         frame.tensors.add(name)
-        _poisoned(frame, name)
+        if buffer.kind is BufferKind.WORKSPACE and buffer.zero_fill:
+            python_body(frame, f"    left_zero({name}, {name!r})\n", {}, (), ())
+        else:
+            _poisoned(frame, name)
         frame.tensors.discard(name)
     if name in frame.inputs:
         frame.line(f"f.call->host->release(f.call, input::{identifier(name)});")
