@@ -14,6 +14,7 @@ import torch
 from . import kernels as kernel_sets
 from .artifact import Artifact, GpuKernel, Linked, cached, load_cached, load_gpu
 from .codegen import cpp_kernel, triton_kernel
+from .codegen.cpp_wrapper import CppWrapper
 from .codegen.python_wrapper import print_python
 from .codegen.wrapper_lines import WrapperProgram, wrapper_lines
 from .communicating import Communicating, facts_of
@@ -421,7 +422,7 @@ def _lines(
 def print_cpp_wrapper(plan: Plan, config: Config) -> CppWrapper | None:
     """The C++ wrapper of a plan for the CPU; None where only Python can run it.  Raises UnsupportedError likewise."""
     found = kernel_sets.collect(plan.program)
-    return _printed(plan, found, {}, NO_USER_KERNELS, replace(config, wrapper="cpp"))[1]
+    return choose_wrapper(_lines(plan, found, NO_USER_KERNELS), {}, replace(config, wrapper="cpp"))
 
 
 def _assemble(
