@@ -28,6 +28,7 @@ from .capture.attention import simplify_masks
 from .capture.fx import capture
 from .capture.joint import Costs
 from .capture.partition import Chooser, Cutter, Modules, Partitioned, partitioner
+from .capture.traced import runnable
 from .compilation import (
     PASS_NAMES,
     Together,
@@ -268,7 +269,7 @@ class Region:
                     planned.plan, self.group, joins, planned.waterfall, activations=self.activations(program)
                 )
             )
-            return make_boxed_func(module.forward)  # type: ignore[no-any-return]
+            return make_boxed_func(runnable(module).forward)  # type: ignore[no-any-return]
         compiled = compile_program(program, self.config, together)
         if program.phase is Phase.FORWARD:
             self.forward_plan = lambda: compiled.plan
