@@ -154,7 +154,7 @@ def step(compiled: Callable[..., object], given: Inputs, train: bool) -> list[Te
             return [t.clone() for t in tensors_of(compiled(*leaves))]
     outs = tensors_of(compiled(*leaves))
     sum(o.float().square().mean() for o in outs if o.requires_grad).backward()  # type: ignore[union-attr]
-    return [o.detach().clone() for o in outs] + [t.grad for t in leaves if t.grad is not None]
+    return [o.detach().clone() for o in outs] + [t.grad.clone() for t in leaves if t.grad is not None]
 
 
 def measure(case: Case, wrapper: str, train: bool, device: str) -> Measured:
@@ -365,7 +365,7 @@ def after_an_error(device: str) -> str:
     good = torch.eye(3, device=device) * 4
     torch.testing.assert_close(compiled(good), torch.eye(3, device=device) * 4 + 1)
     refused = error_of(lambda: compiled(-good))
-    assert isinstance(refused, torch.linalg.LinAlgError)
+    assert isinstance(refused, torch.linalg.LinAlgError), repr(refused)
     assert "positive-definite" in str(refused)
     torch.testing.assert_close(compiled(good), torch.eye(3, device=device) * 4 + 1)
     return ""
@@ -381,7 +381,7 @@ def out_of_memory(device: str) -> str:
     )
     total = torch.cuda.get_device_properties(0).total_memory
     refused = error_of(lambda: compiled(torch.randn(int(total**0.5), device=device)))
-    assert isinstance(refused, torch.OutOfMemoryError)
+    assert isinstance(refused, torch.OutOfMemoryError), repr(refused)
     assert "step" in str(refused), str(refused)[-300:]
     torch.cuda.empty_cache()
     return ""
@@ -404,6 +404,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--only", default="", help="only checks whose name has this text")
     given = parser.parse_args(arguments)
+    torch.backends.cudnn.deterministic = True  # its quickest gradients of weights add in no fixed order
     where = torch.cuda.get_device_name() if given.device == "cuda" else "CPU"
     print(f"torch {torch.__version__}, {where}")
     print(f"{'check':<40}{'':>6}{'allocs':>6}{'peak KiB':>10}{'python us':>10}{'cpp us':>10}{'s':>6}")
