@@ -30,4 +30,5 @@ def added_product(
     total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype, *, beta: float = 1, alpha: float = 1
 ) -> torch.Tensor:
     """``beta * total + alpha * (a @ b)``, the product in ``out_dtype``."""
-    return total * beta + aten.mm.dtype(a, b, out_dtype) * alpha
+    product: torch.Tensor = aten.mm.dtype(a, b, out_dtype)
+    return total * beta + product * alpha
