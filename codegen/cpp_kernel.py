@@ -65,7 +65,7 @@ def emit_cpp(
     checks = body.checks_indices
     head = f'extern "C" {"const char*" if checks else "void"} {name}({", ".join(parameters)})'
     if any(r.size == 0 for r in body.outer) or (any(r.size == 0 for r in body.row) and not body.reductions):
-        return f"{head} {{\n{'    return nullptr;' if checks else ''}\n}}\n"
+        return f"{head} {{\n" + ("    return nullptr;\n" if checks else "") + "}\n"
     adds = any(s.mode is StoreMode.ADD and s.dtype.is_floating_point for s in body.stores)
     schedule = plan_loops(body, hints, threads=threads and not (deterministic and adds))
     lines = Printer(schedule, Texts(schedule.kernel, pointers), checks=checks).print()

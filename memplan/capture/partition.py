@@ -124,5 +124,13 @@ def choose_saved(
     joint, nodes = joint_graph(graph, node_info, chooser.costs)
     positions = chooser.choose(joint)
     fates.append(activations(joint, nodes, positions))
-    log.debug("%d of %d values are kept", len(positions), len(nodes))
-    return [nodes[k] for k in positions]
+    kept = [nodes[k] for k in positions]
+    # what is no tensor (the mesh of a DTensor) may be an input of the forward that the backward returns as it is
+    objects = [n for n in graph.output_node().all_input_nodes if n.op == "placeholder" and not _is_tensor(n)]
+    kept += [n for n in objects if n not in kept and n not in node_info.tangents_closure]  # type: ignore[attr-defined]
+    log.debug("%d of %d values are kept", len(kept), len(nodes))
+    return kept
+
+
+def _is_tensor(node: torch.fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)

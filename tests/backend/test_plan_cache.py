@@ -211,7 +211,7 @@ NO_NAMES = {
     "KernelOp": "device", "Extern": "device kwargs symbols", "Collective": "device group kwargs symbols",
     "Wait": "device kwargs symbols", "Copy": "device", "Program": "name constants callables", "Call": "op",
     "UserKernel": "*", "KernelSource": "*", "Plan": "predicted_peak reserve step", "Literal": "value",
-    "Slab": "name device", "Reserve": "device",
+    "Slab": "name device", "Workspace": "role", "Reserve": "device",
 }  # fmt: skip
 
 
