@@ -211,8 +211,8 @@ NO_NAMES = {
     "KernelOp": "device", "Extern": "device kwargs symbols", "Collective": "device group kwargs symbols",
     "Wait": "device kwargs symbols", "Copy": "device", "Program": "name constants callables", "Call": "op",
     "UserKernel": "*", "KernelSource": "*", "Plan": "predicted_peak reserve step", "Literal": "value",
-    "Slab": "name device", "Workspace": "role", "Template": "device kwargs symbols",
-    "CanonicalProduct": "*",  # a key of what is measured, in no plan"Reserve": "device",
+    "Slab": "name device", "Workspace": "role", "Template": "device kwargs symbols", "Reserve": "device",
+    "CanonicalProduct": "*",  # a key of what is measured, in no plan
 }  # fmt: skip
 
 
