@@ -28,6 +28,7 @@ import itertools
 import json
 import random
 import statistics
+import tempfile
 import time
 import traceback
 import weakref
@@ -291,7 +292,7 @@ class Run:
         row: dict[str, object] = {"check": "a killed rank", "timeout_s": KILL_TIMEOUT}
         context = torch.multiprocessing.get_context("spawn")
         dist.barrier(self.control)
-        path = [f"/tmp/memplan-killed-{os.getpid()}"]
+        path = [str(Path(tempfile.gettempdir()) / f"memplan-killed-{os.getpid()}")]
         dist.broadcast_object_list(path, 0, group=self.control)
         child = context.Process(target=_child, args=(dist.get_rank(), dist.get_world_size(), path[0], self.args))
         begun = time.monotonic()

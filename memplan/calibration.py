@@ -1,7 +1,7 @@
 """The figures of a device: stored ones, else those of known devices; and how they are measured, once per device.
 
-Measuring takes about a second and half a gigabyte of a GPU, and is done where it is asked for (`calibrate`, ``memplan
-calibrate``, a budget on a device that nothing is known of). Where several ranks make one plan together they use the
+Measuring takes about a second and half a gigabyte of a GPU, and is done where it is asked for (`calibrate`, a budget
+on a device that nothing is known of). Where several ranks make one plan together they use the
 known figures: what one of them measured would give it another plan.
 """
 

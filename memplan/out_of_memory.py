@@ -15,6 +15,7 @@ from .ir.plan import Plan
 Explain = Callable[[Plan, int | None, int], str]
 
 _CPU = re.compile(r"not enough memory: you tried to allocate (\d+) bytes|DefaultCPUAllocator: can't allocate memory")
+_GPU = re.compile(r"CUDA out of memory\. Tried to allocate")
 _ASKED = re.compile(r"[Tt]ried to allocate (\d+(?:\.\d+)?) (bytes|KiB|MiB|GiB|TiB)")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _TOLD = "_memplan_explained"
@@ -25,20 +26,24 @@ def explained(
 ) -> Callable[..., object]:
     """The call, whose out-of-memory errors end with what ``explain`` says of the plan at the step that ran.
 
-    The error stays the same object, so its type and traceback are those of torch. ``starts`` has the first source line
-    of every step of the wrapper whose code is of ``filename``; without it the step is not known.
+    The error stays the same object, so its type and traceback are those of torch (but see `torchs_own`). ``starts``
+    has the first source line of every step of the wrapper whose code is of ``filename``; without it the step is not
+    known.
     """
 
     def run(args: list[object]) -> object:
         try:
             return call(args)
-        except RuntimeError as error:
+        except RuntimeError as caught:
+            error = torchs_own(caught)
+            step = getattr(caught, "memplan_step", None)  # the C++ wrapper's host notes it
             if is_out_of_memory(error) and not getattr(error, _TOLD, False):
-                step = getattr(error, "memplan_step", None)  # the C++ wrapper's host notes it
                 if step is None:
-                    step = running_step(error.__traceback__, filename, starts)
+                    step = running_step(caught.__traceback__, filename, starts)
                 _enrich(error, plan, step, explain)
-            raise
+            if error is caught:
+                raise
+            raise error from caught
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
@@ -51,6 +56,12 @@ def _enrich(error: RuntimeError, plan: Callable[[], Plan], step: int | None, exp
         text = f"(memplan could not say more of its plan: {type(failure).__name__}: {failure})"
     error.args = (f"{error}\n\n{text}",)
     setattr(error, _TOLD, True)
+
+
+def torchs_own(error: RuntimeError) -> RuntimeError:
+    """The error, as torch's own type where the C interface, which passes on an error's text alone, has lost it."""
+    lost = type(error) is RuntimeError and _GPU.search(str(error)) is not None
+    return torch.OutOfMemoryError(str(error)) if lost else error
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -284,11 +284,20 @@ def _sum(a: Size, b: Size) -> Size:
     return out if isinstance(out, int) else expand(out)
 
 
+def _only_writes(operator: torch._ops.OpOverload) -> bool:
+    """Whether what the operator changes is a buffer for its result, whose old values it does not read.
+
+    Operators can be marked so since torch 2.12.
+    """
+    mark = getattr(torch.Tag, "out", None)
+    return mark is not None and mark in operator.tags
+
+
 def _auto_functionalized_v2(op: Extern, call: HigherOrderCall, program: Program) -> list[Operation] | None:
     """Version 2: bases are cloned, and the changed arguments are views of these."""
     args, kwargs = _arguments(op, call)
     operator = args[0]
-    if not isinstance(operator, torch._ops.OpOverload) or torch._library.utils.is_out(operator):
+    if not isinstance(operator, torch._ops.OpOverload) or _only_writes(operator):
         return None
     bases = cast("list[object]", kwargs.pop("_all_bases"))
     results = op.results[_returns(operator) :]

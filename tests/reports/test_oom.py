@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from memplan.out_of_memory import is_out_of_memory, requested, running_step
+from memplan.out_of_memory import explained, is_out_of_memory, requested, running_step
 
 SCRIPT = """
 import resource
@@ -81,3 +81,20 @@ def test_the_step_is_found_by_the_line_in_the_wrapper() -> None:
             names["call"](n)  # type: ignore[operator]
         assert running_step(caught.tb, "<memplan g>", starts) == step
         assert running_step(caught.tb, "<memplan other>", starts) is None
+
+
+def test_an_error_of_a_gpu_whose_type_was_lost_is_torchs_again() -> None:
+    text = "a compiled graph failed in aten.sort.default: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"
+
+    def call(args: list[object]) -> object:
+        error = RuntimeError(text)
+        error.memplan_step = 7  # type: ignore[attr-defined]
+        raise error
+
+    def explain(plan: object, step: int | None, asked: int) -> str:
+        return f"step {step}, {asked} bytes"
+
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        explained(call, lambda: None, "", (), explain)([])  # type: ignore[arg-type, return-value]
+    assert str(raised.value).startswith(text)
+    assert str(raised.value).endswith(f"step 7, {2 << 30} bytes")
