@@ -3,18 +3,24 @@
     python -m benchmarks.launch_overhead [--device cpu|cuda] [--links 200] [--write]
 
 memplan's and Inductor's wrappers, in Python and in C++, at equal numbers of launches, which are shown: counted in the
-wrappers' text on a CPU, by the profiler on a GPU. On a CPU every second link is a product, since Inductor makes one
-function of all loops between two products; on a GPU all are kernels (softmax over rows and columns in turn), and each
-call is also recorded as a CUDA graph and replayed. Rounds are interleaved, garbage collection is off; the best average
-of each counts. On a CPU it is the time of the calling thread, so that other work on the machine is not in it.
+wrappers' text on a CPU, as kernel nodes of the recorded CUDA graph on a GPU. On a CPU every second link is a product,
+since Inductor makes one function of all loops between two products; on a GPU all are kernels (softmax over rows and
+columns in turn), and the recorded graph is also replayed. Rounds are interleaved, garbage collection is off; the best
+average of each counts. On a CPU it is the time of the calling thread, so that other work on the machine is not in it.
+
+A line is printed as soon as a wrapper is compiled and was called: what takes long, or fails, hides no other. Inductor's
+C++ comes last, as it compiles longest; the rounds in which all take turns end after ``--seconds``.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import re
+import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +34,13 @@ RESULTS = Path(__file__).parent / "results"
 Call = Callable[[torch.Tensor], torch.Tensor]
 
 
+def alone(run: Callable[[torch.Tensor], torch.Tensor]) -> Call:
+    """The function with code of its own: Dynamo keeps what it compiled by code object, and no wrapper shall have to
+    look past another's entry, nor be compiled again because a later one began from nothing."""
+    run.__code__ = run.__code__.replace()
+    return run
+
+
 def products(links: int, device: str) -> Call:
     """A pointwise kernel and a product in turn."""
     weight = torch.eye(16, device=device)
@@ -37,7 +50,7 @@ def products(links: int, device: str) -> Call:
             x = torch.mm(x.sin(), weight)
         return x
 
-    return run
+    return alone(run)
 
 
 def norms(links: int, device: str) -> Call:
@@ -48,7 +61,7 @@ def norms(links: int, device: str) -> Call:
             x = torch.softmax(x, k % 2)
         return x
 
-    return run
+    return alone(run)
 
 
 @dataclass
@@ -69,7 +82,6 @@ def synchronize(device: str) -> None:
 
 
 def memplan_row(make: Callable[[int, str], Call], links: int, device: str, wrapper: str, x: torch.Tensor) -> Row:
-    torch._dynamo.reset()
     call = torch.compile(make(links, device), backend="memplan", options={"wrapper": wrapper})
     begin = time.perf_counter()
     with memplan.record() as recording:
@@ -82,24 +94,38 @@ def memplan_row(make: Callable[[int, str], Call], links: int, device: str, wrapp
 def inductor_row(make: Callable[[int, str], Call], links: int, device: str, cpp: bool, x: torch.Tensor) -> Row:
     from torch._inductor.utils import run_and_get_code
 
-    torch._dynamo.reset()
     call = torch.compile(make(links, device), backend="inductor", options={"cpp_wrapper": cpp})
     begin = time.perf_counter()
     _, (code, *_) = run_and_get_code(call, x)
+    took, name = time.perf_counter() - begin, f"Inductor, {'cpp' if cpp else 'python'}"
+    if device == "cuda":
+        return Row(name, call, 0, took)  # counted in the recorded graph
     text = code.split("inductor_entry_impl" if cpp else "def call(", 1)[1]
     kernels = re.findall(r"^\s+cpp_fused_\w+\(", text, re.MULTILINE)
     calls = re.findall(r"extern_kernels\.\w+\(|aoti_torch_cpu_mm_out\(", text)
-    return Row(f"Inductor, {'cpp' if cpp else 'python'}", call, len(kernels) + len(calls), time.perf_counter() - begin)
+    return Row(name, call, len(kernels) + len(calls), took)
 
 
-def launched(call: Call, x: torch.Tensor) -> int:
-    """Kernels that one call runs on the GPU."""
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        call(x)
-        torch.cuda.synchronize()
-    found = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(not e.name.startswith(("Memset", "Memcpy")) for e in found)
+def launched(graph: torch.cuda.CUDAGraph) -> int:
+    """Kernels that a replay of the graph runs.
+
+    Raises
+    ------
+    RuntimeError
+        If the driver cannot say.
+    """
+    driver = ctypes.CDLL("libcuda.so.1")
+    count = ctypes.c_size_t()
+    raw = ctypes.c_void_p(graph.raw_cuda_graph())
+    failed = driver.cuGraphGetNodes(raw, None, ctypes.byref(count))
+    nodes = (ctypes.c_void_p * count.value)()
+    failed = failed or driver.cuGraphGetNodes(raw, nodes, ctypes.byref(count))
+    kinds = [ctypes.c_int(-1) for _ in nodes]
+    for node, kind in zip(nodes, kinds, strict=True):
+        failed = failed or driver.cuGraphNodeGetType(ctypes.c_void_p(node), ctypes.byref(kind))
+    if failed:
+        raise RuntimeError(f"the driver cannot list the nodes of the recorded graph: error {failed}")
+    return sum(kind.value == 0 for kind in kinds)  # CU_GRAPH_NODE_TYPE_KERNEL
 
 
 def once(call: Callable[[], object], device: str, repeats: int) -> float:
@@ -112,45 +138,72 @@ def once(call: Callable[[], object], device: str, repeats: int) -> float:
     return (clock() - begin) / repeats * 1e6
 
 
-def replay(call: Call, x: torch.Tensor) -> Callable[[], object]:
-    """The call, recorded as a CUDA graph."""
-    stream = torch.cuda.Stream()
+def recorded(call: Call, x: torch.Tensor) -> torch.cuda.CUDAGraph:
+    """The call, recorded as a CUDA graph whose nodes can be listed."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             call(x)
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
     with torch.cuda.graph(graph):
-        held = call(x)
-
-    def run(held: torch.Tensor = held) -> None:
-        graph.replay()
-
-    return run
+        call(x)
+    graph.instantiate()
+    return graph
 
 
-def measure(links: int, device: str, rounds: int, repeats: int) -> list[Row]:
+def tried(make_row: Callable[[], Row], device: str, x: torch.Tensor, repeats: int) -> Row | None:
+    """Compile and call once, count, time a first round, and say so; None where it fails, with the traceback printed."""
+    try:
+        row = make_row()
+        row.took = once(lambda: row.call(x), device, repeats)
+        if device == "cuda":
+            graph = recorded(row.call, x)
+            row.launches = launched(graph)
+            once(graph.replay, device, 2)
+            row.replayed = min(once(graph.replay, device, repeats) for _ in range(3))
+    except Exception:
+        traceback.print_exc(limit=-6)
+        return None
+    print(line(row, None), flush=True)
+    return row
+
+
+def measure(links: int, device: str, rounds: int, repeats: int, seconds: float) -> tuple[list[Row], int]:
+    """The rows, and how many failed."""
+    end = time.perf_counter() + seconds
     make = norms if device == "cuda" else products
     x = torch.randn(16, 16, device=device)
-    rows = []
+    makers = [
+        lambda: memplan_row(make, links, device, "cpp", x),
+        lambda: memplan_row(make, links, device, "python", x),
+        lambda: inductor_row(make, links, device, False, x),
+        lambda: inductor_row(make, links, device, True, x),
+    ]
     with torch.no_grad():
-        for wrapper in ("cpp", "python"):
-            rows.append(memplan_row(make, links, device, wrapper, x))
-        for cpp in (True, False):
-            rows.append(inductor_row(make, links, device, cpp, x))
+        tries = [tried(maker, device, x, repeats) for maker in makers]
+        rows = [row for row in tries if row is not None]
         gc.collect()
         gc.disable()
-        for _ in range(rounds):
+        for k in range(rounds):
+            if k >= 2 and time.perf_counter() > end:
+                break
             for row in rows:
                 row.took = min(row.took, once(lambda row=row: row.call(x), device, repeats))  # type: ignore[misc]
-        if device == "cuda":
-            for row in rows:
-                row.launches = launched(row.call, x)
-                graph = replay(row.call, x)
-                row.replayed = min(once(graph, device, repeats) for _ in range(rounds))
         gc.enable()
-    return rows
+    return rows, len(tries) - len(rows)
+
+
+def line(row: Row, first: Row | None) -> str:
+    """A row of the table, against the first where it is known."""
+    launches = max(1, row.launches)
+    replayed = "" if row.replayed is None else f"{row.replayed / launches:.2f}"
+    ratio = "" if first is None else f"{row.took / first.took:.2f}"
+    return (
+        f"| {row.name} | {row.launches} | {row.took:.1f} | {row.took / launches:.3f} | {ratio} | {replayed} "
+        f"| {row.first:.1f} |"
+    )
 
 
 def table(rows: Sequence[Row], device: str, links: int) -> str:
@@ -161,28 +214,27 @@ def table(rows: Sequence[Row], device: str, links: int) -> str:
         "| | launches | us a call | us a launch | to memplan, cpp | replayed, us a launch | first call, s |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        replayed = "" if row.replayed is None else f"{row.replayed / row.launches:.2f}"
-        out.append(
-            f"| {row.name} | {row.launches} | {row.took:.1f} | {row.took / row.launches:.3f} "
-            f"| {row.took / rows[0].took:.2f} | {replayed} | {row.first:.1f} |"
-        )
+    out += [line(row, rows[0]) for row in rows]
     return "\n".join(out) + "\n"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--links", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--seconds", type=float, default=50, help="no further round after this long; two are measured")
     parser.add_argument("--write", action="store_true", help="keep the table in benchmarks/results")
     given = parser.parse_args(arguments)
-    text = table(measure(given.links, given.device, given.rounds, given.repeats), given.device, given.links)
-    print(text)
-    if given.write:
-        (RESULTS / f"launch_overhead-{given.device}.md").write_text(text)
+    rows, failed = measure(given.links, given.device, given.rounds, given.repeats, given.seconds)
+    if rows:
+        text = table(rows, given.device, given.links)
+        print("\n" + text)
+        if given.write and not failed:
+            (RESULTS / f"launch_overhead-{given.device}.md").write_text(text)
+    return failed
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
