@@ -18,6 +18,7 @@ from .codegen.cpp_wrapper import CppWrapper
 from .codegen.python_wrapper import print_python
 from .codegen.wrapper_lines import WrapperProgram, wrapper_lines
 from .communicating import Communicating, facts_of
+from .convolutions import plan_convolutions
 from .cpp_wrapping import load_in_cpp
 from .fallback import with_fallback
 from .ir.canonical import canonicalize
@@ -100,7 +101,8 @@ class Lowering:
     def run(self, program: Program) -> Program:
         if self.config.enabled("padding") and not self.kept.devices:
             program = pad_rows(program, LOWERINGS.__contains__)
-        return with_contracts(lower_program(program, self.config, self.kept))
+        program = with_contracts(lower_program(program, self.config, self.kept))
+        return plan_convolutions(program, self.config) if self.config.enabled("convolutions") else program
 
 
 PASSES: tuple[type[Pass], ...] = (Lowering, *PIPELINE, SplitReductions, Templates, Communication)
@@ -110,6 +112,7 @@ PASS_NAMES = (
     "chunked_loss",
     "rematerialize",
     "padding",
+    "convolutions",
     *(p.name for p in PASSES),
     "reorder",
     "overlap",

@@ -35,6 +35,7 @@ from .ir.program import Origin, Program
 from .passes.expose_clones import expose_clones
 from .program_identity import Identity, UnknownCallableError, carried_over, identify
 from .runtime.cache import Cache, KeyPart, cache_key
+from .runtime.convolution import cudnn_flags
 from .runtime.toolchain import find_toolchain
 from .saving_encoding import allow, decode, encode
 
@@ -197,7 +198,8 @@ def _digest_of_origins(identity: Identity) -> str:
 
 def _settings() -> KeyPart:
     """What of torch's global state is read while compiling."""
-    return (torch.are_deterministic_algorithms_enabled(), str(torch.get_default_dtype()))
+    cudnn = (torch._C._get_cudnn_enabled(), *cudnn_flags())
+    return (torch.are_deterministic_algorithms_enabled(), str(torch.get_default_dtype()), *cudnn)
 
 
 def _machine(program: Program, store: Cache) -> KeyPart:

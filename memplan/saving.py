@@ -66,7 +66,9 @@ def save(model: ExportedProgram, path: str | Path, *, options: Mapping[str, obje
             f"memplan.save takes what torch.export.export(model, args) gives, not a {type(model).__name__}"
         )
     check_platform()
-    config = replace(Config.from_options(options, known_passes=PASS_NAMES), wrapper="python")
+    config = Config.from_options(options, known_passes=PASS_NAMES)
+    # a saved model runs without memplan's operators
+    config = replace(config, wrapper="python", disable=tuple({*config.disable, "convolutions"}))
     check_built(config)
     with torch.no_grad():
         exported = captured(model, config)

@@ -109,7 +109,8 @@ def _call_work(op: Extern, program: Program) -> Work:
 
 def _operations(op: Extern, name: str, program: Program) -> int | None:
     """Floating point operations by torch's formulas; None where there is none for the operator."""
-    packet = getattr(torch.ops.aten, name, None) if op.target.startswith("aten.") else None
+    known = op.target.startswith(("aten.", "memplan.convolution."))
+    packet = getattr(torch.ops.aten, name, None) if known else None
     overload = None if packet is None else getattr(packet, op.target.split(".")[2])
     if overload is None or not has_formula(overload):
         return None

@@ -11,6 +11,8 @@ from torch.utils import _pytree as pytree
 
 from memplan.ir.errors import IndexOutOfRangeError
 
+from .convolution import convolution_out
+
 #: Byte that poison mode writes over what the plan calls free: a NaN in every floating dtype, a large odd integer.
 POISON = 0xFF
 
@@ -157,12 +159,13 @@ def flatten(value: object) -> list[object]:
     return pytree.tree_leaves(value)
 
 
-#: Operators that torch binds to a function of its own, which takes half the time of a call through ``torch.ops``.
+#: Operators that have a function of their own, which takes half the time of a call through ``torch.ops``.
 BOUND: Mapping[str, Callable[..., object]] = {
     "aten.mm.out": torch.mm,
     "aten.addmm.out": torch.addmm,
     "aten.bmm.out": torch.bmm,
     "aten.baddbmm.out": torch.baddbmm,
+    "memplan.convolution.out": convolution_out,
 }
 
 
