@@ -19,10 +19,10 @@ from ..ir.program import (
     Argument,
     Buffer,
     BufferKind,
-    Collective,
     Contract,
     Copy,
     Extern,
+    InFlight,
     Literal,
     OpaqueInput,
     ProgramOutput,
@@ -316,7 +316,7 @@ class _Printer:
         # and nothing may copy what is still in flight
         laid_out = (
             "in_flight"
-            if isinstance(op, Collective)
+            if isinstance(op, InFlight)
             else "laid_out"
             if op.target.startswith(("aten.", "prims.", "memplan."))
             else "laid_out_aligned"

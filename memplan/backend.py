@@ -22,7 +22,7 @@ from torch._logging._internal import trace_log
 
 from . import budget, recording
 from .budget import Budget
-from .calibration import figures_for
+from .calibration import copy_figures, figures_for
 from .calls import backward_call, forward_call, true_elements
 from .capture.attention import simplify_masks
 from .capture.fx import capture
@@ -37,17 +37,22 @@ from .compilation import (
     plan_program,
     prepare_program,
 )
-from .ir.activation import Activation
+from .ir.activation import Activation, Fate
 from .ir.config import Config
 from .ir.errors import OptionError, PlanningError, UnsupportedError
 from .ir.plan import InPool, Plan
-from .ir.program import BufferKind, Phase, Program, View
+from .ir.program import BufferKind, HostCopy, Phase, Program, TensorInput, View
 from .lowering.decompositions import decomposition_table
 from .lowering.lower import NOTHING_KEPT
+from .offload_budget import OffloadBudget
+from .passes import offload_choice
+from .passes.offload import can_offload, communicates, host_name, offload_saved, prefetch_received
+from .passes.offload_choice import OffloadModel
 from .passes.rematerialize import choose_within
 from .passes.step_peak import step_peak
 from .recompute_prices import cheap_again
 from .runtime import cuda_graphs
+from .runtime.host_copies import finish_copies
 from .step_planning import StepPlanner, joined
 
 log = logging.getLogger(__name__)
@@ -84,6 +89,10 @@ def check_built(config: Config) -> None:
     """
     if config.budget is not None and not config.enabled("rematerialize"):
         raise OptionError("option 'budget' chooses what is recomputed: leave 'rematerialize' out of 'disable'")
+    if config.offload and config.budget is None:
+        raise OptionError("option 'offload' says what a budget may do: give one, for example budget=\"12GiB\"")
+    if config.offload and config.cuda_graphs:
+        raise UnsupportedError("option 'offload' does not go with CUDA graphs: leave out one of the two")
     if config.target is not None:
         raise UnsupportedError("option 'target' is not there yet; plans are made for the devices of the tensors")
 
@@ -151,7 +160,8 @@ class Region:
         def note() -> None:
             self.hooked = True
 
-        return forward_call(call, note, make_apart)
+        settle = finish_copies if self.partitioned.offloaded else None
+        return forward_call(call, note, make_apart, settle)
 
     def capture_forward(self, module: torch.fx.GraphModule) -> Program:
         count = len(module.graph.output_node().args[0])  # type: ignore[arg-type]
@@ -163,8 +173,17 @@ class Region:
             static_inputs=static_inputs() if self.parameters is None else self.parameters,
             saved_outputs=saved,
         )
+        if self.partitioned.offloaded:
+            program = offload_saved(program, self.offloaded_positions(self.partitioned.offloaded))
         self.forward = program
         return program
+
+    def offloaded_positions(self, names: Sequence[str]) -> tuple[int, ...]:
+        """Positions of nodes among the forward's results."""
+        assert self.partitioned.forward is not None
+        outputs = self.partitioned.forward.graph.output_node().args[0]
+        wanted = frozenset(names)
+        return tuple(k for k, n in enumerate(outputs) if isinstance(n, torch.fx.Node) and n.name in wanted)  # type: ignore[arg-type]
 
     def compile_backward(self, module: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
         leave_donation_to_us()
@@ -205,13 +224,14 @@ class Region:
                     static.add(position)
                 case _:
                     pass
-        return capture(
+        program = capture(
             module,
             Phase.BACKWARD,
             name=f"backward{self.group}",
             static_inputs=frozenset(static),
             donated_inputs=frozenset(donated),
         )
+        return prefetch_received(program, self.partitioned.offloaded) if self.partitioned.offloaded else program
 
     def compile_inference(self, module: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
         program = capture(module, Phase.INFERENCE, name=f"inference{self.group}", static_inputs=static_inputs())
@@ -286,12 +306,51 @@ class Region:
 
     def activations(self, program: Program) -> tuple[Activation, ...]:
         """What became of the forward's values that a backward needs."""
-        return self.partitioned.activations if program.phase is Phase.BACKWARD else ()
+        if program.phase is not Phase.BACKWARD:
+            return ()
+        found, offloaded = self.partitioned.activations, frozenset(self.partitioned.offloaded)
+        if not offloaded:
+            return found
+        device = next(op.device for op in program.operations if isinstance(op, HostCopy))
+        rate = copy_figures(device, self.config).host_bandwidth
+        return tuple(
+            replace(a, fate=Fate.OFFLOADED, microseconds=2 * a.nbytes / rate) if a.name in offloaded else a
+            for a in found
+        )
 
-    def trial(self, forward_outputs: int, parameters: frozenset[int], modules: Modules) -> budget.Planned:
-        """The plans that a cut of the joint graph would get; this region is left as it is."""
+    def offload_model(
+        self, forward_outputs: int, parameters: frozenset[int], modules: Modules, planned: budget.Planned
+    ) -> OffloadModel:
+        """What taking saved tensors of a planned cut to the host would do."""
+        trial = Region(self.config, self.group, Partitioned(forward_outputs, *modules), parameters=parameters)
+        program = trial.capture_forward(modules[0])
+        outputs = modules[0].graph.output_node().args[0]
+        allowed = (
+            n.name
+            for k, n in enumerate(outputs)  # type: ignore[arg-type]
+            if isinstance(n, torch.fx.Node) and k >= forward_outputs and can_offload(program, k)
+        )
+        talks = any(communicates(p.program) for p in planned.plans)
+        device = next((b.device for b in program.buffers.values() if b.device != "cpu"), "cpu")
+        return OffloadModel.of(
+            planned.plans,
+            planned.joins,
+            planned.peak.series,
+            frozenset() if talks else frozenset(allowed),
+            copy_figures(device, self.config),
+            device,
+            offload_choice.LEAST,
+        )
+
+    def trial(
+        self, forward_outputs: int, parameters: frozenset[int], modules: Modules, offloaded: Sequence[str] = ()
+    ) -> budget.Planned:
+        """The plans that a cut of the joint graph would get; this region is left as it is.
+
+        ``offloaded``: nodes whose values are kept on the host.
+        """
         config = replace(self.config, dump=None, verify=False)
-        partitioned = Partitioned(forward_outputs, *modules)
+        partitioned = Partitioned(forward_outputs, *modules, offloaded=tuple(offloaded))
         trial = Region(config, self.group, partitioned, parameters=parameters)
         programs = [trial.capture_forward(modules[0]), trial.capture_backward(modules[1])]
         if config.cuda_graphs:  # see `finish_recorded`
@@ -308,10 +367,13 @@ class Region:
             return ()
         assert self.partitioned.forward is not None
         outputs = self.partitioned.forward.graph.output_node().args[0]
+        given = {i.view.buffer for i in backward.inputs if isinstance(i, TensorInput)}
         return tuple(
-            (k, node.name)
+            (k, name)
             for k, node in enumerate(outputs)  # type: ignore[arg-type]
-            if isinstance(node, torch.fx.Node) and node.name in backward.buffers
+            if isinstance(node, torch.fx.Node)
+            for name in (node.name, host_name(node.name))
+            if name in given
         )
 
     def joins(self, backward: Program) -> tuple[tuple[str, str], ...]:
@@ -400,7 +462,11 @@ def chooser(
         search = Budget(config.budget, figures, cut, partial(region.trial, forward_outputs, parameters))
         if tell_curve is not None:
             tell_curve(search.curve())
-        return search.search()
+        if not config.offload:
+            return search.search()
+        check_offload(device)
+        model = partial(region.offload_model, forward_outputs, parameters)
+        return OffloadBudget(search, model, partial(region.trial, forward_outputs, parameters)).search()
 
     return Chooser(
         choose=lambda graph: choose_within(graph, config.recompute_time, figures),
@@ -423,6 +489,18 @@ def check_budget(budget: int, device: str) -> None:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if total is not None and budget > total:
         raise OptionError(f"a budget of {budget} bytes is larger than the memory of {device}, {total} bytes")
+
+
+def check_offload(device: str) -> None:
+    """Refuse offload where there is no other memory than the host's.
+
+    Raises
+    ------
+    OptionError
+        On a CPU.
+    """
+    if not device.startswith("cuda"):
+        raise OptionError(f"option 'offload' takes tensors from a GPU to its host; this step runs on {device}")
 
 
 def device_of(module: torch.fx.GraphModule) -> str:

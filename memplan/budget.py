@@ -122,6 +122,15 @@ class Budget:
             log.info("rung %d of %d: %d bytes", rung, RUNGS, self._tried[rung][1].peak.nbytes)
         return self._tried[rung][1].peak.nbytes
 
+    def tried(self, rung: int) -> tuple[Modules, Planned]:
+        """The cut of a rung, and its plans."""
+        self.peak(rung)
+        return self._tried[rung]
+
+    def added(self, modules: Modules) -> float:
+        """Microseconds that recomputation adds in a cut that was tried."""
+        return self.choice(next(n for n, (m, _) in self._tried.items() if m is modules)).microseconds
+
     def choice(self, rung: int) -> Choice:
         """What the model chooses at a rung."""
         assert self._choices is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -52,6 +53,59 @@ def figures_for(device: str, config: Config, *, measure: bool = False) -> Device
                 return default_figures(name)
             _known[key] = stored
         return _known[key]
+
+
+def copy_figures(device: str, config: Config) -> DeviceFigures:
+    """`figures_for`, with the bandwidth of copies to pinned memory of the host as measured here, once, and stored.
+
+    It depends on the machine more than on the device. Where nothing can be measured (no GPU; several ranks plan
+    together) the known figure holds; what stands for a GPU on a CPU copies at half its memory's bandwidth.
+    """
+    figures = figures_for(device, config)
+    gpu = device.startswith("cuda")
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not gpu or not torch.cuda.is_available() or together:
+        return figures if figures.host_bandwidth > 0 else replace(figures, host_bandwidth=figures.bandwidth / 2)
+    name = f"{name_of(device)} {os.uname().nodename}"
+    with _lock:
+        key = (f"host {name}", str(config.cache_dir))
+        if key not in _bandwidths:
+            stored = _stored_bandwidth(name, config)
+            _bandwidths[key] = stored or _measured_bandwidth(device, name, config)
+        return replace(figures, host_bandwidth=_bandwidths[key])
+
+
+_bandwidths: dict[tuple[str, str], float] = {}
+
+
+def _bandwidth_key(name: str) -> str:
+    return cache_key("host bandwidth", VERSION, name)
+
+
+def _stored_bandwidth(name: str, config: Config) -> float | None:
+    data = _store(config).get_bytes(_bandwidth_key(name))
+    try:
+        found = float(data) if data is not None else 0.0
+    except ValueError:
+        return None
+    return found if 0 < found < float("inf") else None
+
+
+def _measured_bandwidth(device: str, name: str, config: Config) -> float:
+    """Bytes per microsecond of the slower of the two directions."""
+    pool = torch.cuda.use_mem_pool(torch.cuda.MemPool())
+    with torch.no_grad(), pool:
+        on_device = torch.zeros(1 << 26, dtype=torch.uint8, device=device)
+        on_host = torch.zeros(1 << 26, dtype=torch.uint8, pin_memory=True)
+        out = partial(on_host.copy_, on_device, non_blocking=True)
+        back = partial(on_device.copy_, on_host, non_blocking=True)
+        found = min(on_host.numel() / _seconds(run, device) / 1e6 for run in (out, back))
+    try:
+        _store(config).put(_bandwidth_key(name), repr(found).encode(), suffix=".txt")
+    except CacheError as error:
+        log.warning("the host bandwidth of %s cannot be stored, and will be measured again: %s", name, error)
+    log.info("measured %s: %.1f GB/s to and from pinned memory", name, found / 1e3)
+    return found
 
 
 def calibrate(device: str, config: Config) -> DeviceFigures:

@@ -61,12 +61,15 @@ def backward_call(
 
 
 def forward_call(
-    call: Callable[..., object], note: Callable[[], None], make_apart: Callable[[], Callable[..., object]] | None
+    call: Callable[..., object],
+    note: Callable[[], None],
+    make_apart: Callable[[], Callable[..., object]] | None,
+    settle: Callable[[], None] | None = None,
 ) -> Callable[..., object]:
     """The forward, which notes whether saved-tensor hooks (offload, for example) were active.
 
     A hook is given tensors of their own, not places in a slab that they would keep alive or copy as a whole: with
-    hooks what ``make_apart`` makes runs instead.
+    hooks what ``make_apart`` makes runs instead. ``settle`` waits for what the call has left in flight to the host.
     """
     top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
     apart = made_once(make_apart) if make_apart is not None else None
@@ -75,7 +78,10 @@ def forward_call(
         if top_hooks(True) is None:
             return call(args)
         note()
-        return call(args) if apart is None else apart()(args)
+        out = call(args) if apart is None else apart()(args)
+        if settle is not None:
+            settle()
+        return out
 
     forward._boxed_call = True  # type: ignore[attr-defined]
     return forward

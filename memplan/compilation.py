@@ -13,6 +13,7 @@ import torch
 
 from . import kernels as kernel_sets
 from .artifact import Artifact, GpuKernel, Linked, cached, load_cached, load_gpu
+from .calibration import copy_figures
 from .codegen import cpp_kernel, triton_kernel
 from .codegen.cpp_wrapper import CppWrapper
 from .codegen.python_wrapper import print_python
@@ -26,7 +27,7 @@ from .ir.config import Config
 from .ir.errors import CompilerError
 from .ir.loops import Kernel, Size
 from .ir.plan import Plan
-from .ir.program import Contract, Extern, KernelOp, Operation, Program
+from .ir.program import Contract, Extern, HostCopy, KernelOp, Operation, Program
 from .ir.verify import ProgramVerifier
 from .ir.verify_plan import verify_plan
 from .lowering.call_site import LOWERINGS
@@ -35,6 +36,7 @@ from .lowering.lower import NOTHING_KEPT, Kept, lower_program
 from .out_of_memory import explained
 from .passes.comm import Communication, place_in_arenas
 from .passes.inplace import InPlace, decide_in_place, plan_in_place
+from .passes.offload import WAIT, schedule_copies
 from .passes.overlap import overlap
 from .passes.padding import pad_rows
 from .passes.pipeline import PASSES as PIPELINE
@@ -47,6 +49,7 @@ from .passes.whole_step import Laid
 from .plan_cache import Beside, Found, find_entry
 from .planner import planner_libraries
 from .pooling import StepChoice, choose, step_memories
+from .runtime.host_copies import settled
 from .runtime.python_runtime import namespace
 from .runtime.reserve import reserves_of, reserving
 from .runtime.triton_launch import Launcher
@@ -172,6 +175,9 @@ def prepare_program(program: Program, config: Config, kept: Kept = NOTHING_KEPT)
         ordered = reorder(program, pairs, libraries.order)
         order, bound, program_peak = ordered.order, ordered.lower_bound, ordered.program_peak
         stages.append(("reorder", _unplanned_peak(program, {}, order)))
+    if any(isinstance(op, HostCopy) for op in program.operations):
+        device = next(op.device for op in program.operations if isinstance(op, HostCopy))
+        order = schedule_copies(program, order, copy_figures(device, config))
     order, taken = _overlapped(program, order, config)
     in_place = dict(taken.taken) if taken is not None else {}
     stages.append(("inplace", _unplanned_peak(program, in_place, order)))
@@ -254,7 +260,8 @@ def with_contracts(program: Program) -> Program:
     """What each remaining extern call does with memory: those that can write into planned buffers do."""
     operations: list[Operation] = []
     for op in program.operations:
-        if isinstance(op, Extern) and op.contract is Contract.FRESH and not op.target.startswith("callable:"):
+        callable_ = isinstance(op, Extern) and op.target.startswith("callable:")
+        if isinstance(op, Extern) and op.contract is Contract.FRESH and not callable_ and not isinstance(op, HostCopy):
             found = contract(op.target, op.device.partition(":")[0])
             if found.contract is Contract.OUT and found.out_target and _takes_out(op):
                 op = replace(op, target=found.out_target, contract=Contract.OUT)
@@ -460,6 +467,7 @@ def _assemble(
     made = CompiledProgram(make_plan, call, source, artifact.waterfall, artifact)
     starts = artifact.python.starts
     call = explained(reserving(call, artifact.reserves), lambda: made.plan, filename, starts, explain)
+    call = settled(call) if WAIT in artifact.python.operators.values() else call
     call = call if linked.communicating is None else linked.communicating.guarded(call)
     return replace(made, call=call)
 

@@ -15,6 +15,7 @@ from .codegen.wrapper_lines import WrapperProgram
 from .cpp_wrapping import print_in_cpp
 from .ir.config import Config
 from .ir.errors import CacheError, CompilerError, UnsupportedError
+from .ir.program import HostCopy
 from .runtime.cache import Cache
 from .runtime.cpp_wrapper import build_wrapper
 from .runtime.cpp_wrapper_host import host
@@ -40,6 +41,11 @@ def choose_wrapper(lines: WrapperProgram, grids: Mapping[str, GridKernel], confi
         If C++ was asked for by name, for what only the Python wrapper does.
     """
     if config.wrapper == "python":
+        return None
+    copies = any(isinstance(op, HostCopy) for op in lines.plan.program.operations)
+    if copies and config.wrapper == "cpp":
+        raise UnsupportedError("option 'offload' needs the Python wrapper: leave 'wrapper' at \"auto\"")
+    if copies:
         return None
     if config.wrapper == "cpp":
         return print_in_cpp(lines, grids, config)

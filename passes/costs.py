@@ -19,6 +19,7 @@ from memplan.ir.program import (
     Contract,
     Copy,
     Extern,
+    HostCopy,
     KernelOp,
     Literal,
     Operation,
@@ -26,6 +27,7 @@ from memplan.ir.program import (
     Symbolic,
     UserKernel,
     View,
+    Wait,
     argument_views,
     evaluate,
 )
@@ -57,6 +59,8 @@ def work_of(op: Operation, program: Program) -> Work:
             batch, rows, columns, inner = product.sizes
             moved = sum(program.nbytes(b) for b in (*op.reads, *op.writes))
             return Work(moved, 2 * batch * rows * columns * inner, Unit.PRODUCT, product.a.dtype.itemsize)
+        case HostCopy() | Wait():  # beside the rest, on streams of their own
+            return Work(0, launches=0)
         case Extern():
             return _call_work(op, program)
         case UserKernel():  # what it computes nobody knows; what it is given it reads, and what it changes it writes

@@ -16,9 +16,9 @@ from ..ir.index import FloorDiv, Mod, Ranges, expand, flat_index, invert, ranges
 from ..ir.loops import Cast, Kernel, Load, Size, Store, StoreMode, value_references
 from ..ir.program import (
     Argument,
-    Collective,
     Copy,
     Extern,
+    InFlight,
     KernelOp,
     Operation,
     Tuple,
@@ -213,7 +213,7 @@ class Relocation:
                 lost = any(r is None and v is not None for r, v in zip(results, op.results, strict=True))
                 if args is None or values is None or lost:
                     return None
-                if isinstance(op, Collective) and not self._keeps_strides(op):
+                if isinstance(op, InFlight) and not self._keeps_strides(op):
                     return None  # libraries take contiguous tensors
                 kwargs = tuple((k, v) for (k, _), v in zip(op.kwargs, values, strict=True))
                 return replace(op, args=args, kwargs=kwargs, results=results, mutates=mutates)

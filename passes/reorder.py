@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..ir.communication import Memory
 from ..ir.program import EXTERNAL_KINDS, Extern, Program, all_views_buffers, evaluate, order_edges
 from .order import OrderResult, order_ops
 from .order_model import InPlacePair, OrderBuffer, OrderGraph
 from .order_search import OrderSearch
-from .schedule import rounded
+from .schedule import UNCOUNTED, rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +66,7 @@ def order_graph(program: Program, in_place: Mapping[str, str]) -> OrderGraph:
         numbers[b.name] = len(buffers)
         consumers = tuple(sorted(uses.get(b.name, ())))
         # an arena is there whatever the order
-        size = 0 if b.memory is Memory.SYMMETRIC else rounded(program.nbytes(b.name), b.device)
+        size = 0 if b.memory in UNCOUNTED else rounded(program.nbytes(b.name), b.device)
         buffers.append(OrderBuffer(size, -1 if external else producer[b.name], consumers, b.name in leaving))
     scratch = tuple(evaluate(op.scratch, program.hints) if isinstance(op, Extern) else 0 for op in program.operations)
     pairs = tuple(

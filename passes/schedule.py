@@ -26,6 +26,8 @@ from ..ir.plan import (
 )
 from ..ir.program import EXTERNAL_KINDS, BufferKind, Contract, Extern, Program, all_views_buffers, evaluate
 
+#: Memory that is in no count of a device's bytes.
+UNCOUNTED = (Memory.SYMMETRIC, Memory.PINNED)
 #: Bytes to which the device allocators round a request (CUDA's caching allocator: 512; the CPU's: 64).
 ROUNDING = {"cuda": 512, "cpu": 64}
 
@@ -129,7 +131,7 @@ def timeline(
             name = slab_of[s.root].name
             ends[name] = max(ends.get(name, 0), s.lifetime.stop)
             continue
-        if s.root in pooled or (b.kind in EXTERNAL_KINDS and not b.donated) or b.memory is Memory.SYMMETRIC:
+        if s.root in pooled or (b.kind in EXTERNAL_KINDS and not b.donated) or b.memory in UNCOUNTED:
             continue
         size = rounded(s.nbytes, b.device)
         change[s.lifetime.start] += size

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from memplan.ir.plan import External, InPool, Plan
 from memplan.ir.program import Buffer, evaluate
 
-from .schedule import rounded
+from .schedule import UNCOUNTED, rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,8 @@ def _left(plan: Plan) -> int:
         root = plan.storage_of(name)
         ends[root] = max(ends.get(root, 0), life.stop)
     for root, stop in ends.items():
-        if stop > n and not isinstance(plan.placements[root], (External, InPool)):
+        counted = program.buffers[root].memory not in UNCOUNTED
+        if stop > n and counted and not isinstance(plan.placements[root], (External, InPool)):
             total += rounded(program.nbytes(root), program.buffers[root].device)
     for pool in plan.pools:
         if pool.lifetime.stop > n:
@@ -81,7 +82,7 @@ def alive_at(plans: Sequence[Plan], joins: Mapping[str, str], at: StepPeak) -> l
         buffer = plan.program.buffers[name]
         root = plan.program.buffers[plan.storage_of(name)]
         outside = isinstance(plan.placements[root.name], External) and not root.donated
-        if life.start <= at.step < life.stop and not outside:
+        if life.start <= at.step < life.stop and not outside and buffer.memory not in UNCOUNTED:
             origin = buffer
             if name in joins and at.plan:
                 origin = plans[at.plan - 1].program.buffers.get(joins[name], buffer)

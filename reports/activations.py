@@ -12,7 +12,7 @@ from rich.text import Text
 from .model import Activation, Report
 from .text import clean, line, size
 
-FATES = ("saved", "narrowed", "chunked", "recomputed")
+FATES = ("saved", "narrowed", "chunked", "offloaded", "recomputed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,9 @@ def totals(activations: Sequence[Activation]) -> str:
         mine = [a for a in activations if a.fate == fate]
         if mine:
             text = f"{fate} {size(sum(a.nbytes for a in mine))} in {len(mine)}"
-            if fate == "recomputed":
-                text += f" for about {milliseconds(sum(a.microseconds or 0.0 for a in mine))} a step"
+            if fate in ("offloaded", "recomputed"):
+                beside = " of copies beside it" if fate == "offloaded" else ""
+                text += f" for about {milliseconds(sum(a.microseconds or 0.0 for a in mine))} a step{beside}"
             parts.append(text)
     return ", ".join(parts)
 

@@ -283,14 +283,15 @@ class Measurement(Model):
 class Activation(Model):
     """A value of the forward that the backward reads.
 
-    ``fate``: kept as it is, kept narrower, made by a loss in slices in place of its logits, or computed again.
+    ``fate``: kept as it is, kept narrower, made by a loss in slices in place of its logits,
+    kept on the host in between, or computed again.
     ``nbytes``: what it takes from the forward to the backward (a recomputed one: what it does not take).
     ``microseconds``: estimated time of computing it again; None if it must not be.
     """
 
     name: str
     graph: str
-    fate: Literal["saved", "narrowed", "chunked", "recomputed"]
+    fate: Literal["saved", "narrowed", "chunked", "offloaded", "recomputed"]
     nbytes: Bytes
     microseconds: Annotated[float, Field(ge=0)] | None
     origin: Origin = Origin()

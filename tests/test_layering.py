@@ -29,7 +29,7 @@ RANKS = (
     {"plan", "activation"},
     {
         "verify", "verify_access", "verify_kernel", "verify_plan", "verify_communication", "verify_template",
-        "verify_slabs", "printing",
+        "verify_slabs", "verify_offload", "printing",
     },
 )
 #: Names that say nothing of what is in a file.

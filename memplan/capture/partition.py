@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 #: Where a cut forward holds what became of the values that its backward reads.
 _FATES = "memplan_activations"
+#: Where a search says which saved values, by node, go to the host.
+OFFLOADED = "memplan_offloaded"
 Modules = tuple[torch.fx.GraphModule, torch.fx.GraphModule]
 Choose = Callable[[JointGraph], Sequence[int]]
 #: Makes forward and backward with the values kept that a choice names.
@@ -59,6 +61,8 @@ class Partitioned:
     forward: torch.fx.GraphModule | None = None
     backward: torch.fx.GraphModule | None = None
     activations: tuple[Activation, ...] = ()
+    #: nodes whose values are kept on the host, in the forward's order of results
+    offloaded: tuple[str, ...] = ()
 
 
 def partitioner(config: Config, found: Partitioned, chooser: Chooser) -> Callable[..., Modules]:
@@ -91,6 +95,7 @@ def partitioner(config: Config, found: Partitioned, chooser: Chooser) -> Callabl
         found.forward_outputs = num_fwd_outputs
         found.forward, found.backward = forward, backward
         found.activations = forward.meta.pop(_FATES, ())
+        found.offloaded = forward.meta.pop(OFFLOADED, ())
         return forward, backward
 
     return partition

@@ -12,6 +12,7 @@ class Fate(Enum):
     SAVED = "saved"  # kept as it is
     NARROWED = "narrowed"  # kept in a narrower dtype, from which the wide one comes again
     CHUNKED = "chunked"  # a gradient that a loss in slices made in the forward, instead of its logits
+    OFFLOADED = "offloaded"  # kept in pinned memory of the host in between
     RECOMPUTED = "recomputed"  # computed again in the backward
 
 
@@ -22,9 +23,10 @@ class Activation:
     Attributes
     ----------
     nbytes:
-        Bytes that it takes from the forward to the backward; of a recomputed one, that it does not take.
+        Bytes that it takes from the forward to the backward; of a recomputed or offloaded one, that it does not take.
     microseconds:
-        Estimated time of computing it again; None if it must not be.
+        Estimated time of computing it again; None if it must not be. Of an offloaded one that of its copies, there and
+        back, beside which the device computes.
     """
 
     name: str

@@ -16,6 +16,7 @@ class Memory(Enum):
 
     PLAIN = "plain"  # any allocation of its device
     REGISTERED = "registered"  # an allocation that the communication library knows
+    PINNED = "pinned"  # page-locked memory of the host: in no count of the device's bytes
     SYMMETRIC = "symmetric"  # the same allocation and offset on every rank of a group, which its peers read and write
 
 

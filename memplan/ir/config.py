@@ -54,6 +54,9 @@ class Config:
     budget:
         Largest bytes of the step above those before it, or None; text such as ``"12GiB"`` is understood. What is
         recomputed is chosen for it, products too, so that the step is as fast as it can be within.
+    offload:
+        Whether a budget may take saved tensors to pinned memory of the host and back, where that is faster than
+        computing more of them again, or where that is not enough.
     max_fused_buffers:
         Largest number of buffers that one fused kernel may touch.
     loss_chunk:
@@ -83,6 +86,7 @@ class Config:
     max_autotune: bool = False
     recompute_time: float = 0.2
     budget: int | None = None
+    offload: bool = False
     max_fused_buffers: int = 24
     loss_chunk: int = 2**28
     check_indices: bool = True
@@ -201,7 +205,7 @@ def _checked(name: str, value: object, known_passes: tuple[str, ...]) -> object:
                         f"passes are {', '.join(known_passes)}"
                     )
             return tuple(names)
-        case "verify" | "poison" | "plan_cache" | "cuda_graphs" | "max_autotune" | "check_indices":
+        case "verify" | "poison" | "plan_cache" | "cuda_graphs" | "max_autotune" | "check_indices" | "offload":
             if not isinstance(value, bool):
                 raise OptionError(f"option {name!r} takes True or False, not {value!r}")
             return value

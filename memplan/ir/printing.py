@@ -36,6 +36,7 @@ from .program import (
     Collective,
     Copy,
     Extern,
+    HostCopy,
     KernelOp,
     Literal,
     OpaqueInput,
@@ -230,6 +231,8 @@ def format_operation(op: Operation, indent: str = "") -> str:
 def _called(op: Extern) -> str:
     if isinstance(op, Collective):
         return f"collective of group {op.group!r}"
+    if isinstance(op, HostCopy):
+        return "offload" if op.offloads else "prefetch"
     return "wait" if isinstance(op, Wait) else "extern"
 
 

@@ -41,6 +41,7 @@ from .verify_access import (
 )
 from .verify_communication import check_flights, check_memory
 from .verify_kernel import evaluate_index, verify_kernel
+from .verify_offload import check_host_copies
 from .verify_template import check_template, check_workspaces
 
 __all__ = ["ProgramVerifier", "verify_kernel", "verify_program"]
@@ -140,6 +141,7 @@ class _ProgramCheck:
             seen.add(op.name)
             self.check_operation(op)
         check_flights(self.program.operations, self.fail)
+        check_host_copies(self.program, self.fail)
         check_workspaces(self.program, self.fail)
         self.check_outputs()
 

@@ -1,4 +1,4 @@
-"""What must hold while other processes use a program's buffers. Shares no code with a pass.
+"""What must hold while other processes, or streams of copies, use a program's buffers. Shares no code with a pass.
 
 A collective in flight writes its results and reads its arguments at any time until the wait: nobody else may look at
 the former or change the latter. It is checked along the order in which steps run, whatever waits say that they keep.
@@ -12,7 +12,7 @@ from typing import Protocol
 from .communication import SYMMETRIC_FORMS, Memory
 from .errors import VerificationError
 from .plan import InPool, Plan
-from .program import Buffer, Collective, Extern, Operation, View, Wait
+from .program import Buffer, Extern, InFlight, Operation, View, Wait
 from .verify_kernel import evaluate_index
 
 Fail = Callable[[str, Operation], VerificationError]
@@ -25,12 +25,12 @@ class PlanFail(Protocol):
 
 
 class Flights:
-    """The collectives that have started and not been waited for, by what they use."""
+    """The collectives and copies that have started and not been waited for, by what they use."""
 
     def __init__(self, fail: Fail) -> None:
         self.fail = fail
-        self.writing: dict[str, Collective] = {}
-        self.reading: dict[str, list[Collective]] = {}
+        self.writing: dict[str, InFlight] = {}
+        self.reading: dict[str, list[InFlight]] = {}
 
     def step(self, op: Operation) -> None:
         """Check the next operation, and note what it starts or ends.
@@ -50,7 +50,7 @@ class Flights:
         for name in dict.fromkeys((*op.writes, *op.mutates)):
             for other in self.reading.get(name, ()):
                 raise self.fail(f"it changes {name!r}, which {other.name!r} ({other.target}) still reads", op)
-        if isinstance(op, Collective):
+        if isinstance(op, InFlight):
             self.writing.update(dict.fromkeys(op.in_flight_results, op))
             for name in op.in_flight_arguments:
                 self.reading.setdefault(name, []).append(op)

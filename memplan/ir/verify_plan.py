@@ -36,6 +36,8 @@ from .verify_slabs import check_slabs, held_slabs
 Values = Mapping[sympy.Symbol, int]
 #: Bytes to which an allocator rounds a request; 64 where nothing else is known.
 _ROUNDING = {"cuda": 512}
+#: Arenas are there before and after; pinned memory is the host's.
+_UNCOUNTED = (Memory.SYMMETRIC, Memory.PINNED)
 _LEAVING = frozenset({BufferKind.OUTPUT, BufferKind.SAVED})
 
 
@@ -459,7 +461,7 @@ class _PlanCheck:
         shared = {m for slab in slabs for m in slab.members}
         for root, names in storages.items():
             b = self.program.buffers[root]
-            if (b.kind in EXTERNAL_KINDS and not b.donated) or b.memory is Memory.SYMMETRIC:
+            if (b.kind in EXTERNAL_KINDS and not b.donated) or b.memory in _UNCOUNTED:
                 continue
             if root in shared or (placed and isinstance(self.plan.placements[root], InPool)):
                 continue

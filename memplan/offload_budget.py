@@ -1,0 +1,117 @@
+"""A budget that may take saved tensors to the host: how much to compute again, and how much to offload beside it.
+
+For some cuts of the step, from the one that computes least again to the one that keeps least, a model says which saved
+tensors on the host bring the peak within the budget and how long the step waits for their copies
+(`memplan.passes.offload_choice`). The cut that adds least time is planned with its copies; what the plans say counts.
+Recomputation alone is taken where that adds no more.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .budget import RUNGS, Budget, Modules, Planned, cannot_be_met
+from .capture.partition import OFFLOADED
+from .ir.errors import PlanningError
+from .passes.offload_choice import Offloaded, OffloadModel
+
+log = logging.getLogger(__name__)
+
+#: Rungs of the budget's ladder that are tried with offload.
+TRIED = (RUNGS, 3 * RUNGS // 4, RUNGS // 2, RUNGS // 4, 0)
+#: Plans of one cut with ever more on the host, before it is given up.
+ATTEMPTS = 4
+#: Part of the budget by which the model's limit is lowered beyond what plans were over it.
+STEP = 0.002
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A cut with offload whose plans are within the budget; microseconds that it adds to the step."""
+
+    modules: Modules
+    names: tuple[str, ...]
+    planned: Planned
+    microseconds: float
+
+
+@dataclass
+class OffloadBudget:
+    """A search. ``model`` models a planned cut, ``plan`` plans it with some of what it saves on the host."""
+
+    budget: Budget
+    model: Callable[[Modules, Planned], OffloadModel]
+    plan: Callable[[Modules, Sequence[str]], Planned]
+    least: Planned | None = None
+
+    def search(self) -> Modules:
+        """The cut that adds least time; its forward says what goes to the host.
+
+        Raises
+        ------
+        PlanningError
+            If nothing is within the budget: the least bytes, and what stands at its peak.
+        """
+        budget = self.budget
+        if budget.peak(RUNGS) <= budget.limit:
+            return budget.tried(RUNGS)[0]
+        taken = self.offloading()
+        if taken is not None and taken.microseconds <= budget.choice(RUNGS - 1).microseconds:
+            return chosen(taken)
+        try:
+            alone = budget.search()
+        except PlanningError as error:
+            if taken is not None:
+                return chosen(taken)
+            if self.least is not None:
+                raise PlanningError(cannot_be_met(budget.limit, self.least)) from error
+            raise
+        if taken is not None and taken.microseconds < budget.added(alone):
+            return chosen(taken)
+        return alone
+
+    def offloading(self) -> Taken | None:
+        """The cut with offload that adds least time."""
+        best: Taken | None = None
+        for rung in TRIED:
+            nbytes = self.budget.peak(rung)
+            again = self.budget.choice(rung).microseconds
+            if nbytes <= self.budget.limit or (best is not None and again >= best.microseconds):
+                break  # recomputation is enough from here on down, or costs more by itself
+            found = self.planned(rung, again)
+            if found is not None and (best is None or found.microseconds < best.microseconds):
+                best = found
+        return best
+
+    def planned(self, rung: int, again: float) -> Taken | None:
+        """A rung's cut with so much on the host that its plans are within the budget."""
+        modules, without = self.budget.tried(rung)
+        model = self.model(modules, without)
+        target, tried = self.budget.limit, -1
+        for _ in range(ATTEMPTS):
+            found = self.more(model, target, tried)
+            if found is None:
+                break
+            planned = self.plan(modules, found.names)
+            tried = len(found.names)
+            log.info("rung %d with %d offloaded: %d bytes", rung, tried, planned.peak.nbytes)
+            if self.least is None or planned.peak.nbytes < self.least.peak.nbytes:
+                self.least = planned
+            if planned.peak.nbytes <= self.budget.limit:
+                return Taken(modules, found.names, planned, again + found.microseconds)
+            target -= planned.peak.nbytes - self.budget.limit + int(STEP * self.budget.limit)
+        return None
+
+    def more(self, model: OffloadModel, target: int, tried: int) -> Offloaded | None:
+        """What the model takes for a limit, all there is where it finds nothing; None where that was tried."""
+        found = model.within(target) or model.taking(len(model.candidates))
+        return found if len(found.names) > max(tried, 0) else None
+
+
+def chosen(taken: Taken) -> Modules:
+    """The cut, whose forward says what goes to the host."""
+    log.info("%d saved tensors are offloaded, for %.0f us", len(taken.names), taken.microseconds)
+    taken.modules[0].meta[OFFLOADED] = taken.names
+    return taken.modules

@@ -1,0 +1,282 @@
+"""Offload on a GPU: ``python -m tests.gpu.check_offload [--goal 6.0] [--no-llama]``.
+
+Numbers with and without offload (the same cut of the step, so equal bit for bit), under random delays of the copies,
+with several forwards before a backward, with kept graphs and hooks; peaks as predicted; then a Llama-style model of
+0.9 B at 4 x 2048 within a total of ``--goal`` GB, against Inductor's default, in one run. About five minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import random
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import memplan
+import memplan.offload_budget
+from benchmarks.models import cases
+from memplan.ir.program import HostCopy
+from memplan.passes.step_peak import step_peak
+from memplan.runtime import host_copies
+
+WIDTH, ROWS, BLOCKS = 1024, 16384, 8
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))  # type: ignore[no-any-return]
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).float().square().mean()  # type: ignore[no-any-return]
+
+
+class Stack:
+    """Blocks compiled with a budget, with offload or with the same cut and nothing on the host."""
+
+    def __init__(self, part: float, *, copies: bool) -> None:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        self.model = nn.Sequential(*(Block() for _ in range(BLOCKS))).cuda().bfloat16()
+        self.x = torch.randn(ROWS, WIDTH, device="cuda", dtype=torch.bfloat16)
+        most = peak_of(memplan.analyze(lambda x: loss_of(self.model, x), (self.x,)))
+        options = {"budget": int(part * most), "offload": True, "plan_cache": False}
+        chosen = memplan.offload_budget.chosen
+        if not copies:
+            memplan.offload_budget.chosen = lambda taken: taken.modules
+        try:
+            torch._dynamo.reset()
+            self.call = torch.compile(loss_of, backend="memplan", options=options)
+            with memplan.record() as recorded:
+                self.step()
+        finally:
+            memplan.offload_budget.chosen = chosen
+        self.predicted = peak_of(recorded.graphs)
+        self.budget = options["budget"]
+        self.copies = sum(isinstance(op, HostCopy) for g in recorded.graphs for op in g.plan.program.operations)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.model.parameters())
+
+    def step(self) -> list[Tensor]:
+        loss = self.call(self.model, self.x)
+        return [loss.detach(), *torch.autograd.grad(loss, self.parameters)]
+
+
+def peak_of(graphs: object) -> int:
+    found = list(graphs)  # type: ignore[call-overload]
+    joins = {later: earlier for g in found for earlier, later in g.joins}
+    return step_peak([g.plan for g in found], joins).nbytes
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def measured(run: Callable[[], object]) -> int:
+    """Bytes of a warm step at its peak, above those before it."""
+    run()
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def milliseconds(runs: dict[str, Callable[[], object]], rounds: int = 8, steps: int = 4) -> dict[str, float]:
+    """Medians over rounds in which all take turns."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        for _ in range(3):
+            run()
+    for _ in range(rounds):
+        for name, run in runs.items():
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(steps):
+                run()
+            torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - begin) / steps * 1e3)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+STACKS: dict[bool, Stack] = {}
+
+
+def stacks() -> tuple[Stack, Stack]:
+    for copies in (True, False):
+        if copies not in STACKS:
+            STACKS[copies] = Stack(0.75, copies=copies)
+    return STACKS[True], STACKS[False]
+
+
+def numbers() -> str:
+    mine, plain = stacks()
+    if not mine.copies or plain.copies:
+        raise AssertionError(f"{mine.copies} copies with offload, {plain.copies} without")
+    if not same(mine.step(), plain.step()):
+        raise AssertionError("gradients differ from those without offload")
+    return f"equal bit for bit, {mine.copies} copies a step"
+
+
+def delays() -> str:
+    mine, plain = stacks()
+    expected = plain.step()
+    random.seed(0)
+
+    def delay(stream: torch.cuda.Stream, direction: str) -> None:
+        if random.random() < 0.5:
+            torch.cuda._sleep(random.randrange(1, 2_000_000))
+
+    wrong = 0
+    for _ in range(30):
+        host_copies.before_copy.append(delay)
+        try:
+            wrong += not same(mine.step(), expected)
+        finally:
+            host_copies.before_copy.clear()
+    if wrong:
+        raise AssertionError(f"{wrong} of 30 steps wrong")
+    return "30 steps with random delays of up to 1 ms on the copies' streams: all equal"
+
+
+def several() -> str:
+    mine, plain = stacks()
+    expected = plain.step()
+    losses = [mine.call(mine.model, mine.x) for _ in range(3)]
+    for loss in reversed(losses):
+        if not same(list(torch.autograd.grad(loss, mine.parameters)), expected[1:]):
+            raise AssertionError("one of three forwards before their backwards is wrong")
+    loss = mine.call(mine.model, mine.x)
+    for keep in (True, True, False):
+        if not same(list(torch.autograd.grad(loss, mine.parameters, retain_graph=keep)), expected[1:]):
+            raise AssertionError("a kept graph gives other gradients")
+    with torch.autograd.graph.save_on_cpu():
+        loss = mine.call(mine.model, mine.x)
+    if not same(list(torch.autograd.grad(loss, mine.parameters)), expected[1:]):
+        raise AssertionError("hooks change the gradients")
+    return "three forwards, three backwards of a kept graph, save_on_cpu: all equal"
+
+
+def peaks() -> str:
+    mine, plain = stacks()
+    rows = []
+    for title, one in (("offload", mine), ("same cut without", plain)):
+        found = measured(one.step)
+        rows.append(
+            f"{title}: predicted {one.predicted / 1e6:.1f} MB, measured {found / 1e6:.1f} "
+            f"({100 * (one.predicted / found - 1):+.2f} %), budget {one.budget / 1e6:.1f}"
+        )
+    return "; ".join(rows)
+
+
+def times() -> str:
+    mine, plain = stacks()
+    found = milliseconds({"offload": mine.step, "without": plain.step})
+    ratio = found["offload"] / found["without"]
+    return f"offload {found['offload']:.2f} ms, same cut without {found['without']:.2f}: {ratio:.3f}"
+
+
+def llama(goal: float) -> str:
+    """All there is on the device within ``goal`` GB: the budget is what parameters and the batch leave of it."""
+    STACKS.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
+    (case,) = cases("cuda", ["llama-0.9b"])
+    start = torch.cuda.memory_allocated()
+    module, batch = case.make()
+    resident = torch.cuda.memory_allocated() - start
+    runs: dict[str, Callable[[], object]] = {}
+    rows = []
+    systems: dict[str, dict[str, object]] = {
+        "inductor": {"backend": "inductor"},
+        "memplan": {"backend": "memplan"},
+        f"memplan {goal:g} GB, offload": {
+            "backend": "memplan",
+            "options": {"budget": int(goal * 1e9) - resident, "offload": True},
+        },
+        f"memplan {goal:g} GB": {"backend": "memplan", "options": {"budget": int(goal * 1e9) - resident}},
+    }
+    for name, arguments in systems.items():
+        torch._dynamo.reset()
+        try:
+            compiled = torch.compile(module, **arguments)  # type: ignore[call-overload]
+
+            def run(compiled: Callable[..., Tensor] = compiled) -> None:
+                compiled(*batch).backward()
+                module.zero_grad(set_to_none=True)
+
+            begin = time.perf_counter()
+            with memplan.record() as recorded:
+                run()
+            graphs = [g for g in recorded.graphs if g.plan.order]
+            predicted = peak_of(graphs) + resident if graphs else 0
+            copied = sum(
+                g.plan.program.nbytes(op.in_flight_results[0])
+                for g in graphs
+                for op in g.plan.program.operations
+                if isinstance(op, HostCopy) and op.offloads
+            )
+            seconds = time.perf_counter() - begin
+            peak = measured(run) + resident
+            alone = milliseconds({name: run}, rounds=5)[name]
+            rows.append(
+                f"{name}: {alone:.1f} ms, peak {peak / 1e9:.3f} GB, predicted {predicted / 1e9:.3f}, "
+                f"reserved {torch.cuda.max_memory_reserved() / 1e9:.2f}, {copied / 1e9:.2f} GB to the host, "
+                f"first step {seconds:.0f} s"
+            )
+            print("   ", rows[-1], flush=True)
+            runs[name] = run
+        except Exception:
+            traceback.print_exc()
+            rows.append(f"{name}: failed")
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    base = runs.get("inductor")
+    for name, run in runs.items():
+        if base is not None and run is not base:
+            found = milliseconds({"inductor": base, name: run})
+            rows.append(f"{name} / inductor, in turns: {found[name] / found['inductor']:.3f}")
+    return "\n    ".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--goal", type=float, default=6.0, help="GB of the Llama-style model in all")
+    parser.add_argument("--no-llama", action="store_true")
+    given = parser.parse_args()
+    checks: dict[str, Callable[[], str]] = {
+        "numbers": numbers, "delays": delays, "several": several, "peaks": peaks, "times": times,
+    }  # fmt: skip
+    if not given.no_llama:
+        checks["llama"] = lambda: llama(given.goal)
+    failed = 0
+    for name, check in checks.items():
+        begin = time.perf_counter()
+        try:
+            said = f"ok      {check()}"
+        except Exception:
+            failed += 1
+            said = f"FAILED  {traceback.format_exc()}"
+        print(f"{name:8} {time.perf_counter() - begin:6.1f} s  {said}", flush=True)
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
