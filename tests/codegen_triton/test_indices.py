@@ -79,6 +79,8 @@ def expressions() -> st.SearchStrategy[sympy.Expr]:
             st.tuples(inner, divisor).map(lambda p: FloorDiv(*p)),
             st.tuples(inner, divisor).map(lambda p: Mod(*p)),
             st.tuples(inner, inner).map(lambda p: sympy.Max(*p)),
+            st.tuples(inner, inner).map(lambda p: sympy.Min(*p)),
+            inner.map(lambda e: e**3),
         )
 
     return st.recursive(leaves, grow, max_leaves=8)
@@ -97,6 +99,8 @@ def value_of(expr: sympy.Expr, values: dict[sympy.Symbol, int]) -> int:
         return args[0] % args[1]
     if isinstance(expr, sympy.Max):
         return max(args)
+    if isinstance(expr, sympy.Min):
+        return min(args)
     if expr.is_Pow:
         return int(args[0] ** args[1])
     out = args[0]
