@@ -207,7 +207,10 @@ def run(shapes: Sequence[Shape]) -> list[Row]:
 def line(row: Row, seconds: float) -> str:
     s, f = row.shape, row.measured.fastest
     sizes = f"{f'{s.batch}x' if s.batch > 1 else ''}{s.rows}x{s.columns}x{s.inner}"
-    config = "" if f is None else f"{f.method.value} {f.rows}x{f.columns}x{f.inner} p{f.parts} w{f.warps} s{f.stages}"
+    config = ""
+    if f is not None:
+        parts = f"p{f.parts}" + (f"/{f.bunch}" if f.bunch > 1 else "")
+        config = f"{f.method.value} {f.rows}x{f.columns}x{f.inner} {parts} w{f.warps} s{f.stages}"
     chosen = "template" if row.measured.config is not None else "ATen"
     return (
         f"{s.name:<22} {sizes:<20} {s.epilogue:<14} {row.measured.aten:8.1f} {row.measured.best:8.1f} {row.ratio:6.3f} "

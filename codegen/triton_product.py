@@ -2,9 +2,10 @@
 
 Three ways to spread the work (`memplan.ir.template.Method`). Where several instances share a tile each stores its
 partial sums; the last to finish, by a counter of the tile, adds all of them up in a fixed order (so that the result is
-the same in every run), runs the epilogue, and sets the counter back to zero. Nobody waits for anybody. The stream-K
-schedule is that of Osama et al., "Stream-K: work-centric parallel decomposition for dense matrix-matrix multiplication
-on the GPU" (PPoPP 2023), its fix-up done by the last instance instead of the first.
+the same in every run), runs the epilogue, and sets the counter back to zero. Many parts are added up in bunches first,
+each by the last of the bunch to finish. Nobody waits for anybody. The stream-K schedule is that of Osama et al.,
+"Stream-K: work-centric parallel decomposition for dense matrix-matrix multiplication on the GPU" (PPoPP 2023), its
+fix-up done by the last instance instead of the first.
 """
 
 from __future__ import annotations
@@ -236,14 +237,49 @@ def _split(product: Product, epilogue: list[str]) -> list[str]:
         _LANES,
         f"slots = partials + tile * {parts} * BM * BN + lanes",
         "tl.store(slots + part * BM * BN, acc)",
-        "tl.debug_barrier()",
-        'arrived = tl.atomic_add(counters + tile, 1, sem="acq_rel")',
-        f"if arrived == {parts - 1}:",
-        "    tl.debug_barrier()",
-        "    acc = tl.zeros([BM, BN], tl.float32)",
-        *_indented(_added(product)),
+        *(_last_part(product, epilogue) if product.config.bunch == 1 else _last_bunch(product, epilogue)),
+    ]
+
+
+def _last_part(product: Product, epilogue: list[str]) -> list[str]:
+    parts = product.config.parts
+    return [
+        *_arrive("counters + tile", parts),
+        *_indented(_added(product, "slots", parts, 1)),
         *_indented(_finish(product, epilogue)),
         "    tl.store(counters + tile, 0)",
+    ]
+
+
+def _last_bunch(product: Product, epilogue: list[str]) -> list[str]:
+    """The sum of a bunch takes the place of its first part, after all of its parts were read."""
+    parts, bunch = product.config.parts, product.config.bunch
+    bunches = parts // bunch
+    inner = [
+        *_added(product, "members", bunch, 1),
+        "tl.store(own, 0)",
+        "tl.debug_barrier()",
+        "tl.store(members, acc)",
+        *_arrive("counters + tile", bunches),
+        *_indented(_added(product, "slots", bunches, bunch)),
+        *_indented(_finish(product, epilogue)),
+        "    tl.store(counters + tile, 0)",
+    ]
+    return [
+        f"own = counters + {product.tiles} + tile * {bunches} + part // {bunch}",
+        f"members = slots + part // {bunch} * {bunch} * BM * BN",
+        *_arrive("own", bunch),
+        *_indented(inner),
+    ]
+
+
+def _arrive(counter: str, count: int) -> list[str]:
+    """What follows, indented, is done by the last of ``count`` arrivals, which sees what all of them stored."""
+    return [
+        "tl.debug_barrier()",
+        f'arrived = tl.atomic_add({counter}, 1, sem="acq_rel")',
+        f"if arrived == {count - 1}:",
+        "    tl.debug_barrier()",
     ]
 
 
@@ -251,14 +287,16 @@ def _split(product: Product, epilogue: list[str]) -> list[str]:
 _IN_FLIGHT = 96
 
 
-def _added(product: Product) -> list[str]:
-    """All parts of a tile added up in order, several of them on their way at once: one waits a microsecond for each."""
-    parts, config = product.config.parts, product.config
+def _added(product: Product, slots: str, count: int, apart: int) -> list[str]:
+    """``acc``: the sum of ``count`` slots in order, several on their way at once: one waits a microsecond for each."""
+    config = product.config
     registers = -(-config.rows * config.columns // (32 * config.warps))
-    together = max(d for d in range(1, parts + 1) if parts % d == 0 and (d == 1 or d * registers <= _IN_FLIGHT))
-    load = 'tl.load(slots + (other + {}) * BM * BN, cache_modifier=".cg")'
+    together = max(d for d in range(1, count + 1) if count % d == 0 and (d == 1 or d * registers <= _IN_FLIGHT))
+    step = f"{apart} * BM * BN" if apart > 1 else "BM * BN"
+    load = f'tl.load({slots} + (other + {{}}) * {step}, cache_modifier=".cg")'
     return [
-        f"for other in range(0, {parts}, {together}):",
+        "acc = tl.zeros([BM, BN], tl.float32)",
+        f"for other in range(0, {count}, {together}):",
         *(f"    part{k} = {load.format(k)}" for k in range(together)),
         *(f"    acc += part{k}" for k in range(together)),
     ]

@@ -36,7 +36,7 @@ from .runtime.triton_launch import Launcher, make_launcher
 
 _log = logging.getLogger("memplan.triton")
 #: version of what is kept in the cache; a change of the templates or of the measurement is a new one
-_VERSION = 1
+_VERSION = 2
 #: a template is taken if its time is at most this part of ATen's: less may be noise
 _MARGIN = 0.97
 #: bytes that a measurement may take above what the program itself needs
@@ -146,7 +146,10 @@ def contenders(product: Product, processors: int) -> list[ProductConfig]:
             for parts in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64):
                 fits = sized.tiles * parts <= 2 * processors and sized.steps >= 2 * parts
                 if fits and sized.tiles * parts * 3 > processors * 2:
-                    found.append(replace(plain, method=Method.SPLIT, parts=parts))
+                    split = replace(plain, method=Method.SPLIT, parts=parts)
+                    found.append(split)
+                    if parts >= 12:  # one instance that adds all parts up is what the others have waited for
+                        found.append(replace(split, bunch=8 if parts % 8 == 0 and parts > 16 else 4))
         uneven = math.ceil(waves) / waves
         if bm * bn >= 64 * 128 and 0.5 < waves < 6 and uneven > 1.1 and sized.tiles * sized.steps >= 4 * processors:
             found.append(replace(plain, method=Method.STREAM, parts=processors))

@@ -31,7 +31,8 @@ class ProductConfig:
     """Tile sizes in elements, and how work is spread.
 
     ``parts``: for SPLIT the instances that share a tile, for STREAM the instances in all. ``group``: rows of tiles that
-    are walked together, so that what they read is still in the cache.
+    are walked together, so that what they read is still in the cache. ``bunch``: for SPLIT a divisor of ``parts``: so
+    many parts are added up by the last of them to finish, and the sums of bunches by the last bunch; 1 for all at once.
     """
 
     rows: int
@@ -42,6 +43,7 @@ class ProductConfig:
     warps: int = 4
     stages: int = 3
     group: int = 8
+    bunch: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +94,18 @@ class Product:
                 return min(self.config.parts, self.tiles * self.steps)
 
     def workspaces(self) -> tuple[Workspace, ...]:
-        """Partial sums (any bytes before), and a counter for each tile (zero before and after)."""
+        """Partial sums (any bytes before), and a counter for each tile and each bunch (zero before and after)."""
+        counters = self.tiles
         tile = self.config.rows * self.config.columns * 4
         match self.config.method:
             case Method.TILE:
                 return ()
             case Method.SPLIT:
                 slots = self.tiles * self.config.parts
+                counters += slots // self.config.bunch if self.config.bunch > 1 else 0
             case Method.STREAM:
                 slots = 2 * self.instances
-        return Workspace("partials", slots * tile), Workspace("counters", 4 * self.tiles, zero_fill=True)
+        return Workspace("partials", slots * tile), Workspace("counters", 4 * counters, zero_fill=True)
 
 
 @dataclass(frozen=True, slots=True)

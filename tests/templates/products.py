@@ -103,5 +103,6 @@ def buffers(p: Product) -> tuple[list[torch.Tensor], Callable[[], list[torch.Ten
 CONFIGS = {
     "tile": ProductConfig(32, 16, 16, warps=2, group=2),
     "split": ProductConfig(16, 32, 16, Method.SPLIT, parts=3, warps=2),
+    "split in bunches": ProductConfig(16, 16, 16, Method.SPLIT, parts=4, warps=2, bunch=2),
     "stream": ProductConfig(16, 16, 16, Method.STREAM, parts=5, warps=2, group=1),
 }

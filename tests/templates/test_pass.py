@@ -242,6 +242,7 @@ def test_contenders_fit_the_device(sizes: tuple[int, int, int]) -> None:
         sized = replace(base, config=config)
         assert config.rows * config.columns <= 128 * 256
         assert config.method is Method.TILE or sized.steps > 1
+        assert config.parts % config.bunch == 0
         assert sum(w.count for w in sized.workspaces()) < 64 << 20
     methods = {c.method for c in found}
     if k >= 4096 and min(m, n) <= 64:

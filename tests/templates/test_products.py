@@ -71,9 +71,10 @@ def test_numbers(
     [
         ProductConfig(128, 128, 64, warps=8, stages=3),
         ProductConfig(64, 64, 64, Method.SPLIT, parts=8, warps=4, stages=3),
+        ProductConfig(128, 128, 64, Method.SPLIT, parts=32, warps=8, stages=3, bunch=8),
         ProductConfig(128, 128, 64, Method.STREAM, parts=132, warps=8, stages=3),
     ],
-    ids=lambda c: c.method.value,
+    ids=lambda c: f"{c.method.value}{c.bunch}",
 )
 def test_builds_without_spilling(config: ProductConfig) -> None:
     p = product((1, 1000, 768, 3072), config, transposed=(False, True), bias=True, epilogue="residual")
@@ -92,5 +93,8 @@ def test_workspaces_are_counted_in_bytes() -> None:
     assert p.tiles == 2 * 3 * 2
     assert (partials.count, partials.zero_fill) == (p.tiles * 4 * 32 * 32 * 4, False)
     assert (counters.count, counters.zero_fill) == (p.tiles * 4, True)
+    bunches = product((2, 70, 50, 64), ProductConfig(32, 32, 16, Method.SPLIT, parts=4, bunch=2)).workspaces()
+    assert bunches[0].count == partials.count
+    assert bunches[1].count == p.tiles * (1 + 2) * 4
     stream = product((2, 70, 50, 64), ProductConfig(32, 32, 16, Method.STREAM, parts=5))
     assert stream.workspaces()[0].count == 2 * 5 * 32 * 32 * 4
