@@ -4,7 +4,8 @@
 
 The models are those of the GPU cases at their full size; image models are transformers' versions of the architectures.
 They are traced on fake CPU tensors, the captured programs are moved to ``cuda:0`` and planned. The step is simulated
-three times over, with parameters and batch resident. Calls that take scratch inside of cuDNN are not in it.
+three times over, with parameters and batch resident. Convolutions are taken to be cuDNN's, as on an H100 in half
+precision, and to write into planned buffers; their scratch, which only a GPU can tell, is not in it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import memplan.backend
+from memplan import convolutions
 from memplan.analysis import analyze
+from memplan.convolutions import Facts
+from memplan.ir.config import Config
 from memplan.ir.plan import Plan
 from memplan.ir.program import Argument, Extern, Literal, Program, Tuple
 from memplan.passes.reserved import StepMemory, step_memory
@@ -125,6 +129,11 @@ def on_gpu(program: Program) -> Program:
     return replace(program, buffers=buffers, operations=tuple(operations))
 
 
+def cudnns(op: Extern, config: Config) -> Facts:
+    """A convolution as if cuDNN took it and needed no scratch."""
+    return Facts(convolutions.CUDNN, 0, True)
+
+
 def plans_of(model: str, options: dict[str, object]) -> tuple[list[Plan], dict[str, str]]:
     """The forward's and the backward's plan, and what the backward takes over from the forward."""
     build, batch = MODELS[model]
@@ -139,7 +148,8 @@ def plans_of(model: str, options: dict[str, object]) -> tuple[list[Plan], dict[s
     with FakeTensorMode(allow_non_fake_inputs=True):
         _fill(module)
         given = batch()
-        with mock.patch.object(memplan.backend, "capture", captured):
+        patch = mock.patch.object
+        with patch(memplan.backend, "capture", captured), patch(convolutions, "facts_of", cudnns):
             graphs = analyze(module, given, options=options, backward=training)
     joins = {later: earlier for g in graphs for earlier, later in g.joins}
     return [g.plan for g in graphs], joins
