@@ -36,6 +36,12 @@ LIVE_TOLERANCE = 0.01
 CONTENT = 1.005
 #: What one allocation fewer is worth in reserved bytes.
 ALLOCATION = 16 << 10
+#: Bytes of a reserve over those that the step's large allocations need at one time; 0: no reserve. A little more room
+#: lets fragments lie unused where a new segment would be made otherwise; but it is alive for a moment, so it is only
+#: tried where more than `ENOUGH` of the live peak would be reserved else, and not where simulations are slow.
+RESERVES = (1.0, 0.0)
+LARGER_RESERVES = (1.006, 1.003, 1.009)
+ENOUGH = 1.02
 #: A step that needs less than this has no reserve: the allocator's own segments are as large.
 LEAST_RESERVE = 32 * MIB
 #: Simulations of one step: with the compiled replay, and in Python.
@@ -56,11 +62,11 @@ class StepPools:
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """Cuts of each program's pools, the number of slabs, and whether there is a reserve."""
+    """Cuts of each program's pools, the number of slabs, and the reserve as in `RESERVES`."""
 
     cuts: tuple[int | None, ...]
     slabs: int
-    reserve: bool
+    reserve: float
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ class _Search:
 
     def run(self) -> StepPools:
         programs = len(self.step.laid)
-        base = self.trial(_Candidate((None,) * programs, 0, False))
+        base = self.trial(_Candidate((None,) * programs, 0, 0.0))
         allowed, content = int(base.live * (1 + LIVE_TOLERANCE)), int(base.live * CONTENT)
 
         def rank(c: _Candidate) -> tuple[bool, int]:
@@ -105,8 +111,10 @@ class _Search:
             return found.live > allowed, found.reserved + ALLOCATION * found.allocations
 
         most = MOST_TRIALS if self.replay is not None else MOST_TRIALS_PYTHON
-        found = []
-        for k, reserve in enumerate((True, False) if self.may_reserve else (False,), 1):
+        found: list[_Candidate] = []
+        for k, reserve in enumerate(self.reserves(), 1):
+            if reserve > 1 and self.trial(min(found, key=rank)).reserved <= base.live * ENOUGH:
+                break
             best = _Candidate((0,) * programs, SLABS[0] if programs > 1 else 0, reserve)
             if not self.always and self.fixed is None:
                 best = min(best, _Candidate((None,) * programs, 0, reserve), key=rank)
@@ -118,6 +126,13 @@ class _Search:
                         best = min(best, other, key=rank)
             found.append(best)
         return self.result(min(found, key=rank))
+
+    def reserves(self) -> tuple[float, ...]:
+        """What is tried; sizes that are not known yet are reserved as they are."""
+        if not self.may_reserve:
+            return (0.0,)
+        known = all(isinstance(s.size, int) for s in self.step.stores)
+        return (*RESERVES, *LARGER_RESERVES) if known and self.replay is not None else RESERVES
 
     def others(self, best: _Candidate, what: int | str) -> list[_Candidate]:
         """Candidates that differ from the best so far in one thing: a program's pools, or the slabs."""
@@ -171,7 +186,7 @@ class _Search:
     def trial(self, c: _Candidate) -> _Trial:
         if c not in self.tried:
             requests = self.requests(c)
-            reserve = self.reserve(requests) if c.reserve else 0
+            reserve = self.reserve(requests, c.reserve)
             found = replay_steps(requests, reserve=reserve, steps=STEPS, native=self.replay)
             self.tried[c] = _Trial(found.reserved, found.live, len(requests.keys) // 2)
         return self.tried[c]
@@ -189,10 +204,10 @@ class _Search:
             inside.update((0, root) for root, _ in group.offsets)
         return self.step.requests(pools, frozenset(inside))
 
-    def reserve(self, requests: Requests) -> int:
-        """What large allocations need at one time: small ones have segments of their own."""
-        needed = self.step.large_peak(requests, MIB)
-        return needed if needed >= LEAST_RESERVE else 0
+    def reserve(self, requests: Requests, factor: float) -> int:
+        """What large allocations need at one time, times the factor: small ones have segments of their own."""
+        needed = self.step.large_peak(requests, MIB) if factor else 0
+        return int(needed * factor) if needed >= LEAST_RESERVE else 0
 
     def result(self, c: _Candidate) -> StepPools:
         pooled = [self.pools_of(owner, cuts) for owner, cuts in enumerate(c.cuts)]
@@ -206,7 +221,7 @@ class _Search:
             Slab(g.pool.name, g.pool.nbytes, g.pool.device, g.received, tuple(at for _, at in g.offsets))
             for g in groups
         )
-        reserve: Size = self.reserve(self.requests(c)) if c.reserve else 0
+        reserve: Size = self.reserve(self.requests(c), c.reserve)
         if reserve:
             known = frozenset(i.symbol for i in self.step.laid[0].program.inputs if isinstance(i, SymbolInput))
             expression = self.step.peak_expression(known)
