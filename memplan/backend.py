@@ -174,15 +174,19 @@ class Region:
             saved_outputs=saved,
         )
         if self.partitioned.offloaded:
-            program = offload_saved(program, self.offloaded_positions(self.partitioned.offloaded))
+            program = offload_saved(program, self.offloaded_positions(), self.host_bandwidth(program))
         self.forward = program
         return program
 
-    def offloaded_positions(self, names: Sequence[str]) -> tuple[int, ...]:
-        """Positions of nodes among the forward's results."""
+    def host_bandwidth(self, program: Program) -> float:
+        """Bytes per microsecond between a program's device and the host."""
+        return copy_figures(offload_device(program), self.config).host_bandwidth
+
+    def offloaded_positions(self) -> tuple[int, ...]:
+        """Positions of what goes to the host among the forward's results."""
         assert self.partitioned.forward is not None
         outputs = self.partitioned.forward.graph.output_node().args[0]
-        wanted = frozenset(names)
+        wanted = frozenset(self.partitioned.offloaded)
         return tuple(k for k, n in enumerate(outputs) if isinstance(n, torch.fx.Node) and n.name in wanted)  # type: ignore[arg-type]
 
     def compile_backward(self, module: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
@@ -231,7 +235,9 @@ class Region:
             static_inputs=frozenset(static),
             donated_inputs=frozenset(donated),
         )
-        return prefetch_received(program, self.partitioned.offloaded) if self.partitioned.offloaded else program
+        if not self.partitioned.offloaded:
+            return program
+        return prefetch_received(program, self.partitioned.offloaded, self.host_bandwidth(program))
 
     def compile_inference(self, module: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
         program = capture(module, Phase.INFERENCE, name=f"inference{self.group}", static_inputs=static_inputs())
@@ -308,14 +314,11 @@ class Region:
         """What became of the forward's values that a backward needs."""
         if program.phase is not Phase.BACKWARD:
             return ()
-        found, offloaded = self.partitioned.activations, frozenset(self.partitioned.offloaded)
-        if not offloaded:
-            return found
-        device = next(op.device for op in program.operations if isinstance(op, HostCopy))
-        rate = copy_figures(device, self.config).host_bandwidth
+        copies = [op for op in program.operations if isinstance(op, HostCopy)]
+        spent = {op.in_flight_results[0]: 2 * op.microseconds for op in copies}
         return tuple(
-            replace(a, fate=Fate.OFFLOADED, microseconds=2 * a.nbytes / rate) if a.name in offloaded else a
-            for a in found
+            replace(a, fate=Fate.OFFLOADED, microseconds=spent[a.name]) if a.name in spent else a
+            for a in self.partitioned.activations
         )
 
     def offload_model(
@@ -331,7 +334,7 @@ class Region:
             if isinstance(n, torch.fx.Node) and k >= forward_outputs and can_offload(program, k)
         )
         talks = any(communicates(p.program) for p in planned.plans)
-        device = next((b.device for b in program.buffers.values() if b.device != "cpu"), "cpu")
+        device = offload_device(program)
         return OffloadModel.of(
             planned.plans,
             planned.joins,
@@ -389,6 +392,11 @@ def trace(plan: Plan) -> None:
         from .reports.structured import trace_plan  # only then: reports bring pydantic and rich
 
         trace_plan(plan)
+
+
+def offload_device(program: Program) -> str:
+    """The device that offload takes memory off: the first that is not the host."""
+    return next((b.device for b in program.buffers.values() if b.device != "cpu"), "cpu")
 
 
 def without_donation(program: Program) -> Program:

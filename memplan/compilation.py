@@ -13,7 +13,7 @@ import torch
 
 from . import kernels as kernel_sets
 from .artifact import Artifact, GpuKernel, Linked, cached, load_cached, load_gpu
-from .calibration import copy_figures
+from .calibration import figures_for
 from .codegen import cpp_kernel, triton_kernel
 from .codegen.cpp_wrapper import CppWrapper
 from .codegen.python_wrapper import print_python
@@ -177,7 +177,7 @@ def prepare_program(program: Program, config: Config, kept: Kept = NOTHING_KEPT)
         stages.append(("reorder", _unplanned_peak(program, {}, order)))
     if any(isinstance(op, HostCopy) for op in program.operations):
         device = next(op.device for op in program.operations if isinstance(op, HostCopy))
-        order = schedule_copies(program, order, copy_figures(device, config))
+        order = schedule_copies(program, order, figures_for(device, config))
     order, taken = _overlapped(program, order, config)
     in_place = dict(taken.taken) if taken is not None else {}
     stages.append(("inplace", _unplanned_peak(program, in_place, order)))

@@ -12,16 +12,16 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .budget import RUNGS, Budget, Modules, Planned, cannot_be_met
+from .budget import CLOSE, RUNGS, Budget, Modules, Planned, cannot_be_met
 from .capture.partition import OFFLOADED
 from .ir.errors import PlanningError
-from .passes.offload_choice import Offloaded, OffloadModel
+from .passes.offload_choice import OffloadModel
 
 log = logging.getLogger(__name__)
 
 #: Rungs of the budget's ladder that are tried with offload.
 TRIED = (RUNGS, 3 * RUNGS // 4, RUNGS // 2, RUNGS // 4, 0)
-#: Plans of one cut with ever more on the host, before it is given up.
+#: Plans of one cut with more or less on the host.
 ATTEMPTS = 4
 #: Part of the budget by which the model's limit is lowered beyond what plans were over it.
 STEP = 0.002
@@ -89,25 +89,26 @@ class OffloadBudget:
         """A rung's cut with so much on the host that its plans are within the budget."""
         modules, without = self.budget.tried(rung)
         model = self.model(modules, without)
-        target, tried = self.budget.limit, -1
+        limit, bias = self.budget.limit, 0
+        best: Taken | None = None
+        tried: set[int] = set()
         for _ in range(ATTEMPTS):
-            found = self.more(model, target, tried)
-            if found is None:
+            found = model.within(limit - bias) or model.taking(len(model.candidates))
+            if not found.names or len(found.names) in tried:
                 break
+            tried.add(len(found.names))
             planned = self.plan(modules, found.names)
-            tried = len(found.names)
-            log.info("rung %d with %d offloaded: %d bytes", rung, tried, planned.peak.nbytes)
-            if self.least is None or planned.peak.nbytes < self.least.peak.nbytes:
+            nbytes = planned.peak.nbytes
+            log.info("rung %d with %d offloaded: %d bytes", rung, len(found.names), nbytes)
+            if self.least is None or nbytes < self.least.peak.nbytes:
                 self.least = planned
-            if planned.peak.nbytes <= self.budget.limit:
-                return Taken(modules, found.names, planned, again + found.microseconds)
-            target -= planned.peak.nbytes - self.budget.limit + int(STEP * self.budget.limit)
-        return None
-
-    def more(self, model: OffloadModel, target: int, tried: int) -> Offloaded | None:
-        """What the model takes for a limit, all there is where it finds nothing; None where that was tried."""
-        found = model.within(target) or model.taking(len(model.candidates))
-        return found if len(found.names) > max(tried, 0) else None
+            if nbytes <= limit and (best is None or len(found.names) < len(best.names)):
+                best = Taken(modules, found.names, planned, again + found.microseconds)
+            if CLOSE * limit <= nbytes <= limit:
+                break
+            # pools make what the plans need differ from the model
+            bias = nbytes - found.peak + (int(STEP * limit) if nbytes > limit else 0)
+        return best
 
 
 def chosen(taken: Taken) -> Modules:

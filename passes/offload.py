@@ -79,8 +79,8 @@ def communicates(program: Program) -> bool:
     return any(isinstance(op, Collective) for op in program.operations)
 
 
-def offload_saved(program: Program, positions: Sequence[int]) -> Program:
-    """The forward that returns copies on the host of some of what it saves."""
+def offload_saved(program: Program, positions: Sequence[int], bandwidth: float) -> Program:
+    """The forward that returns copies on the host of some of what it saves; bytes per microsecond of the bus."""
     buffers = dict(program.buffers)
     operations = list(program.operations)
     outputs = list(program.outputs)
@@ -93,16 +93,16 @@ def offload_saved(program: Program, positions: Sequence[int]) -> Program:
         buffers[host.buffer] = replace(old, name=host.buffer, device="cpu", memory=Memory.PINNED)
         buffers[old.name] = replace(old, kind=BufferKind.TEMPORARY)
         origins = (old.origin,)
-        operations.append(
-            HostCopy(f"{old.name}_offload", OFFLOAD, (view,), (), (host,), Contract.FRESH, old.device, origins)
-        )
+        spent = program.nbytes(old.name) / bandwidth
+        copy = HostCopy(f"{old.name}_offload", OFFLOAD, (view,), (), (host,), Contract.FRESH, old.device, origins)
+        operations.append(replace(copy, microseconds=spent))
         operations.append(_wait(f"{old.name}_offloaded", host, view, old.device, old))
         outputs[position] = host
     return replace(program, buffers=buffers, operations=tuple(operations), outputs=tuple(outputs))
 
 
-def prefetch_received(program: Program, names: Sequence[str]) -> Program:
-    """The backward that is given copies on the host of some of its inputs."""
+def prefetch_received(program: Program, names: Sequence[str], bandwidth: float) -> Program:
+    """The backward that is given copies on the host of some of its inputs; bytes per microsecond of the bus."""
     buffers = dict(program.buffers)
     inputs = list(program.inputs)
     copies: list[Operation] = []
@@ -117,9 +117,9 @@ def prefetch_received(program: Program, names: Sequence[str]) -> Program:
         )
         buffers[old.name] = replace(old, kind=BufferKind.TEMPORARY, donated=False)
         origins = (old.origin,)
-        copies.append(
-            HostCopy(f"{old.name}_prefetch", PREFETCH, (host,), (), (view,), Contract.OUT, old.device, origins)
-        )
+        spent = program.nbytes(old.name) / bandwidth
+        copy = HostCopy(f"{old.name}_prefetch", PREFETCH, (host,), (), (view,), Contract.OUT, old.device, origins)
+        copies.append(replace(copy, microseconds=spent))
         copies.append(_wait(f"{old.name}_prefetched", view, host, old.device, old))
         inputs[k] = replace(given, view=host)
     return replace(program, buffers=buffers, operations=(*copies, *program.operations), inputs=tuple(inputs))
@@ -163,30 +163,30 @@ class Flight:
     wait: int
 
 
-def outward(clock: Clock, copies: Sequence[tuple[str, int, int]], figures: DeviceFigures) -> tuple[list[Flight], float]:
-    """Copies (name, step that makes the tensor, bytes) to the host, in order, and microseconds waited at the end."""
+def outward(clock: Clock, copies: Sequence[tuple[str, int, float]]) -> tuple[list[Flight], float]:
+    """Copies (name, step that makes the tensor, microseconds) to the host, in order; microseconds waited at the end."""
     flights, free = [], 0.0
     steps = len(clock.starts) - 1
-    for name, made, nbytes in sorted(copies, key=lambda c: (c[1], c[0])):
-        free = max(free, clock.starts[made + 1]) + nbytes / figures.host_bandwidth + LATENCY
+    for name, made, spent in sorted(copies, key=lambda c: (c[1], c[0])):
+        free = max(free, clock.starts[made + 1]) + spent + LATENCY
         flights.append(Flight(name, made + 1, min(max(clock.first_from(free), made + 1), steps)))
     return flights, max(0.0, free - clock.end)
 
 
-def inward(clock: Clock, copies: Sequence[tuple[str, int, int]], figures: DeviceFigures) -> tuple[list[Flight], float]:
-    """Copies (name, step that reads first, bytes) from the host, in order of need, and microseconds that steps wait."""
+def inward(clock: Clock, copies: Sequence[tuple[str, int, float]]) -> tuple[list[Flight], float]:
+    """Copies (name, step that reads first, microseconds) from the host, in order of need; microseconds of waiting."""
     flights: list[Flight] = []
     busy = float("inf")
     ordered = sorted(copies, key=lambda c: (c[1], c[0]))
-    for name, need, nbytes in reversed(ordered):
-        busy = min(busy, clock.starts[need]) - nbytes / figures.host_bandwidth * SLACK - LATENCY
+    for name, need, spent in reversed(ordered):
+        busy = min(busy, clock.starts[need]) - spent * SLACK - LATENCY
         flights.append(Flight(name, min(clock.last_until(busy), need), need))
     flights.reverse()
     # how it really goes: a copy starts when its step does and the stream is free, the reader waits for it
     free = late = 0.0
-    sizes = {name: nbytes for name, _, nbytes in ordered}
+    times = {name: spent for name, _, spent in ordered}
     for flight in flights:
-        free = max(free, clock.starts[flight.issue] + late) + sizes[flight.name] / figures.host_bandwidth + LATENCY
+        free = max(free, clock.starts[flight.issue] + late) + times[flight.name] + LATENCY
         late = max(late, free - clock.starts[flight.wait])
     return flights, max(0.0, late)
 
@@ -204,14 +204,13 @@ def schedule_copies(program: Program, order: Sequence[str], figures: DeviceFigur
     clock = Clock.of(program, rest, figures)
     outs, ins = [], []
     for op in copies:
-        nbytes = program.nbytes(op.in_flight_results[0])
         if op.offloads:
             made = max((place[n] for n in program.dependencies[op.name] if n in place), default=-1)
-            outs.append((op.name, made, nbytes))
+            outs.append((op.name, made, op.microseconds))
         else:
             used = [place[n] for n in readers.get(op.in_flight_results[0], ()) if n in place]
-            ins.append((op.name, min(used, default=len(rest)), nbytes))
-    flights = [*outward(clock, outs, figures)[0], *inward(clock, ins, figures)[0]]
+            ins.append((op.name, min(used, default=len(rest)), op.microseconds))
+    flights = [*outward(clock, outs)[0], *inward(clock, ins)[0]]
     return _with_flights(rest, flights, {op.name: waits[op.in_flight_results[0]].name for op in copies})
 
 

@@ -85,7 +85,7 @@ class OffloadModel:
     forward: Clock
     backward: Clock
     candidates: tuple[Candidate, ...]
-    figures: DeviceFigures
+    bandwidth: float
     device: str
 
     @classmethod
@@ -102,7 +102,7 @@ class OffloadModel:
         """``series``: bytes at every step of both plans."""
         clocks = [Clock.of(p.program, p.order, figures) for p in plans]
         found = candidates(plans, joins, allowed, least)
-        return cls(tuple(series), clocks[0], clocks[1], tuple(found), figures, device)
+        return cls(tuple(series), clocks[0], clocks[1], tuple(found), figures.host_bandwidth, device)
 
     def within(self, limit: int) -> Offloaded | None:
         """The fewest candidates that bring the peak to ``limit`` bytes or below; None if none of the numbers does."""
@@ -120,8 +120,8 @@ class OffloadModel:
     def taking(self, count: int) -> Offloaded:
         """The first ``count`` candidates on the host."""
         chosen = self.candidates[:count]
-        out, waited = outward(self.forward, [(c.name, c.made, c.nbytes) for c in chosen], self.figures)
-        back, late = inward(self.backward, [(c.name, c.need, c.nbytes) for c in chosen], self.figures)
+        out, waited = outward(self.forward, [(c.name, c.made, c.nbytes / self.bandwidth) for c in chosen])
+        back, late = inward(self.backward, [(c.name, c.need, c.nbytes / self.bandwidth) for c in chosen])
         steps = len(self.forward.starts) - 1
         change = [0] * (len(self.series) + 1)
         freed = {f.name: f.wait for f in out}

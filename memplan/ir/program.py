@@ -218,8 +218,11 @@ class HostCopy(InFlight):
     """A copy between a device and pinned memory of its host, on a stream of its own, until a `Wait`.
 
     An *offload* (contract FRESH) allocates the pinned buffer that it returns; a *prefetch* (contract OUT) writes a
-    buffer of the device. ``device`` is the GPU, or what stands for one.
+    buffer of the device. ``device`` is the GPU, or what stands for one; ``microseconds`` is how long it was planned to
+    take.
     """
+
+    microseconds: float = 0.0
 
     @property
     def offloads(self) -> bool:

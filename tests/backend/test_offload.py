@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 import memplan
 import memplan.backend
-import memplan.compilation
 from memplan.ir.activation import Fate
 from memplan.ir.communication import Memory
-from memplan.ir.device import CPU, DeviceFigures
+from memplan.ir.device import CPU
 from memplan.ir.errors import OptionError, UnsupportedError, VerificationError
 from memplan.ir.plan import Plan
 from memplan.ir.program import HostCopy, Wait
@@ -25,6 +24,7 @@ from memplan.passes import offload, offload_choice
 from memplan.passes.offload import Clock, inward, outward
 from memplan.passes.step_peak import step_peak
 from memplan.recording import CompiledGraph
+from tests.fake_gpu import make_fake_gpu
 
 WIDTH, ROWS, BLOCKS = 32, 256, 4
 CHECK = memplan.backend.check_offload  # as it is where no test replaces it
@@ -81,8 +81,7 @@ def as_device() -> Iterator[None]:
         patch.setattr(memplan.backend, "check_offload", lambda device: None)
         patch.setattr(offload_choice, "LEAST", 1 << 12)
         patch.setattr(offload, "LATENCY", 0.0)
-        for module in (memplan.backend, memplan.compilation):
-            patch.setattr(module, "copy_figures", lambda device, config: replace(CPU, host_bandwidth=1e5))
+        patch.setattr(memplan.backend, "copy_figures", lambda device, config: replace(CPU, host_bandwidth=1e5))
         yield
 
 
@@ -116,10 +115,13 @@ def slow_again(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(memplan.budget.Budget, "choice", choice)
 
 
+def same(one: Compiled, other: Compiled) -> bool:
+    pairs = zip((one.loss, *one.grads), (other.loss, *other.grads), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
 def test_numbers_are_those_without_offload(plain: Compiled, offloaded: Compiled) -> None:
-    assert torch.equal(plain.loss, offloaded.loss)
-    for mine, theirs in zip(offloaded.grads, plain.grads, strict=True):
-        assert torch.equal(mine, theirs)
+    assert same(offloaded, plain)
 
 
 def test_the_peak_is_within_the_budget_and_bytes_are_on_the_host(plain: Compiled, offloaded: Compiled) -> None:
@@ -196,28 +198,41 @@ def test_the_verifier_keeps_others_off_pinned_memory(offloaded: Compiled) -> Non
         verify_program(replace(program, buffers=plain))
 
 
-BUS = DeviceFigures("bus", 1e6, 1e6, 1e6, 1e6, 1e6, 1.0, host_bandwidth=100.0)
-
-
 def test_offloads_follow_one_another_and_are_waited_for_when_they_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload, "LATENCY", 15.0)
     clock = Clock((0.0, 100.0, 200.0, 300.0, 400.0, 500.0))
-    flights, waited = outward(clock, [("a", 0, 10_000), ("b", 1, 10_000)], BUS)
+    flights, waited = outward(clock, [("a", 0, 100), ("b", 1, 100)])
     assert [(f.name, f.issue, f.wait) for f in flights] == [("a", 1, 3), ("b", 2, 4)]  # ends at 215 and 330
     assert waited == 0
-    _, waited = outward(clock, [("a", 4, 10_000)], BUS)
+    _, waited = outward(clock, [("a", 4, 100)])
     assert waited == pytest.approx(115)
 
 
 def test_prefetches_end_when_they_are_needed_and_start_no_earlier(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload, "LATENCY", 15.0)
     clock = Clock((0.0, 100.0, 200.0, 300.0, 400.0, 500.0))
-    flights, late = inward(clock, [("a", 4, 10_000), ("b", 3, 5_000)], BUS)
+    flights, late = inward(clock, [("a", 4, 100), ("b", 3, 50)])
     assert [(f.name, f.issue, f.wait) for f in flights] == [("b", 2, 3), ("a", 2, 4)]
     assert late == 0
-    flights, late = inward(clock, [("a", 0, 10_000)], BUS)
+    flights, late = inward(clock, [("a", 0, 100)])
     assert [(f.issue, f.wait) for f in flights] == [(0, 0)]
     assert late == pytest.approx(115)
+
+
+def test_gpu_plans_hold_slabs_and_copies(as_device: None, plain: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planned together for a GPU, as the fake one runs it; nothing on the host counts as the device's."""
+    make_fake_gpu(monkeypatch)
+    slow_again(monkeypatch)
+    found = Compiled(int(0.7 * plain.peak), poison=True)
+    assert found.peak <= 0.7 * plain.peak
+    assert same(found, plain)
+    for plan in found.plans:
+        verify_plan(plan)
+        assert plan.predicted_peak["cpu"] == 0
+        copies = [op for op in plan.program.operations if isinstance(op, HostCopy)]
+        assert copies
+        assert {op.device for op in copies} == {"cuda:0"}
+        assert all(op.microseconds > 0 for op in copies)
 
 
 def test_what_cannot_be_had_is_refused() -> None:
