@@ -44,9 +44,8 @@ from .ir.plan import InPool, Plan
 from .ir.program import BufferKind, HostCopy, Phase, Program, TensorInput, View
 from .lowering.decompositions import decomposition_table
 from .lowering.lower import NOTHING_KEPT
-from .offload_budget import OffloadBudget
-from .passes import offload_choice
-from .passes.offload import can_offload, communicates, host_name, offload_saved, prefetch_received
+from .offload_budget import OffloadBudget, check_offload, model_of, offload_device
+from .passes.offload import host_name, offload_saved, prefetch_received
 from .passes.offload_choice import OffloadModel
 from .passes.rematerialize import choose_within
 from .passes.step_peak import step_peak
@@ -326,24 +325,7 @@ class Region:
     ) -> OffloadModel:
         """What taking saved tensors of a planned cut to the host would do."""
         trial = Region(self.config, self.group, Partitioned(forward_outputs, *modules), parameters=parameters)
-        program = trial.capture_forward(modules[0])
-        outputs = modules[0].graph.output_node().args[0]
-        allowed = (
-            n.name
-            for k, n in enumerate(outputs)  # type: ignore[arg-type]
-            if isinstance(n, torch.fx.Node) and k >= forward_outputs and can_offload(program, k)
-        )
-        talks = any(communicates(p.program) for p in planned.plans)
-        device = offload_device(program)
-        return OffloadModel.of(
-            planned.plans,
-            planned.joins,
-            planned.peak.series,
-            frozenset() if talks else frozenset(allowed),
-            copy_figures(device, self.config),
-            device,
-            offload_choice.LEAST,
-        )
+        return model_of(trial.capture_forward(modules[0]), forward_outputs, modules, planned, self.config)
 
     def trial(
         self, forward_outputs: int, parameters: frozenset[int], modules: Modules, offloaded: Sequence[str] = ()
@@ -392,11 +374,6 @@ def trace(plan: Plan) -> None:
         from .reports.structured import trace_plan  # only then: reports bring pydantic and rich
 
         trace_plan(plan)
-
-
-def offload_device(program: Program) -> str:
-    """The device that offload takes memory off: the first that is not the host."""
-    return next((b.device for b in program.buffers.values() if b.device != "cpu"), "cpu")
 
 
 def without_donation(program: Program) -> Program:
@@ -497,18 +474,6 @@ def check_budget(budget: int, device: str) -> None:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if total is not None and budget > total:
         raise OptionError(f"a budget of {budget} bytes is larger than the memory of {device}, {total} bytes")
-
-
-def check_offload(device: str) -> None:
-    """Refuse offload where there is no other memory than the host's.
-
-    Raises
-    ------
-    OptionError
-        On a CPU.
-    """
-    if not device.startswith("cuda"):
-        raise OptionError(f"option 'offload' takes tensors from a GPU to its host; this step runs on {device}")
 
 
 def device_of(module: torch.fx.GraphModule) -> str:

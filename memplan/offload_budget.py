@@ -12,17 +12,26 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch.fx
+
 from .budget import CLOSE, RUNGS, Budget, Modules, Planned, cannot_be_met
+from .calibration import copy_figures
 from .capture.partition import OFFLOADED
-from .ir.errors import PlanningError
+from .ir.config import Config
+from .ir.errors import OptionError, PlanningError
+from .ir.program import Program
+from .passes import offload_choice
+from .passes.offload import can_offload, communicates
 from .passes.offload_choice import OffloadModel
 
 log = logging.getLogger(__name__)
 
 #: Rungs of the budget's ladder that are tried with offload.
-TRIED = (RUNGS, 3 * RUNGS // 4, RUNGS // 2, RUNGS // 4, 0)
+TRIED = tuple(RUNGS * eighths // 8 for eighths in (8, 7, 6, 5, 4, 2, 0))
 #: Plans of one cut with more or less on the host.
 ATTEMPTS = 4
+#: How far over the budget the least of a model may be for its plans to be tried all the same.
+FAR = 1.2
 #: Part of the budget by which the model's limit is lowered beyond what plans were over it.
 STEP = 0.002
 
@@ -93,8 +102,8 @@ class OffloadBudget:
         best: Taken | None = None
         tried: set[int] = set()
         for _ in range(ATTEMPTS):
-            found = model.within(limit - bias) or model.taking(len(model.candidates))
-            if not found.names or len(found.names) in tried:
+            found = model.within(limit - bias) or model.least()
+            if not found.names or len(found.names) in tried or found.peak + bias > FAR * limit:
                 break
             tried.add(len(found.names))
             planned = self.plan(modules, found.names)
@@ -116,3 +125,43 @@ def chosen(taken: Taken) -> Modules:
     log.info("%d saved tensors are offloaded, for %.0f us", len(taken.names), taken.microseconds)
     taken.modules[0].meta[OFFLOADED] = taken.names
     return taken.modules
+
+
+def model_of(
+    program: Program, forward_outputs: int, modules: Modules, planned: Planned, config: Config
+) -> OffloadModel:
+    """What taking saved tensors of a planned cut to the host would do; ``program`` is its forward as captured."""
+    outputs = modules[0].graph.output_node().args[0]
+    allowed = (
+        n.name
+        for k, n in enumerate(outputs)  # type: ignore[arg-type]
+        if isinstance(n, torch.fx.Node) and k >= forward_outputs and can_offload(program, k)
+    )
+    talks = any(communicates(p.program) for p in planned.plans)
+    device = offload_device(program)
+    return OffloadModel.of(
+        planned.plans,
+        planned.joins,
+        planned.peak.series,
+        frozenset() if talks else frozenset(allowed),
+        copy_figures(device, config),
+        device,
+        offload_choice.LEAST,
+    )
+
+
+def offload_device(program: Program) -> str:
+    """The device that offload takes memory off: the first that is not the host."""
+    return next((b.device for b in program.buffers.values() if b.device != "cpu"), "cpu")
+
+
+def check_offload(device: str) -> None:
+    """Refuse offload where there is no other memory than the host's.
+
+    Raises
+    ------
+    OptionError
+        On a CPU.
+    """
+    if not device.startswith("cuda"):
+        raise OptionError(f"option 'offload' takes tensors from a GPU to its host; this step runs on {device}")

@@ -12,6 +12,7 @@ estimated microseconds and copies of one direction follow one another at the dev
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -147,7 +148,7 @@ class Clock:
 
     def first_from(self, moment: float) -> int:
         """The first step that begins at ``moment`` or later; past the last one where none does."""
-        return next((k for k, t in enumerate(self.starts) if t >= moment), len(self.starts))
+        return bisect.bisect_left(self.starts, moment)
 
     def last_until(self, moment: float) -> int:
         """The last step that begins at ``moment`` or earlier; the first one where none does."""

@@ -1,7 +1,7 @@
 """Which saved tensors go to the host: as few as bring the peak within a limit, on the timeline of plans without copies.
 
 Tensors are taken in the order in which the forward makes them: the earliest are needed last, so their copies have most
-time both ways, and they stand at every peak between. Taking more of them never gives bytes back later than without.
+time both ways, and they stand at every peak between.
 """
 
 from __future__ import annotations
@@ -106,16 +106,14 @@ class OffloadModel:
 
     def within(self, limit: int) -> Offloaded | None:
         """The fewest candidates that bring the peak to ``limit`` bytes or below; None if none of the numbers does."""
-        low, high = 0, len(self.candidates)
-        if self.taking(high).peak > limit:
-            return None
-        while low < high:
-            middle = (low + high) // 2
-            if self.taking(middle).peak <= limit:
-                high = middle
-            else:
-                low = middle + 1
-        return self.taking(high)
+        # one by one: what is copied back for one tensor may make another start earlier, so peaks need not fall
+        taken = (self.taking(count) for count in range(len(self.candidates) + 1))
+        return next((t for t in taken if t.peak <= limit), None)
+
+    def least(self) -> Offloaded:
+        """The fewest candidates that reach the lowest peak: more only queue for the bus."""
+        found = [self.taking(count) for count in range(len(self.candidates) + 1)]
+        return min(found, key=lambda f: (f.peak, len(f.names)))
 
     def taking(self, count: int) -> Offloaded:
         """The first ``count`` candidates on the host."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import memplan
 import memplan.backend
+import memplan.offload_budget
 from memplan.ir.activation import Fate
 from memplan.ir.communication import Memory
 from memplan.ir.device import CPU
@@ -81,7 +82,8 @@ def as_device() -> Iterator[None]:
         patch.setattr(memplan.backend, "check_offload", lambda device: None)
         patch.setattr(offload_choice, "LEAST", 1 << 12)
         patch.setattr(offload, "LATENCY", 0.0)
-        patch.setattr(memplan.backend, "copy_figures", lambda device, config: replace(CPU, host_bandwidth=1e5))
+        for module in (memplan.backend, memplan.offload_budget):
+            patch.setattr(module, "copy_figures", lambda device, config: replace(CPU, host_bandwidth=1e5))
         yield
 
 
