@@ -14,6 +14,7 @@ Both only where the simulated timeline does not rise above the program's peak.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -99,7 +100,7 @@ class SingleStore:
         while True:
             op = mover.at(position)
             assert isinstance(op, KernelOp)
-            found = next((f for f in _doubles(op, mover, position) if (f[0].source, f[0].target) not in refused), None)
+            found = next(_doubles(op, mover, position, refused), None)
             if found is None:
                 return
             copy, remainder = found
@@ -109,17 +110,27 @@ class SingleStore:
                 mover.notes.append((copy.source, f"stored again in {copy.target!r}: {reason}"))
 
 
-def _doubles(op: KernelOp, mover: Mover, position: int) -> Iterator[tuple[CopyForm, KernelOp]]:
-    """Pairs of stores of one value, as the copy that they amount to, and the kernel without the first of them."""
+def _doubles(
+    op: KernelOp, mover: Mover, position: int, refused: set[tuple[str, str]]
+) -> Iterator[tuple[CopyForm, KernelOp]]:
+    """Pairs of stores of one value, as the copy that they amount to, and the kernel without the first of them.
+
+    Left out are the ``refused`` pairs of buffers.
+    """
     kernel = op.kernel
+    times = Counter(s.value for s in kernel.stores)
     for a in kernel.stores:
+        if times[a.value] == 1:
+            continue
         space = _space(kernel, a)
         if space is None or a.buffer in op.mutates or sum(s.buffer == a.buffer for s in kernel.stores) > 1:
             continue
         if a.buffer in kernel.read_buffers:
             continue
         for b in kernel.stores:
-            if b.buffer == a.buffer or b.value != a.value or b.dtype is not a.dtype or _space(kernel, b) != space:
+            if b.buffer == a.buffer or b.value != a.value or b.dtype is not a.dtype or (a.buffer, b.buffer) in refused:
+                continue
+            if _space(kernel, b) != space:
                 continue
             copy = CopyForm(op.name, a.buffer, b.buffer, space, a.index, b.index, a.dtype.itemsize)
             dtypes = {mover.dtypes[a.buffer], mover.dtypes[b.buffer]}

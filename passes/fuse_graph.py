@@ -205,8 +205,11 @@ class FusionGraph:
         """First and last slot at which a counted buffer lives, with some groups in other slots."""
         if buffer not in self.counted:
             return None
-        uses = [slots.get(g, self.slot[g]) for g in (self.readers.get(buffer, ()) if readers is None else readers)]
-        made = [slots.get(g, self.slot[g]) for g in (self.writers.get(buffer, ()) if writers is None else writers)]
+        users = self.readers.get(buffer, ()) if readers is None else readers
+        makers = self.writers.get(buffer, ()) if writers is None else writers
+        slot = self.slot
+        uses = [slots[g] if g in slots else slot[g] for g in users] if slots else [slot[g] for g in users]
+        made = [slots[g] if g in slots else slot[g] for g in makers] if slots else [slot[g] for g in makers]
         if buffer in self.donated:
             return (0, max((*uses, *made, 0))) if uses or made else None
         if not made:
@@ -247,7 +250,8 @@ class FusionGraph:
         self, producer: int, consumer: int, place: Placement, dropped: frozenset[str]
     ) -> list[tuple[int, tuple[int, int] | None, tuple[int, int] | None]]:
         """How lifetimes change when the two become one step at that placement."""
-        touched = dict.fromkeys(b for g in place.slots for b in (*self.groups[g].reads, *self.groups[g].changes))
+        moving = [self.groups[g] for g, slot in place.slots.items() if slot != self.slot[g]]
+        touched = dropped.union(*(g.reads for g in moving), *(g.changes for g in moving)) & self.counted
         spans: list[tuple[int, tuple[int, int] | None, tuple[int, int] | None]] = []
         for b in sorted(touched):
             old = self.span(b, {})

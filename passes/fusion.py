@@ -79,6 +79,9 @@ class Fuser:
         self.graph = FusionGraph(program)
         self.changes = 0
         self._refused: set[tuple[int, int]] = set()
+        #: points of groups at the hinted sizes, and whether they are small; a group's number is given once
+        self._points: dict[int, int] = {}
+        self._small: dict[int, bool] = {}
 
     # --- merging -----------------------------------------------------------------------------------------------
 
@@ -154,25 +157,34 @@ class Fuser:
             gain += min(self.traffic(b, first), self.traffic(b, second))
         for b in first.writes & second.writes:
             gain += 1 if b in self.graph.droppable else 0
-        small = first.rows == second.rows == 1 and self._is_small(first) and self._is_small(second)
-        return gain + _LAUNCH_BYTES if gain or small else 0
+        if gain:
+            return gain + _LAUNCH_BYTES
+        small = self._is_small(first) and self._is_small(second) and first.rows == second.rows == 1
+        return _LAUNCH_BYTES if small else 0
 
     def _is_small(self, group: Group) -> bool:
         """Whether the launch costs more than the work."""
-        return all(self.traffic(b, group) <= SMALL for b in group.reads | group.changes)
+        found = self._small.get(group.number)
+        if found is None:
+            found = all(self.traffic(b, group) <= SMALL for b in group.reads | group.changes)
+            self._small[group.number] = found
+        return found
 
     def traffic(self, buffer: str, group: Group) -> int:
         """Bytes that a kernel moves to or from a buffer: no more than an element a point."""
-        assert group.points is not None
-        assert group.rows is not None
-        points = evaluate(group.points * group.rows, self.program.hints)
+        points = self._points.get(group.number)
+        if points is None:
+            assert group.points is not None
+            assert group.rows is not None
+            points = self._points[group.number] = evaluate(group.points * group.rows, self.program.hints)
         return min(self.graph.nbytes(buffer), points * self.program.buffers[buffer].dtype.itemsize)
 
     def _drops(self, buffer: str, first: Group, second: Group) -> bool:
         """Whether nobody but these two would touch the buffer."""
-        pair = {first.number, second.number}
-        users = self.graph.readers.get(buffer, set()) | self.graph.writers.get(buffer, set())
-        return buffer in self.graph.droppable and users <= pair
+        if buffer not in self.graph.droppable:
+            return False
+        pair, graph = {first.number, second.number}, self.graph
+        return all(users <= pair for users in (graph.readers.get(buffer, set()), graph.writers.get(buffer, set())))
 
     def _merge(self, producer: int, consumer: int, *, strict: bool) -> Group | None:
         """Merge two groups if their kernels, their order and memory allow it."""

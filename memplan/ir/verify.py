@@ -121,6 +121,7 @@ class _ProgramCheck:
         self.accepted = accepted
         self.hints: Mapping[sympy.Symbol, int] = program.hints
         self.written: dict[str, list[Operation]] = {}
+        self.written_regions: dict[tuple[str, str], list[Region | None]] = {}
         self.mutated: dict[str, Operation] = {}
         self.defined: dict[sympy.Symbol, Operation] = {
             s: op for op in program.operations if isinstance(op, Extern) for _, s in op.symbols
@@ -304,11 +305,18 @@ class _ProgramCheck:
                 raise self.fail(f"{o.name!r} allocates {name!r} itself, yet another operation writes it", op)
         for p in self.regions(op, name):
             for q in self.regions(other, name):
-                if p is not None and q is not None and regions_disjoint(p, q, self.hints) is False:
+                if p is not None and q is not None and regions_disjoint(p, q) is False:
                     raise self.fail(f"it writes {name!r}, and {other.name!r} writes some of the same elements", op)
         self.accepted.apart.add(pair)
 
     def regions(self, op: Operation, name: str) -> list[Region | None]:
+        """What an operation of this program writes of a buffer."""
+        found = self.written_regions.get((op.name, name))
+        if found is None:
+            found = self.written_regions[(op.name, name)] = self._regions(op, name)
+        return found
+
+    def _regions(self, op: Operation, name: str) -> list[Region | None]:
         if isinstance(op, KernelOp):
             return [store_region(op.kernel, s, self.hints) for s in op.kernel.stores if s.buffer == name]
         if isinstance(op, Copy):
@@ -367,7 +375,7 @@ class _ProgramCheck:
         """A changed argument must not be read through another argument as well."""
         if pointwise and same_elements(first, other):
             return
-        apart = regions_disjoint(view_region(first, self.hints), view_region(other, self.hints), self.hints)
+        apart = regions_disjoint(view_region(first, self.hints), view_region(other, self.hints))
         if apart is not True:
             raise self.fail(f"it changes {first.buffer!r} and names it twice: it could read what it has written", op)
 
@@ -381,7 +389,7 @@ class _ProgramCheck:
             if name != op.target.buffer:
                 raise self.fail(f"it declares that it changes {name!r}, but copies to {op.target.buffer!r}", op)
         if op.source.buffer == op.target.buffer and not same_elements(op.source, op.target):
-            apart = regions_disjoint(view_region(op.source, self.hints), view_region(op.target, self.hints), self.hints)
+            apart = regions_disjoint(view_region(op.source, self.hints), view_region(op.target, self.hints))
             if apart is False:
                 raise self.fail(f"it copies {op.source.buffer!r} onto itself, to elements that it still reads", op)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import sympy
 
@@ -35,12 +36,18 @@ class Region:
     index: sympy.Expr
     sizes: Mapping[sympy.Symbol, int]
     width: int
+    hints: Mapping[sympy.Symbol, int]
+
+    @cached_property
+    def terms(self) -> list[tuple[int, int, int]] | None:
+        """Found once, though the region is compared with every other part of a buffer."""
+        return _terms(self)
 
 
 def view_region(view: View, hints: Mapping[sympy.Symbol, int]) -> Region:
     symbols = [outer_symbol(k) for k in range(len(view.sizes))]
     sizes = {s: evaluate_index(n, hints) for s, n in zip(symbols, view.sizes, strict=True)}
-    return Region(flat_index(symbols, view.strides, view.offset), sizes, view.dtype.itemsize)
+    return Region(flat_index(symbols, view.strides, view.offset), sizes, view.dtype.itemsize, hints)
 
 
 def store_region(kernel: Kernel, store: Store, hints: Mapping[sympy.Symbol, int]) -> Region | None:
@@ -48,10 +55,10 @@ def store_region(kernel: Kernel, store: Store, hints: Mapping[sympy.Symbol, int]
     if value_references(store.index) or store.mask is not None:
         return None
     sizes = {r.symbol: evaluate_index(r.size, hints) for r in (*kernel.outer, *kernel.row)}
-    return Region(store.index, sizes, store.dtype.itemsize)
+    return Region(store.index, sizes, store.dtype.itemsize, hints)
 
 
-def regions_disjoint(a: Region, b: Region, hints: Mapping[sympy.Symbol, int]) -> bool | None:
+def regions_disjoint(a: Region, b: Region) -> bool | None:
     """True or False where it is certain; None where neither is shown.
 
     Two strided regions are disjoint if their byte intervals are, or their intervals modulo some stride are (slices of
@@ -59,7 +66,7 @@ def regions_disjoint(a: Region, b: Region, hints: Mapping[sympy.Symbol, int]) ->
     """
     if not all(a.sizes.values()) or not all(b.sizes.values()):
         return True
-    first, second = _terms(a, hints), _terms(b, hints)
+    first, second = a.terms, b.terms
     if first is None or second is None:
         return None
     moduli = sorted({abs(c) for c, _, _ in (*first, *second) if abs(c) > 1})
@@ -67,15 +74,15 @@ def regions_disjoint(a: Region, b: Region, hints: Mapping[sympy.Symbol, int]) ->
         p, q = _residues(first, modulus, a.width), _residues(second, modulus, b.width)
         if p is not None and q is not None and (p[1] < q[0] or q[1] < p[0]):
             return True
-    touched = [_enumerate(r, hints) for r in (a, b)]
+    touched = [_enumerate(r) for r in (a, b)]
     if touched[0] is None or touched[1] is None:
         return None
     return not touched[0] & touched[1]
 
 
-def _terms(region: Region, hints: Mapping[sympy.Symbol, int]) -> list[tuple[int, int, int]] | None:
+def _terms(region: Region) -> list[tuple[int, int, int]] | None:
     """(a divisor of the term's value, least, greatest) per additive term, in bytes."""
-    out = []
+    out, hints = [], region.hints
     for term in sympy.Add.make_args(expand(sympy.sympify(region.index))):
         found = interval(term, region.sizes, hints)
         if found is None:
@@ -98,7 +105,7 @@ def _residues(terms: Sequence[tuple[int, int, int]], modulus: int, width: int) -
     return low, high
 
 
-def _enumerate(region: Region, hints: Mapping[sympy.Symbol, int]) -> set[int] | None:
+def _enumerate(region: Region) -> set[int] | None:
     points = 1
     for n in region.sizes.values():
         points *= n
@@ -106,7 +113,8 @@ def _enumerate(region: Region, hints: Mapping[sympy.Symbol, int]) -> set[int] | 
         return None
     found: set[int] = set()
     for values in itertools.product(*[range(n) for n in region.sizes.values()]):
-        start = evaluate_index(region.index, {**hints, **dict(zip(region.sizes, values, strict=True))}) * region.width
+        point = {**region.hints, **dict(zip(region.sizes, values, strict=True))}
+        start = evaluate_index(region.index, point) * region.width
         found.update(range(start, start + region.width))
     return found
 

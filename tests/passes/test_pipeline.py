@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -14,7 +16,7 @@ from memplan.ir.program import Program
 from memplan.ir.verify import verify_program
 from memplan.passes.cleanup import Cleanup
 from memplan.passes.fusion import Fusion
-from memplan.passes.pipeline import PASS_NAMES, PASSES, check_requirements, run_pipeline
+from memplan.passes.pipeline import PASS_NAMES, PASSES, check_requirements, collector_paused, run_pipeline
 from tests.passes.test_fusion import softmax
 
 
@@ -62,3 +64,41 @@ def test_a_wrong_pass_is_named() -> None:
         run_pipeline(softmax(), Config(), verify_program, passes=(Cleanup, Broken))
     # without verification nobody looks
     run_pipeline(softmax(), Config(verify=False), verify_program, passes=(Cleanup, Broken))
+
+
+def test_the_collector_is_back_after_an_exception_and_once_the_last_thread_is_done():
+    inside, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with collector_paused():
+            inside.set()
+            leave.wait(10)
+
+    assert gc.isenabled()
+    thread = threading.Thread(target=other)
+
+    def interrupted() -> None:
+        with collector_paused():
+            thread.start()
+            inside.wait(10)
+            with collector_paused():
+                assert not gc.isenabled()
+            assert not gc.isenabled()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interrupted()
+    assert not gc.isenabled()  # the other thread still plans
+    leave.set()
+    thread.join()
+    assert gc.isenabled()
+
+
+def test_a_collector_that_was_off_stays_off():
+    gc.disable()
+    try:
+        with collector_paused():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
