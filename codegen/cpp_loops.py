@@ -44,6 +44,7 @@ def hinted(size: Size, hints: Hints) -> int:
     return int(size.xreplace({s: sympy.Integer(hints.get(s, 8192)) for s in size.free_symbols}))
 
 
+@lru_cache(maxsize=4096)
 def prepare(kernel: Kernel) -> Kernel:
     """Index expressions simplified, unit ranges and equal nodes gone, ranges split at divisions."""
     kernel = _rewrite(kernel, {}, kernel.outer, kernel.row)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 
 import sympy
 
@@ -301,12 +302,14 @@ def _passes(kernel: Kernel, stage: tuple[int, ...]) -> tuple[Pass, ...]:
     return tuple(Pass(tuple(reductions.get(p, ())), tuple(by_pass.get(p, ()))) for p in range(count))
 
 
+@lru_cache(maxsize=4096)
 def pass_variants(kernel: Kernel) -> tuple[Kernel, ...]:
     """The normal forms that a kernel may be emitted in, whatever the sizes."""
     plain = _as_pointwise(prepare(kernel))
     return (plain, in_two_passes(plain, welford=False), in_two_passes(plain, welford=True))
 
 
+@lru_cache(maxsize=4096)
 def point_buffers_by_pass(kernel: Kernel) -> tuple[tuple[frozenset[str], frozenset[str]], ...]:
     """For every pass over the row the buffers that it loads from point by point, and those that it stores to."""
     found = []

@@ -40,7 +40,7 @@ from .passes.offload import WAIT, schedule_copies
 from .passes.overlap import overlap
 from .passes.padding import pad_rows
 from .passes.pipeline import PASSES as PIPELINE
-from .passes.pipeline import Pass, run_pipeline
+from .passes.pipeline import Pass, collector_paused, run_pipeline
 from .passes.reorder import reorder
 from .passes.schedule import lifetimes, make_plan, storages, timeline
 from .passes.split_reductions import SplitReductions
@@ -153,6 +153,7 @@ def plan_program(program: Program, config: Config, kept: Kept = NOTHING_KEPT) ->
     return plan_prepared((prepare_program(program, config, kept),), (), config)[0]
 
 
+@collector_paused()
 def prepare_program(program: Program, config: Config, kept: Kept = NOTHING_KEPT) -> Prepared:
     """All passes, order and in-place reuse. What is ``kept`` stays a call."""
     stages = [("captured", _unplanned_peak(program, {}))]
@@ -186,6 +187,7 @@ def prepare_program(program: Program, config: Config, kept: Kept = NOTHING_KEPT)
     return Prepared(Laid(program, order, in_place), tuple(stages), bound, program_peak, notes, note, pools)
 
 
+@collector_paused()
 def plan_prepared(
     prepared: Sequence[Prepared],
     joins: Sequence[tuple[str, str]],
