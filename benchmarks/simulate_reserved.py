@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from unittest import mock
 
@@ -28,8 +29,8 @@ from memplan.analysis import analyze
 from memplan.convolutions import Facts
 from memplan.ir.config import Config
 from memplan.ir.plan import Plan
-from memplan.ir.program import Argument, Extern, Literal, Program, Tuple
-from memplan.passes.reserved import StepMemory, step_memory
+from memplan.ir.program import Argument, BufferKind, Contract, Extern, Literal, Program, Tuple
+from memplan.passes.reserved import StepMemory, optimizer_step_memory, step_memory
 
 from .models import BERT_LARGE, BF16, F32, LLAMA, Batch, Classifier, bert, gpt2, images, llama, tokens
 
@@ -96,7 +97,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
 @dataclass(frozen=True)
 class Row:
     """One model's step in bytes, parameters and batch included: ``bound`` is the peak of live bytes and ``own`` what is
-    reserved with every storage its own allocation; ``planned`` and ``reserved`` are those of the plans."""
+    reserved with every storage its own allocation; ``planned`` and ``reserved`` are those of the plans. The same for
+    steps of two accumulated passes and AdamW, 0 for inference. ``fresh``: bytes of temporaries and saved tensors that
+    calls allocate themselves, by operator, gradients and other results not among them."""
 
     model: str
     bound: int
@@ -104,6 +107,10 @@ class Row:
     planned: int
     reserved: int
     seconds: float
+    updated_bound: int
+    updated_planned: int
+    updated_reserved: int
+    fresh: dict[str, int]
 
     @property
     def ratio(self) -> float:
@@ -186,7 +193,28 @@ def row(model: str, options: dict[str, object]) -> Row:
     plans, joins = plans_of(model, options)
     found: StepMemory = step_memory(plans, joins, device=DEVICE)
     bound = step_memory([unpooled(p) for p in plans], joins, device=DEVICE)
-    return Row(model, bound.live, bound.reserved, found.live, found.reserved, time.perf_counter() - started)
+    updated = updated_bound = StepMemory(0, 0, 0)
+    if len(plans) > 1:
+        updated = optimizer_step_memory(plans, joins, device=DEVICE)
+        updated_bound = optimizer_step_memory([unpooled(p) for p in plans], joins, device=DEVICE)
+    return Row(
+        model, bound.live, bound.reserved, found.live, found.reserved, time.perf_counter() - started,
+        updated_bound.live, updated.live, updated.reserved, fresh_bytes(plans),
+    )  # fmt: skip
+
+
+def fresh_bytes(plans: Sequence[Plan]) -> dict[str, int]:
+    """Bytes that calls allocate themselves though no result of the program lies there, by operator."""
+    found: Counter[str] = Counter()
+    for plan in plans:
+        leaving = {plan.storage_of(b) for b in plan.program.output_buffers if b in plan.placements}
+        saved = {n for n, b in plan.program.buffers.items() if b.kind is BufferKind.SAVED}
+        for op in plan.program.operations:
+            if isinstance(op, Extern) and op.contract in (Contract.FRESH, Contract.DYNAMIC):
+                for name in dict.fromkeys(v.buffer for v in op.results if v is not None):
+                    if plan.storage_of(name) not in leaving or name in saved:
+                        found[op.target] += plan.program.nbytes(name)
+    return dict(found.most_common())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -198,21 +226,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     print("GB; the live bound and the first column of reserved bytes are those of own allocations")
     print()
-    print(
-        "| model | max-live bound | reserved, own allocations | live, chosen | reserved, chosen | chosen / bound | s |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    columns = ("own allocations / bound", "chosen live / bound", "chosen reserved / bound")
+    updated_columns = ("with AdamW: bound", "live / bound", "reserved / bound", "s")
+    print(f"| {' | '.join(('model', 'max-live bound', *columns, *updated_columns))} |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for model in given.models:
         r = row(model, {"pools": given.pools})
         rows.append(r)
-        print(
-            f"| {model} | {r.bound / 1e9:.3f} | {r.own / 1e9:.3f} | {r.planned / 1e9:.3f} | {r.reserved / 1e9:.3f}"
-            f" | {r.ratio:.3f}"
-            f" | {r.seconds:.0f} |",
-            flush=True,
-        )
+        cells = [f"{r.bound / 1e9:.3f}", *(f"{n / r.bound:.3f}" for n in (r.own, r.planned, r.reserved))]
+        updated = [f"{n / r.updated_bound:.3f}" for n in (r.updated_planned, r.updated_reserved) if r.updated_bound]
+        cells += [f"{r.updated_bound / 1e9:.3f}", *updated] if updated else ["", "", ""]
+        print(f"| {' | '.join([model, *cells, f'{r.seconds:.0f}'])} |", flush=True)
+    print()
+    for r in rows:
+        texts = [f"{target} {nbytes / 1e9:.3f}" for target, nbytes in r.fresh.items() if nbytes > 1e6]
+        print(f"- {r.model}, allocated by calls themselves, GB in all: {', '.join(texts) or 'nothing'}")
     if given.json:
-        given.json.write_text(json.dumps([vars(r) | {"ratio": r.ratio} for r in rows], indent=1) + "\n")
+        given.json.write_text(json.dumps([asdict(r) | {"ratio": r.ratio} for r in rows], indent=1) + "\n")
 
 
 if __name__ == "__main__":

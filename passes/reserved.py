@@ -116,13 +116,8 @@ def step_memory(
     -------
     Bytes on ``device``; parameters and inputs of the first plan are there before the first step.
     """
-    first = plans[0] if plans else None
-    joins = {k: first.storage_of(v) if first and v in first.placements else v for k, v in (joins or {}).items()}
-    memory = _Device()
-    for b in plans[0].program.buffers.values() if plans else ():
-        if b.kind in EXTERNAL_KINDS and b.device == device and b.kind is not BufferKind.CONSTANT:
-            memory.make("caller", b.name, plans[0].program.nbytes(b.name))
-    resident = memory.allocator.stats.allocated
+    memory, resident = _with_callers(plans, device)
+    joins = _stored(plans, joins)
     moments = [_moments(plan, device) for plan in plans]
     for _ in range(steps):
         for k, found in enumerate(moments):
@@ -131,6 +126,63 @@ def step_memory(
             memory.drop(owner, name)
     stats: AllocatorStats = memory.allocator.stats
     return StepMemory(resident, stats.peak_allocated, stats.peak_reserved)
+
+
+def optimizer_step_memory(
+    plans: Sequence[Plan],
+    joins: Mapping[str, str] | None = None,
+    *,
+    device: str = "cuda:0",
+    steps: int = STEPS,
+    passes: int = 2,
+    states: int = 2,
+) -> StepMemory:
+    """Simulate steps of which each accumulates the gradients of some passes and then updates the parameters.
+
+    A backward returns all its gradients before any is added to those that are held. The optimiser makes its states
+    (``states`` tensors for each gradient) in the first step, and in each one more tensor for each gradient that it
+    gives back: the square roots of torch's AdamW over lists of tensors, its default on a GPU. It lets go of the
+    gradients at the end of the step.
+    """
+    memory, resident = _with_callers(plans, device)
+    joins = _stored(plans, joins)
+    moments = [_moments(plan, device) for plan in plans]
+    last, program = str(len(plans) - 1), plans[-1].program
+    gradients = {name: program.nbytes(name) for name in moments[-1].leaving}
+    for step in range(steps):
+        for number in range(passes):
+            for k, found in enumerate(moments):
+                _run(memory, found, str(k), joins if k else {})
+            for owner, name in [key for key in memory.live if key[0] not in ("caller", "held")]:
+                if number == 0 and owner == last and name in gradients:
+                    memory.live["held", name] = memory.live.pop((owner, name))
+                else:
+                    memory.drop(owner, name)
+        for name, nbytes in gradients.items():
+            for k in range(states if step == 0 else 0):
+                memory.make("caller", f"{name} (state {k})", nbytes)
+        for name, nbytes in gradients.items():
+            memory.make("optimizer", name, nbytes)
+        for owner in ("optimizer", "held"):
+            for name in gradients:
+                memory.drop(owner, name)
+    stats: AllocatorStats = memory.allocator.stats
+    return StepMemory(resident, stats.peak_allocated, stats.peak_reserved)
+
+
+def _with_callers(plans: Sequence[Plan], device: str) -> tuple[_Device, int]:
+    """A device with parameters and inputs of the first plan, and their bytes."""
+    memory = _Device()
+    for b in plans[0].program.buffers.values() if plans else ():
+        if b.kind in EXTERNAL_KINDS and b.device == device and b.kind is not BufferKind.CONSTANT:
+            memory.make("caller", b.name, plans[0].program.nbytes(b.name))
+    return memory, memory.allocator.stats.allocated
+
+
+def _stored(plans: Sequence[Plan], joins: Mapping[str, str] | None) -> dict[str, str]:
+    """``joins`` with the storages of the first plan."""
+    first = plans[0] if plans else None
+    return {k: first.storage_of(v) if first and v in first.placements else v for k, v in (joins or {}).items()}
 
 
 def _run(memory: _Device, found: _Moments, owner: str, joins: Mapping[str, str]) -> None:

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from memplan.ir.plan import InPlaceOf, InPool, Plan
 from memplan.ir.program import BufferKind, Contract, Phase, Program
 from memplan.ir.verify_plan import verify_plan
+from memplan.passes import step_pools
 from memplan.passes.allocator import MIB
 from memplan.passes.allocator_replay import Requests, replay_steps
 from memplan.passes.inplace import decide_in_place
-from memplan.passes.reserved import step_memory
+from memplan.passes.reserved import StepMemory, optimizer_step_memory, step_memory
 from memplan.passes.schedule import make_plan
 from memplan.passes.step_pools import LIVE_TOLERANCE, StepPools, choose_step_pools
 from memplan.passes.whole_step import Laid, whole_step
@@ -146,6 +147,41 @@ def test_less_is_reserved(native: bool) -> None:
     assert found.reserved <= 1.03 * own.live
     again = choose_step_pools(pair, joins, "cuda:0", pack=libraries.pack, replay=replay)
     assert again == chosen
+
+
+def test_gradients_held_and_an_optimizers_tensors_are_counted() -> None:
+    """Of a step with two passes: gradients are held while the second runs, the update has a third tensor for each."""
+    pair, joins = layers(4, 2 * MIB)
+    plans = [make_plan(p.program, p.order, in_place={}) for p in pair]
+    received = {later: earlier for earlier, later in joins}
+    one, gradients = step_memory(plans, received), sum(plans[1].program.nbytes(f"p{k}") for k in range(4))
+    found = optimizer_step_memory(plans, received, states=0)
+    assert found.resident == one.resident
+    assert found.live - one.live == pytest.approx(gradients, abs=4 * 512)
+    assert found.reserved >= found.live
+    adam = optimizer_step_memory(plans, received, states=2)
+    assert adam.live - found.live == pytest.approx(2 * gradients, abs=8 * 512)
+    alone = optimizer_step_memory(plans, received, states=0, passes=1)
+    assert alone.live == max(one.live, one.resident + 2 * (found.live - one.live))
+
+
+@pytest.mark.parametrize(("count", "elements"), [(12, 3 * MIB), (9, 700_000)])
+def test_more_room_in_a_reserve_saves_or_is_not_taken(
+    count: int, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    libraries, (pair, joins) = planner_libraries(), layers(count, elements)
+    received = {later: earlier for earlier, later in joins}
+
+    def found() -> StepMemory:
+        chosen = choose_step_pools(pair, joins, "cuda:0", pack=libraries.pack, replay=libraries.replay)
+        return step_memory(planned(pair, chosen, "cuda:0"), received)
+
+    own = step_memory([make_plan(p.program, p.order, in_place={}) for p in pair], received)
+    monkeypatch.setattr(step_pools, "ENOUGH", 1.0)  # it is always tried
+    more = found()
+    monkeypatch.setattr(step_pools, "LARGER_RESERVES", ())
+    assert more.reserved <= found().reserved + step_pools.ALLOCATION * 200
+    assert more.live <= own.live * (1 + LIVE_TOLERANCE)
 
 
 def test_a_reserve_is_made_of_what_is_alive_at_the_peak() -> None:
