@@ -70,7 +70,8 @@ class System:
 
         from .prediction import predicted_bytes
 
-        graphs = memplan.analyze(module, batch, options=dict(self.options))
+        default_options = {k: v for k, v in self.options.items() if k != "offload"}  # that is for budgets
+        graphs = memplan.analyze(module, batch, options=default_options)
         torch._dynamo.reset()
         default = predicted_bytes(graphs)["predicted"]
         assert isinstance(default, int)

@@ -445,13 +445,14 @@ def chooser(
         if tell_curve is None:
             check_budget(config.budget, device)
         search = Budget(config.budget, figures, cut, partial(region.trial, forward_outputs, parameters))
+        searching: Budget | OffloadBudget = search
+        if config.offload:
+            check_offload(device)
+            model = partial(region.offload_model, forward_outputs, parameters)
+            searching = OffloadBudget(search, model, partial(region.trial, forward_outputs, parameters))
         if tell_curve is not None:
-            tell_curve(search.curve())
-        if not config.offload:
-            return search.search()
-        check_offload(device)
-        model = partial(region.offload_model, forward_outputs, parameters)
-        return OffloadBudget(search, model, partial(region.trial, forward_outputs, parameters)).search()
+            tell_curve(searching.curve())
+        return searching.search()
 
     return Chooser(
         choose=lambda graph: choose_within(graph, config.recompute_time, figures),

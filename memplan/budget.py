@@ -50,11 +50,15 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
-    """What the step needs at one budget: planned bytes, and the model's microseconds, those of recomputation apart."""
+    """What the step needs at one budget: planned bytes, and the model's microseconds, those of recomputation apart.
+
+    ``on_host``: bytes of saved tensors that are offloaded.
+    """
 
     nbytes: int
     microseconds: float
     recomputation: float
+    on_host: int = 0
 
 
 @dataclass

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch.fx
 
-from .budget import CLOSE, RUNGS, Budget, Modules, Planned, cannot_be_met
+from .budget import CLOSE, RUNGS, Budget, CurvePoint, Modules, Planned, cannot_be_met
 from .calibration import copy_figures
 from .capture.partition import OFFLOADED
 from .ir.config import Config
@@ -80,6 +80,21 @@ class OffloadBudget:
         if taken is not None and taken.microseconds < budget.added(alone):
             return chosen(taken)
         return alone
+
+    def curve(self) -> tuple[CurvePoint, ...]:
+        """`Budget.curve`, and the tried cuts with half of what helps on the host, and with all of it."""
+        found = list(self.budget.curve())
+        alone = found[0].microseconds - found[0].recomputation
+        for rung in TRIED:
+            modules, without = self.budget.tried(rung)
+            model, again = self.model(modules, without), self.budget.choice(rung).microseconds
+            most = len(model.least().names)
+            for count in sorted({most // 2, most} - {0}):
+                taken = model.taking(count)
+                nbytes = self.plan(modules, taken.names).peak.nbytes
+                on_host = sum(c.nbytes for c in model.candidates[:count])
+                found.append(CurvePoint(nbytes, alone + again + taken.microseconds, again, on_host))
+        return tuple(sorted(found, key=lambda p: (p.nbytes, p.microseconds)))
 
     def offloading(self) -> Taken | None:
         """The cut with offload that adds least time."""

@@ -218,13 +218,16 @@ def show_curves(out: Console, found: list[list[Point]]) -> None:
         of = f" of graph {number}" if len(found) > 1 else ""
         out.print(Text(f"Peak and estimated time{of} for all budgets", style="bold"))
         table = Table(box=None, pad_edge=False, header_style="dim")
-        for title in ("peak of the step", "time", "of it recomputing"):
+        offload = any(p.on_host for p in points)
+        for title in ("peak of the step", "time", "of it recomputing", *(("on the host",) if offload else ())):
             table.add_column(title, justify="right", no_wrap=True)
         table.add_column("")
         most = max(p.peak for p in points)
         for p in points:
             part = f"{100 * p.recomputation / p.microseconds:.1f}%" if p.microseconds else "-"
-            table.add_row(size(p.peak), milliseconds(p.microseconds), part, "█" * max(1, round(30 * p.peak / most)))
+            host = (size(p.on_host),) if offload else ()
+            bar = "█" * max(1, round(30 * p.peak / most))
+            table.add_row(size(p.peak), milliseconds(p.microseconds), part, *host, bar)
         out.print(table)
 
 

@@ -69,11 +69,12 @@ def changes(plan: Planner, request: Request, budget: int, held: int, tell: Calla
 @dataclass(frozen=True, slots=True)
 class Point:
     """One point of the curve: planned bytes above those before the step, estimated microseconds of it, and of these
-    what recomputation adds."""
+    what recomputation adds; bytes of saved tensors on the host."""
 
     peak: int
     microseconds: float
     recomputation: float
+    on_host: int = 0
 
 
 def curves(made: Made, request: Request) -> list[list[Point]]:
@@ -89,7 +90,9 @@ def curves(made: Made, request: Request) -> list[list[Point]]:
         raise
     except Exception as error:
         raise TargetError(f"the model could not be compiled: {type(error).__name__}: {error}") from error
-    return [_frontier([Point(p.nbytes, p.microseconds, p.recomputation) for p in points]) for points in found]
+    return [
+        _frontier([Point(p.nbytes, p.microseconds, p.recomputation, p.on_host) for p in points]) for points in found
+    ]
 
 
 def _frontier(points: list[Point]) -> list[Point]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import memplan
 import memplan.backend
 import memplan.offload_budget
+from memplan.analysis import budget_curves
 from memplan.ir.activation import Fate
 from memplan.ir.communication import Memory
 from memplan.ir.device import CPU
@@ -235,6 +236,14 @@ def test_gpu_plans_hold_slabs_and_copies(as_device: None, plain: Compiled, monke
         assert copies
         assert {op.device for op in copies} == {"cuda:0"}
         assert all(op.microseconds > 0 for op in copies)
+
+
+def test_the_curve_has_points_with_offload(as_device: None) -> None:
+    torch._dynamo.reset()
+    model, x = stack()
+    (points,) = budget_curves(loss_of, (model, x), options={"offload": True})
+    least = min(p.nbytes for p in points if not p.on_host)
+    assert any(p.on_host and p.nbytes < least for p in points)
 
 
 def test_what_cannot_be_had_is_refused() -> None:
