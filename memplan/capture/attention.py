@@ -131,18 +131,19 @@ def _on_cpu(value: object) -> object:
 
 def _ancestors(module: torch.fx.GraphModule, node: torch.fx.Node) -> list[torch.fx.Node] | None:
     """All that the node is computed from in order, with vmap's bookkeeping; None if an input is among it."""
-    wanted = {node}
+    wanted: set[torch.fx.Node] = set()
     stack = [node]
     while stack:
-        for n in stack.pop().all_input_nodes:
-            if n in wanted:
-                continue
-            example = n.meta.get("example_value")
-            if n.op not in ("call_function", "call_method") or _is_forbidden(n) or isinstance(example, torch.SymInt):
-                return None
-            wanted.add(n)
-            stack.append(n)
-    if _is_forbidden(node) or any(_is_in_place(user) for n in wanted for user in n.users):
+        n = stack.pop()
+        if n in wanted:
+            continue
+        example = n.meta.get("example_value")
+        # the mask itself may be an input, or an attribute of the module
+        if n.op not in ("call_function", "call_method") or _is_forbidden(n) or isinstance(example, torch.SymInt):
+            return None
+        wanted.add(n)
+        stack.extend(n.all_input_nodes)
+    if any(_is_in_place(user) for n in wanted for user in n.users):
         return None
     # a change through a view that is itself no part of the mask's computation changes the mask all the same
     storages = {_storage(n) for n in wanted} - {None}

@@ -117,6 +117,22 @@ def test_a_mask_of_the_data_is_left() -> None:
     assert simplified(function, *qkv(), padding)[0] == NOTHING
 
 
+def test_a_mask_that_is_an_input_itself_is_left() -> None:
+    """Nothing stands between the input, or an attribute of the module, and the call."""
+    mask = torch.ones(L, L, dtype=torch.bool)
+    assert simplified(lambda q, k, v, m: attention(q, k, v, m), *qkv(), mask)[0] == NOTHING
+
+    class Held(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", mask)
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attention(q, k, v, self.mask)
+
+    assert simplified(Held(), *qkv())[0] == NOTHING
+
+
 def test_a_mask_that_is_changed_in_place_is_left() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = torch.ones(L, L, dtype=torch.bool)
