@@ -10,8 +10,13 @@ from .wrapper_lines import CallExtern
 
 
 def copy(frame: Frame, op: Copy) -> None:
+    """Once more in Python where it fails, which says what is wrong."""
     target, source = frame.tensor(op.target), frame.tensor(op.source)
-    frame.line(f"MP(aoti_torch_copy_({target}, {source}, 0));")
+    frame.line(f"if (__builtin_expect(aoti_torch_copy_({target}, {source}, 0) != 0, 0)) {{")
+    count = len(frame.lines)
+    call_python(frame, "    target.copy_(source)\n", ["target", "source"], [target, source], [], [], [], [])
+    frame.lines_unneeded_from(count)
+    frame.line("}")
     frame.drop_views()
 
 

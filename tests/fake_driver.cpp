@@ -2,6 +2,8 @@
 //
 // What is launched is written down, and then computed: a "cubin" here is an ELF magic number and the index of a registered
 // function of the CPU that takes the kernel's own arguments. Device memory is memory of the CPU.
+#include <dlfcn.h>
+
 #include <cstdint>
 #include <cstring>
 #include <mutex>
@@ -36,6 +38,7 @@ extern "C" {
 // What tests set and read.
 int fake_status = 0;  // what the next launches return
 int fake_shared_asked = 0;
+int fake_out_of_memory = 0;  // whether allocations fail, as torch's do: with Python's error set
 int64_t fake_allocations = 0;
 int32_t (*fake_empty_strided)(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, void**) = nullptr;
 
@@ -45,7 +48,7 @@ uint64_t fake_register(void* function, int arguments) {
 }
 uint64_t fake_launch_count() { return launches.size(); }
 const Launch* fake_launch(uint64_t k) { return &launches[k]; }
-void fake_reset() { launches.clear(), fake_status = 0, fake_shared_asked = 0, fake_allocations = 0; }
+void fake_reset() { launches.clear(), fake_status = 0, fake_out_of_memory = 0, fake_shared_asked = 0, fake_allocations = 0; }
 void fake_bind(void* context) { contexts.assign(context ? 1 : 0, context); }
 void* fake_current() { return contexts.empty() ? nullptr : contexts.back(); }
 
@@ -105,6 +108,15 @@ int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream) {
 int32_t aoti_torch_empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t device,
                                  int32_t index, void** out) {
   fake_allocations += device == 1;
+  if (fake_out_of_memory && device == 1) {
+    const auto ensure = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "PyGILState_Ensure"));
+    const auto release = reinterpret_cast<void (*)(int)>(dlsym(RTLD_DEFAULT, "PyGILState_Release"));
+    const auto set = reinterpret_cast<void (*)(void*, const char*)>(dlsym(RTLD_DEFAULT, "PyErr_SetString"));
+    const int held = ensure();
+    set(*static_cast<void**>(dlsym(RTLD_DEFAULT, "PyExc_RuntimeError")), "left behind");
+    release(held);
+    return 1;
+  }
   return fake_empty_strided(dim, sizes, strides, dtype, 0, device == 1 ? -1 : index, out);
 }
 

@@ -133,6 +133,9 @@ int32_t host_python(Call* call, int32_t line, const Handle* tensors, int32_t ten
                     int32_t number_count, const int32_t* objects, int32_t object_count, Handle* made,
                     int32_t made_count, int64_t* known, int32_t known_count) {
   PyEval_RestoreThread(call->thread);
+  // a function of torch that failed may have left Python's error set (a GPU that is out of memory does): the line does
+  // the same again, and says itself what is wrong
+  PyErr_Clear();
   const bool good = run_line(call, line, tensors, tensor_count, numbers, number_count, objects, object_count, made,
                              made_count, known, known_count);
   call->thread = PyEval_SaveThread();

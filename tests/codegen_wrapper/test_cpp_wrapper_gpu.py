@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -182,6 +183,20 @@ def test_another_gpu_and_a_thread_that_used_none(gpu: FakeGpu, wrapper: str) -> 
     assert seen[0] is None
     assert seen[2] is None
     torch.testing.assert_close(seen[1], expected)
+
+
+def test_an_error_that_a_function_of_torch_left_behind(gpu: FakeGpu) -> None:
+    compiled = torch.compile(lambda x: x.sin() + 1, backend="memplan", options={"wrapper": "cpp"})
+    x = torch.randn(64, 64)
+    expected = compiled(x)
+    ctypes.c_int.in_dll(gpu.driver, "fake_out_of_memory").value = 1
+    # torch's own error for the same allocation, which this machine has for another reason
+    with pytest.raises((AssertionError, RuntimeError)) as raised:
+        torch.empty(1, device="cuda:0")
+    with pytest.raises(raised.type, match=re.escape(str(raised.value).splitlines()[0])):
+        compiled(x)
+    gpu.reset()
+    assert torch.equal(compiled(x), expected)
 
 
 def test_no_elements_are_no_launch(gpu: FakeGpu) -> None:
