@@ -17,7 +17,7 @@ import torch._functorch.config as functorch_config
 import torch.fx
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
-from torch._guards import TracingContext
+from torch._guards import CompileContext, TracingContext
 from torch._logging._internal import trace_log
 
 from . import budget, recording
@@ -117,6 +117,8 @@ class Region:
     backward_code: str = ""
     #: the forward's plan, once it is compiled
     forward_plan: Callable[[], Plan] | None = None
+    #: Dynamo's number of the frame, and how often it was compiled before
+    compilation: tuple[int, int] | None = field(default_factory=lambda: compilation())
 
     def compile_forward(self, module: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
         program = self.capture_forward(module)
@@ -287,13 +289,8 @@ class Region:
             planned = together.plan(NOTHING_KEPT) if together is not None else plan_program(program, self.config)
             if program.phase is Phase.FORWARD:
                 self.forward_plan = lambda: planned.plan
-            joins = self.joins(planned.plan.program)
             trace(planned.plan)
-            recording.tell(
-                recording.CompiledGraph(
-                    planned.plan, self.group, joins, planned.waterfall, activations=self.activations(program)
-                )
-            )
+            self.tell(program, planned.plan, planned.waterfall)
             return make_boxed_func(runnable(module).forward)  # type: ignore[no-any-return]
         compiled = compile_program(program, self.config, together)
         if program.phase is Phase.FORWARD:
@@ -301,13 +298,16 @@ class Region:
         if recording.listening() or trace_log.handlers:  # a plan from the cache is read for them alone
             plan = compiled.plan
             trace(plan)
-            joins = self.joins(plan.program)
-            recording.tell(
-                recording.CompiledGraph(
-                    plan, self.group, joins, compiled.waterfall, compiled.source, self.activations(program)
-                )
-            )
+            self.tell(program, plan, compiled.waterfall, compiled.source)
         return true_elements(program, module, compiled.call)
+
+    def tell(self, program: Program, plan: Plan, waterfall: tuple[tuple[str, int], ...], source: str = "") -> None:
+        """Tell all that record."""
+        eager = self.partitioned.eager if program.phase is Phase.FORWARD else None
+        joins, fates = self.joins(plan.program), self.activations(program)
+        recording.tell(
+            recording.CompiledGraph(plan, self.group, joins, waterfall, source, fates, self.compilation, eager)
+        )
 
     def activations(self, program: Program) -> tuple[Activation, ...]:
         """What became of the forward's values that a backward needs."""
@@ -366,6 +366,14 @@ class Region:
         if self.forward_plan is None:
             return ()
         return joined(self.forward_plan().program, self.received(backward))
+
+
+def compilation() -> tuple[int, int] | None:
+    """Dynamo's number of the frame that is being compiled, and how often it was compiled before."""
+    found = CompileContext.current_compile_id()
+    if found is None or found.frame_id is None or found.frame_compile_id is None:
+        return None
+    return found.frame_id, found.frame_compile_id
 
 
 def trace(plan: Plan) -> None:

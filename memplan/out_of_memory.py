@@ -10,6 +10,7 @@ from types import TracebackType
 import torch
 
 from .ir.plan import Plan
+from .step_sampling import call_sampled
 
 #: Text for a plan, the step that ran (None if not known) and the bytes that were asked for (0 if not known).
 Explain = Callable[[Plan, int | None, int], str]
@@ -33,7 +34,7 @@ def explained(
 
     def run(args: list[object]) -> object:
         try:
-            return call(args)
+            return call_sampled(call, args, filename[len("<memplan ") : -1], filename, starts)
         except RuntimeError as caught:
             error = torchs_own(caught)
             step = getattr(caught, "memplan_step", None)  # the C++ wrapper's host notes it

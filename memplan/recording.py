@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from .ir.activation import Activation
+from .ir.eager import EagerMemory
 from .ir.plan import Plan
 
 _lock = threading.Lock()
@@ -21,6 +22,8 @@ class CompiledGraph:
     ``group`` numbers the torch.compile region that it belongs to (a forward and its backward share one);
     ``joins`` pairs what the forward saves with the backward's inputs: (forward buffer, backward buffer).
     ``activations``, of a backward: what became of every value of the forward that it needs.
+    ``compilation`` is Dynamo's number of the Python frame, and how often it was compiled before: two of one frame are
+    alternatives, of which a step runs one. ``eager``, of a forward: the step as eager mode would run it.
     """
 
     plan: Plan
@@ -29,6 +32,8 @@ class CompiledGraph:
     waterfall: tuple[tuple[str, int], ...] = ()
     wrapper: str = ""
     activations: tuple[Activation, ...] = ()
+    compilation: tuple[int, int] | None = None
+    eager: EagerMemory | None = None
 
 
 @dataclass

@@ -9,8 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .cells import Place
 from .model import Activation, Report
-from .text import clean, line, size
+from .text import clean, line, short, size
 
 FATES = ("saved", "narrowed", "chunked", "offloaded", "recomputed")
 
@@ -80,7 +81,8 @@ def table(report: Report, top: int) -> RenderableType:
     out.add_column("what")
     rows = by_line(report.activations)
     for r in rows[:top]:
-        out.add_row(r.fate, size(r.nbytes), str(r.count), milliseconds(r.microseconds), clean(r.place), clean(r.what))
+        counts = (size(r.nbytes), str(r.count), milliseconds(r.microseconds))
+        out.add_row(r.fate, *counts, Place(clean(r.place)), short(r.what))
     if len(rows) > top:
         rest = rows[top:]
         out.add_row("", size(sum(r.nbytes for r in rest)), str(sum(r.count for r in rest)), "", "", f"{len(rest)} more")

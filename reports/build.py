@@ -25,6 +25,7 @@ from .model import (
     StepRecord,
     WaterfallStep,
 )
+from .step_waterfall import step_waterfall
 from .whole import Join, whole_step
 
 #: Dynamo's name for the module that was compiled, before the path inside it: ``L['self'].layers.0``.
@@ -57,11 +58,22 @@ def build_report(
 
 
 def report_of(records: Sequence[StepRecord], *, target: str = "") -> Report:
-    """One report of several compiled graphs (graph breaks): forwards in order, then backwards in reverse order."""
+    """One report of several compiled graphs (graph breaks): forwards in order, then backwards in reverse order.
+
+    Of what was compiled again for other sizes, the step has the compilation that needs the most bytes.
+    """
     entries = _in_order(records)
     names = _unique([e.plan.program.name or e.plan.program.phase.value for e in entries])
     graphs = [graph_of(e.plan, name, e.stages) for e, name in zip(entries, names, strict=True)]
-    whole = whole_step(graphs, _joins(records, entries, graphs)) if len(graphs) > 1 else None
+    joins = _joins(records, entries, graphs)
+    whole: Graph | None = None
+    waterfall: tuple[WaterfallStep, ...] = ()
+    if len(graphs) > 1:
+        chosen, whole = _chosen_step(records, entries, graphs, joins)
+        inside = [g for e, g in zip(entries, graphs, strict=True) if e.record in chosen]
+        waterfall = step_waterfall(whole, inside, [records[k].eager for k in chosen])
+    elif graphs:
+        waterfall = step_waterfall(graphs[0], graphs, ())
     peak = (whole or graphs[0]).peak if graphs else 0
     environment: dict[str, str] = {}
     for record in records:
@@ -70,11 +82,37 @@ def report_of(records: Sequence[StepRecord], *, target: str = "") -> Report:
         target=target,
         graphs=tuple(graphs),
         whole=whole,
-        waterfall=_closed(_waterfall(records), peak),
+        waterfall=_closed(_waterfall(records), peak) or waterfall,
         measured=tuple(r.measured for r in records if r.measured is not None),
         activations=_activations(records, entries, names),
         environment=environment,
     )
+
+
+def _chosen_step(
+    records: Sequence[StepRecord], entries: Sequence[_Entry], graphs: Sequence[Graph], joins: Sequence[Join]
+) -> tuple[tuple[int, ...], Graph]:
+    """The records that make the step, and their graphs on one timeline."""
+    found: dict[tuple[int, ...], Graph] = {}
+    for chosen in compilations([r.compilation for r in records]):
+        inside = [g for e, g in zip(entries, graphs, strict=True) if e.record in chosen]
+        names = {g.name for g in inside}
+        found[chosen] = whole_step(inside, [j for j in joins if j.forward in names])
+    best = max(found, key=lambda chosen: found[chosen].peak)
+    return best, found[best]
+
+
+def compilations(known: Sequence[tuple[int, int] | None]) -> list[tuple[int, ...]]:
+    """The ways in which a step can run: positions, with one compilation of each frame.
+
+    Frames that were compiled again, each time together as a rule, go through their compilations side by side.
+    """
+    frames: dict[object, list[int]] = {}
+    for k, compilation in enumerate(known):
+        frames.setdefault(k if compilation is None else (compilation[0],), []).append(k)
+    times = max(map(len, frames.values()), default=0)
+    ways = [tuple(sorted(ks[min(n, len(ks) - 1)] for ks in frames.values())) for n in range(times)]
+    return list(dict.fromkeys(ways))
 
 
 @dataclass(frozen=True, slots=True)

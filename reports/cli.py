@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 import typer
@@ -71,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(code)
     except BrokenPipeError:
         silence()
+    except Exception:  # our own mistake: shown whole, and no verdict of a gate
+        traceback.print_exc()
+        sys.exit(EXIT_TARGET)
 
 
 def complain(error: MemplanError) -> None:

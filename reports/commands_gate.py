@@ -205,9 +205,15 @@ def fit(
             return report_for(target, asked)
 
         with working("trying changes"):
-            tried = changes(plan, request, limit, now.held, lambda text: out.print(clean(text, 2000)))
+            tried = changes(plan, request, limit, now.held, lambda text: told(out, text))
         _show_attempts(out, tried, limit)
     raise typer.Exit(1)
+
+
+def told(out: Console, text: str) -> None:
+    """A message of several lines, each of it without control characters."""
+    for part in text.splitlines():
+        out.print(Text(clean(part, 2000), style="dim"))
 
 
 def show_curves(out: Console, found: list[list[Point]]) -> None:

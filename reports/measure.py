@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -11,6 +11,7 @@ import torch
 import torch.utils._pytree
 
 from ..ir.errors import MemplanError
+from .measure_steps import on_timeline, sampled_cpu, sampled_cuda
 from .model import Measurement, Report
 from .target import Made, Request, TargetError, report_from, wants_backward
 
@@ -34,7 +35,27 @@ def measured(made: Made, request: Request, target: str, *, warm_up: int = 2) -> 
             step()
     with failures(target):
         measurement = measure(step, _device(made))
-    return report_from(recording.graphs, target=target, measured=measurement)
+    report = report_from(recording.graphs, target=target, measured=measurement)
+    timeline = _timeline(made, request, target, report, [g.plan.program.name for g in recording.graphs])
+    return report.model_copy(update={"measured": (measurement.model_copy(update={"timeline": timeline}),)})
+
+
+def _timeline(
+    made: Made, request: Request, target: str, report: Report, names: Sequence[str]
+) -> tuple[int | None, ...]:
+    """What the steps of the plan hold, measured on a run of the same plan by its Python wrapper."""
+    import memplan
+
+    options = {**request.options, "wrapper": "python"}
+    step = _step(made, _compiled(made, replace(request, options=options), "memplan"), _backward(made, request))
+    with failures(target), memplan.record() as recording:
+        step()
+    again = [g.plan.program.name for g in recording.graphs]
+    device = _device(made)
+    with failures(target):
+        gc.collect()
+        series = sampled_cuda(step, device) if device.type == "cuda" else sampled_cpu(step)
+    return on_timeline(series, dict(zip(again, names, strict=False)), report.step)
 
 
 def measured_with(made: Made, request: Request, backend: str, target: str, *, warm_up: int = 2) -> Measurement:

@@ -21,12 +21,13 @@ from ..ir.errors import ReportError, SavedModelError
 
 if TYPE_CHECKING:
     from ..ir.activation import Activation as PlannedActivation
+    from ..ir.eager import EagerMemory
     from ..ir.plan import Plan
 
 FORMAT = "memplan-report"
-VERSION = 2
-#: Versions that are read: 1 knew no activations.
-READABLE = (1, 2)
+VERSION = 3
+#: Versions that are read: 1 knew no activations, 2 no measured timelines.
+READABLE = (1, 2, 3)
 
 Bytes = Annotated[int, Field(ge=0, lt=2**62)]
 SignedBytes = Annotated[int, Field(gt=-(2**62), lt=2**62)]
@@ -271,13 +272,18 @@ class Graph(Model):
 
 
 class Measurement(Model):
-    """What a run measured on one device, in bytes above what was there before the step."""
+    """What a run measured on one device, in bytes above what was there before the step.
+
+    ``timeline``, where there is one: for every step of the report's step the most bytes held while it ran, to be held
+    against its ``allocated``; None where the step was not seen.
+    """
 
     device: str
     peak_allocated: Bytes
     peak_reserved: Bytes | None = None
     baseline: Bytes = 0
     workspace: Bytes = 0
+    timeline: tuple[Bytes | None, ...] = ()
 
 
 class Activation(Model):
@@ -301,7 +307,7 @@ class Report(Model):
     """All that is known about a step. ``whole`` is the step on one timeline where there are several graphs."""
 
     format: Literal["memplan-report"] = "memplan-report"
-    version: Literal[1, 2] = 2
+    version: Literal[1, 2, 3] = 3
     target: str = ""
     graphs: tuple[Graph, ...]
     whole: Graph | None = None
@@ -314,6 +320,9 @@ class Report(Model):
     def _has_graphs(self) -> Report:
         if not self.graphs:
             raise ValueError("the report has no graphs")
+        for m in self.measured:
+            if m.timeline and len(m.timeline) != len(self.step.steps):
+                raise ValueError(f"measured: {len(m.timeline)} steps, the step has {len(self.step.steps)}")
         return self
 
     @property
@@ -358,6 +367,9 @@ class StepRecord:
     #: the waterfall of each plan by itself, in the order of ``plans``; may be shorter
     stages: tuple[tuple[tuple[str, int], ...], ...] = ()
     activations: tuple[PlannedActivation, ...] = ()
+    #: (frame, how often it was compiled before): of records of one frame a step runs one
+    compilation: tuple[int, int] | None = None
+    eager: EagerMemory | None = None
 
 
 def attribution(storages: Sequence[Storage], steps: int) -> list[int]:
@@ -435,6 +447,10 @@ def read_report(path: Path | str) -> Report:
     return parse_report(text, str(path))
 
 
+def _known() -> str:
+    return f"{', '.join(map(str, READABLE[:-1]))} and {READABLE[-1]}"
+
+
 def parse_report(text: str, where: str = "") -> Report:
     """`read_report` of text already in memory."""
     try:
@@ -446,7 +462,7 @@ def parse_report(text: str, where: str = "") -> Report:
     if data.get("version") not in READABLE:
         found = repr(data.get("version"))[:40]
         raise ReportError(
-            f"the report is of version {found}, this memplan reads versions {' and '.join(map(str, READABLE))}; "
+            f"the report is of version {found}, this memplan reads versions {_known()}; "
             "make it again with "
             "`memplan report TARGET -o FILE`",
             where=where,

@@ -47,6 +47,8 @@ def payload(report: Report, graph: Graph) -> Payload:
     columns["step_name"] = ("i4", [strings(step_title(s)) for s in graph.steps])
     places = (next((line(o) for o in s.origins if o.file), "") for s in graph.steps)
     columns["step_line"] = ("i4", [strings(p) for p in places])
+    seen = next((m.timeline for m in report.measured if m.timeline), ()) if graph is report.step else ()
+    columns["measured"] = ("f8", [-1.0 if v is None else float(v) for v in seen])
     table, data = _packed(columns)
     measured = max((m.peak_allocated for m in report.measured), default=0) if graph is report.step else 0
     header: Header = {

@@ -8,7 +8,7 @@ import inspect
 import platform
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -18,6 +18,7 @@ from .model import Measurement, Report, StepRecord, read_report
 
 if TYPE_CHECKING:
     from ..ir.activation import Activation
+    from ..ir.eager import EagerMemory
     from ..ir.plan import Plan
 
 
@@ -39,6 +40,10 @@ class CompiledGraph(Protocol):
     def waterfall(self) -> tuple[tuple[str, int], ...]: ...
     @property
     def activations(self) -> tuple[Activation, ...]: ...
+    @property
+    def compilation(self) -> tuple[int, int] | None: ...
+    @property
+    def eager(self) -> EagerMemory | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +167,16 @@ def analysed(made: Made, request: Request, target: str) -> Report:
     except MemplanError as error:
         raise TargetError(str(error)) from error
     except Exception as error:
-        raise TargetError(f"{target!r} could not be compiled: {type(error).__name__}: {error}") from error
+        raise TargetError(_compiling(target, error)) from error
     return report_from(graphs, target=target)
+
+
+def _compiling(target: str, error: Exception) -> str:
+    """Why a target was not compiled; where the reason is one of ours, without what Dynamo says around it."""
+    inner = getattr(error, "inner_exception", None)
+    if isinstance(inner, MemplanError):
+        return str(inner)
+    return f"{target!r} could not be compiled: {type(error).__name__}: {error}"
 
 
 def wants_backward(model: object) -> bool:
@@ -197,24 +210,22 @@ def report_from(
         )
     records = [_record(members) for members in groups.values()]
     if measured is not None:
-        records[0] = StepRecord(
-            records[0].plans,
-            records[0].waterfall,
-            measured,
-            records[0].environment,
-            records[0].joins,
-            records[0].stages,
-            records[0].activations,
-        )
+        records[0] = replace(records[0], measured=measured)
     return report_of(records, target=target)
 
 
 def _record(members: Sequence[CompiledGraph | Plan]) -> StepRecord:
     plans = tuple(m.plan if isinstance(m, CompiledGraph) else m for m in members)
-    joins = tuple(j for m in members if isinstance(m, CompiledGraph) for j in m.joins)
-    stages = tuple(m.waterfall if isinstance(m, CompiledGraph) else () for m in members)
-    fates = tuple(a for m in members if isinstance(m, CompiledGraph) for a in m.activations)
-    return StepRecord(plans, environment=environment(), joins=joins, stages=stages, activations=fates)
+    told = [m for m in members if isinstance(m, CompiledGraph)]
+    return StepRecord(
+        plans,
+        environment=environment(),
+        joins=tuple(j for m in told for j in m.joins),
+        stages=tuple(m.waterfall if isinstance(m, CompiledGraph) else () for m in members),
+        activations=tuple(a for m in told for a in m.activations),
+        compilation=next((m.compilation for m in told), None),
+        eager=next((m.eager for m in told if m.eager is not None), None),
+    )
 
 
 def environment() -> dict[str, str]:

@@ -13,7 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from . import activations
-from .model import Buffer, Graph, Report, WaterfallStep
+from .cells import Place
+from .measured import farthest
+from .model import Buffer, Graph, Measurement, Report, WaterfallStep
 from .query import GroupBy, grouped, room
 from .text import clean, code, line, percent, shape, short, signed, size, step_title, whereabouts
 
@@ -71,6 +73,7 @@ def summary(report: Report, *, by: GroupBy = "line", top: int = 8) -> Renderable
     parts: list[RenderableType] = [headline(report), Text()]
     parts.append(peak_groups(report.step, by=by, top=top))
     parts += [Text(), curve(report.step)]
+    parts += [measured_curve(report.step, m) for m in report.measured if m.timeline]
     if report.activations:
         parts += [Text(), activations.table(report, top)]
     for title, stages in waterfalls(report):
@@ -128,13 +131,13 @@ def peak_groups(graph: Graph, *, step: int | None = None, by: GroupBy = "line", 
     rows = grouped(graph, graph.alive_at(at), at, by)
     total = graph.allocated[at] if at < len(graph.steps) else 0
     kind = "your line" if by == "line" else by
-    table = _table("bytes", "share", kind, "what", justify={0: "right", 1: "right"}, fixed=(2,))
+    table = _table("bytes", "share", kind, "what", justify={0: "right", 1: "right"}, fixed=(2,) if by != "line" else ())
     table.title = Text("Alive at the peak" if at == graph.peak_step else f"Alive at step {at}", style="bold")
     for row in rows[:top]:
         table.add_row(
             size(row.nbytes),
             percent(row.nbytes, total),
-            clean(row.key, 48),
+            Place(clean(row.key)) if by == "line" else clean(row.key, 48),
             _what(row.largest, row.count),
         )
     rest = rows[top:]
@@ -195,13 +198,9 @@ def _one_line(*lines: tuple[str, str]) -> Text:
     return text
 
 
-def _place(b: Buffer, limit: int = 200) -> Text:
-    """The user's line, at most ``limit`` characters of it: what is cut is the start of the path, never the line."""
-    place = whereabouts(b.origin)
-    rows = [(place if len(place) <= limit else f"…{place[1 - limit :]}", "")]
-    if code(b.origin):
-        rows.append((f"  {code(b.origin)}", "cyan"))
-    return _one_line(*rows)
+def _place(b: Buffer) -> Place:
+    """The user's line, and its text."""
+    return Place(whereabouts(b.origin), code(b.origin))
 
 
 def _buffer(graph: Graph, b: Buffer) -> Text:
@@ -217,7 +216,7 @@ def buffers(graph: Graph, rows: Sequence[Buffer], *, top: int = 40) -> Renderabl
     table = _table("bytes", "buffer, steps", "place", "your line", justify={0: "right"})
     for b in rows[:top]:
         place = _one_line((clean(placed(b)), ""), (f"  by {short(b.origin.op) or '-'}", "dim"))
-        table.add_row(size(b.nbytes), _buffer(graph, b), place, _place(b, 24))
+        table.add_row(size(b.nbytes), _buffer(graph, b), place, _place(b))
     count = Text(f"{len(rows)} buffers, {size(sum(b.nbytes for b in rows))}", style="dim")
     if len(rows) > top:
         count.append(f"; the first {top} are shown (--top)")
@@ -282,15 +281,30 @@ def curve(graph: Graph, width: int = 72) -> Text:
     return text
 
 
+def measured_curve(graph: Graph, measured: Measurement, width: int = 72) -> Text:
+    """The measured bytes over the same steps and on the same scale as `curve`; dots where no step was seen."""
+    width = min(width, len(graph.steps))
+    edges = [k * len(graph.steps) // width for k in range(width + 1)]
+    top = max((graph.peak, *(v for v in measured.timeline if v is not None)))
+    text = Text(f"Measured on {clean(measured.device)}, step by step\n", style="bold")
+    for a, b in itertools.pairwise(edges):
+        seen = [v for v in measured.timeline[a:b] if v is not None]
+        text.append(_SPARK[min(7, max(seen) * 8 // (top + 1))] if seen else "·", style="yellow")
+    off = farthest(graph.allocated, measured.timeline)
+    return text.append(f"\nthe step that is farthest from its plan: {signed(off)}", style="")
+
+
 def graph_table(report: Report) -> RenderableType:
-    """One row per compiled graph."""
+    """One row per compiled graph; those that the step does not run (compiled again for other sizes) say so."""
+    inside = {s.graph for s in report.step.steps}
     table = _table(
         "graph", "phase", "steps", "buffers", "in place", "pools", "peak", justify=dict.fromkeys(range(2, 7), "right")
     )
     for g in (*report.graphs, *([report.whole] if report.whole is not None else [])):
         in_place = sum(b.placement == "in_place" for b in g.buffers)
         counts = [str(n) for n in (len(g.steps), len(g.buffers), in_place, len(g.pools))]
-        table.add_row(clean(g.name), PHASES[g.phase], *counts, size(g.peak))
+        apart = " (another compilation)" if g.steps and g.phase != "step" and g.name not in inside else ""
+        table.add_row(clean(g.name), PHASES[g.phase] + apart, *counts, size(g.peak))
     return table
 
 

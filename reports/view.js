@@ -97,7 +97,7 @@ class View {
     let at = 0;
     this.tops = this.header.lanes.map((l) => { const top = at; at += Math.max(1, l.nbytes) + gap; return top; });
     this.total = Math.max(1, at - gap);
-    this.highest = Math.max(1, this.header.measured || 0, this.header.highest || 0, ...blocks(this.c.allocated), ...blocks(this.c.live));
+    this.highest = Math.max(1, this.header.measured || 0, this.header.highest || 0, ...blocks(this.c.allocated), ...blocks(this.c.live), ...blocks(this.c.measured));
   }
 
   build(root) {
@@ -235,7 +235,8 @@ class View {
       item.append(swatch, element("span", "", this.s[id] || "(none)"));
       return item;
     }));
-    this.legend.append(element("span", "soft", "above: blue line live, grey with rounding and room in pools"));
+    this.legend.append(element("span", "soft", "above: blue line live, grey with rounding and room in pools" +
+      (this.c.measured.length ? ", dashed orange measured step by step" : "")));
     if (order.length > shown) this.legend.append(element("span", "soft", `grey: ${order.length - shown} more`));
   }
 
@@ -330,6 +331,7 @@ class View {
     };
     path(c.allocated, "rgba(128,128,128,0.35)", true);
     path(c.live, "#0072b2", false);
+    if (c.measured.length) this.measured(context, base, scale);
     context.fillStyle = this.soft; context.font = "11px system-ui,sans-serif"; context.textAlign = "right";
     for (const part of [0, 0.5, 1]) {
       context.fillText(bytes(Math.round(this.highest * part)), plot.x - 6, base - height * part + 4);
@@ -342,6 +344,25 @@ class View {
       context.textAlign = "left"; context.fillStyle = "#d55e00";
       context.fillText(`measured ${bytes(this.header.measured)}`, plot.x + 4, y - 3);
     }
+  }
+
+  measured(context, base, scale) { // what a run held at each step, drawn over the plan; gaps where a step was not seen
+    const { plot, c } = this, xOf = (k) => plot.x + (k - this.x0) / (this.x1 - this.x0) * plot.w;
+    context.save();
+    context.beginPath(); context.rect(plot.x, 0, plot.w, CURVES); context.clip();
+    context.beginPath(); context.strokeStyle = "#d55e00"; context.lineWidth = 1.5; context.setLineDash([3, 2]);
+    const first = Math.max(0, Math.floor(this.x0)), last = Math.min(c.measured.length, Math.ceil(this.x1));
+    const every = Math.max(1, Math.floor((last - first) / (2 * plot.w)));
+    let pen = false;
+    for (let k = first; k < last; k += every) {
+      let top = -1;
+      for (let j = k; j < Math.min(last, k + every); j++) if (c.measured[j] > top) top = c.measured[j];
+      if (top < 0) { pen = false; continue; }
+      const y = base - top * scale;
+      if (pen) context.lineTo(xOf(k), y); else context.moveTo(xOf(k), y);
+      context.lineTo(xOf(k + every), y); pen = true;
+    }
+    context.stroke(); context.restore();
   }
 
   marks(context) {
@@ -407,7 +428,8 @@ class View {
       ? [this.text("name", i) + "  " + bytes(this.c.nbytes[i]), this.text("line", i), this.text("code", i), this.text("shape", i),
         `${this.text("kind", i)}, FX node ${this.text("node", i) || "-"}, steps ${this.life(i)}`]
       : [`step ${step}: ${this.s[this.c.step_name[step]]}`, this.s[this.c.step_line[step]],
-        `live ${bytes(this.c.live[step])}, allocated ${bytes(this.c.allocated[step])}`];
+        `live ${bytes(this.c.live[step])}, allocated ${bytes(this.c.allocated[step])}` +
+          (this.c.measured[step] >= 0 ? `, measured ${bytes(this.c.measured[step])}` : "")];
     this.tip.replaceChildren(...lines.filter(Boolean).map((t, k) => element("div", k ? "" : "title", t)));
     this.tip.hidden = false;
     const right = e.offsetX + 460 > this.size.w;

@@ -21,7 +21,7 @@ FOLDERS = {
 }
 #: The order of `ir`'s files: each may import those of earlier ranks, and its own.
 RANKS = (
-    {"errors", "config", "communication", "communication_options", "device", "flops", "joint"},
+    {"errors", "config", "communication", "communication_options", "device", "eager", "flops", "joint"},
     {"loops", "user_kernel"},
     {"index"},
     {"program", "canonical"},

@@ -21,10 +21,12 @@ from functorch.compile import min_cut_rematerialization_partition
 
 from ..ir.activation import Activation
 from ..ir.config import Config
+from ..ir.eager import EagerMemory
 from ..ir.joint import JointGraph
 from .activations import activations
 from .chunked_loss import chunk_losses
 from .dropout import seed_dropout
+from .eager_memory import eager_memory
 from .joint import Costs, joint_graph
 
 log = logging.getLogger(__name__)
@@ -63,12 +65,15 @@ class Partitioned:
     activations: tuple[Activation, ...] = ()
     #: nodes whose values are kept on the host, in the forward's order of results
     offloaded: tuple[str, ...] = ()
+    #: the step as eager mode would run it
+    eager: EagerMemory | None = None
 
 
 def partitioner(config: Config, found: Partitioned, chooser: Chooser) -> Callable[..., Modules]:
     """A partition function for AOTAutograd; ``found`` is filled in when it runs."""
 
     def partition(joint: torch.fx.GraphModule, inputs: object, *, num_fwd_outputs: int, **kwargs: object) -> Modules:
+        found.eager = eager_memory(joint.graph)
         if config.random == "fast":
             seed_dropout(joint)
         if config.loss_chunk and config.enabled("chunked_loss"):

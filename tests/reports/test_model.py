@@ -190,7 +190,7 @@ def test_a_report_comes_back_as_it_was(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"version": 3}, "version 3, this memplan reads versions 1 and 2"),
+        ({"version": 4}, "version 4, this memplan reads versions 1, 2 and 3"),
         ({"version": None}, "version None"),
         ({"format": "other"}, "not a memplan report"),
         ({"graphs": []}, "no graphs"),

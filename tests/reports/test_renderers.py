@@ -87,7 +87,7 @@ def test_perfetto(golden: Golden) -> None:
 
 
 def test_the_published_schema_is_the_one_that_is_checked(golden: Golden) -> None:
-    golden("report-v2.schema.json", json.dumps(schema(), indent=2, sort_keys=True) + "\n")
+    golden("report-v3.schema.json", json.dumps(schema(), indent=2, sort_keys=True) + "\n")
 
 
 def test_a_graph_without_steps_has_a_report() -> None:
