@@ -10,6 +10,7 @@ import pytest
 
 import memplan
 from memplan.ir.activation import Activation
+from memplan.ir.eager import EagerMemory
 from memplan.ir.errors import LoweringError, OptionError
 from memplan.ir.plan import Plan
 from memplan.reports.command_options import parse_options
@@ -37,6 +38,8 @@ class Compiled:
     joins: tuple[tuple[str, str], ...] = ()
     waterfall: tuple[tuple[str, int], ...] = ()
     activations: tuple[Activation, ...] = ()
+    compilation: tuple[int, int] | None = None
+    eager: EagerMemory | None = None
 
 
 def planned(model: object, args: Sequence[object], kwargs: object = None, **how: object) -> list[Compiled]:
