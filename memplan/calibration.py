@@ -19,6 +19,7 @@ from functools import partial
 
 import torch
 import torch.distributed
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .ir.config import Config
 from .ir.device import DEFAULTS, VERSION, DeviceFigures, default_figures, figures_from
@@ -79,7 +80,7 @@ _bandwidths: dict[tuple[str, str], float] = {}
 
 
 def _bandwidth_key(name: str) -> str:
-    return cache_key("host bandwidth", VERSION, name)
+    return cache_key("bandwidth to pinned memory", VERSION, name)
 
 
 def _stored_bandwidth(name: str, config: Config) -> float | None:
@@ -93,8 +94,8 @@ def _stored_bandwidth(name: str, config: Config) -> float | None:
 
 def _measured_bandwidth(device: str, name: str, config: Config) -> float:
     """Bytes per microsecond of the slower of the two directions."""
-    pool = torch.cuda.use_mem_pool(torch.cuda.MemPool())
-    with torch.no_grad(), pool:
+    # (a budget is searched while AOTAutograd traces with fake tensors, whose copies take no time)
+    with unset_fake_temporarily(), torch.no_grad(), torch.cuda.use_mem_pool(torch.cuda.MemPool()):
         on_device = torch.zeros(1 << 26, dtype=torch.uint8, device=device)
         on_host = torch.zeros(1 << 26, dtype=torch.uint8, pin_memory=True)
         out = partial(on_host.copy_, on_device, non_blocking=True)
