@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 #: Operators that are never computed again though nothing random or mutating marks them: they cost time.
 EXPENSIVE = [
     "mm",
@@ -60,6 +62,7 @@ EXPENSIVE = [
 ]
 
 
+@lru_cache(maxsize=4096)
 def cheap_again(target: str) -> bool:
     """Whether an operator may be computed again in the backward: what fuses into one pass over its inputs."""
     namespace, name, _ = target.split(".")
