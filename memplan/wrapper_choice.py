@@ -24,8 +24,6 @@ from .runtime.toolchain import find_toolchain
 log = logging.getLogger(__name__)
 Call = Callable[..., object]
 
-#: Whether "auto" is C++ on a GPU too.
-AUTO_IS_CPP_ON_GPU = False
 #: why a wrapper cannot be had in C++
 REASONS = (UnsupportedError, CompilerError, CacheError)
 
@@ -49,9 +47,6 @@ def choose_wrapper(lines: WrapperProgram, grids: Mapping[str, GridKernel], confi
         return None
     if config.wrapper == "cpp":
         return print_in_cpp(lines, grids, config)
-    on_gpu = any(b.device.startswith("cuda") for b in lines.plan.program.buffers.values())
-    if lines.plan.arenas or (on_gpu and not AUTO_IS_CPP_ON_GPU):
-        return None
     try:
         find_toolchain(cache=_cache(config))
         return print_in_cpp(lines, grids, config)
