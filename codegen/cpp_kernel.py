@@ -51,7 +51,8 @@ def emit_cpp(
         Whether loops with enough work are spread over OpenMP threads.
     deterministic:
         Additions into the same element happen in program order: kernels with atomic additions of floats run on one
-        thread. All others give the same bits on any number of threads anyway.
+        thread, unless threads can own the elements that they add to. All others give the same bits on any number of
+        threads anyway.
 
     Raises
     ------
@@ -67,7 +68,7 @@ def emit_cpp(
     if any(r.size == 0 for r in body.outer) or (any(r.size == 0 for r in body.row) and not body.reductions):
         return f"{head} {{\n" + ("    return nullptr;\n" if checks else "") + "}\n"
     adds = any(s.mode is StoreMode.ADD and s.dtype.is_floating_point for s in body.stores)
-    schedule = plan_loops(body, hints, threads=threads and not (deterministic and adds))
+    schedule = plan_loops(body, hints, threads=threads, in_order=deterministic and adds)
     lines = Printer(schedule, Texts(schedule.kernel, pointers), checks=checks).print()
     if checks:
         lines = ["    mp::Checks checks;", *lines, "    return checks.message();"]

@@ -16,7 +16,7 @@ import sympy
 from memplan.ir.loops import Level, Range, Reduce, Size, Store, StoreMode, operands
 
 from .cpp_loops import dependencies, store_operands
-from .cpp_schedule import MOST_CHUNKS, PARALLEL_WORK, Form, Pass, Schedule, Threads
+from .cpp_schedule import MOST_CHUNKS, OWNED_ELEMENTS, PARALLEL_WORK, Form, Pass, Schedule, Threads
 from .cpp_tiles import print_tiled
 from .cpp_values import State, Texts, compute_type, reduction_state
 from .printers import cexpr
@@ -37,7 +37,7 @@ class Printer:
         self.stored: dict[int, str] = {}
         self.keeping: set[int] = set()
         self.row_symbols = frozenset(r.symbol for r in self.kernel.row)
-        self.simd = not any(s.mode is not StoreMode.SET for s in self.kernel.stores)
+        self.simd = schedule.apart or not any(s.mode is not StoreMode.SET for s in self.kernel.stores)
 
     def _dependencies(self) -> tuple[frozenset[sympy.Symbol], ...]:
         """As `dependencies`; in column form a reduction's result always differs along the tile."""
@@ -116,7 +116,7 @@ class Printer:
         return max((i + 1 for i, s in enumerate(symbols) if s in depends), default=0)
 
     def store(self, store: Store) -> None:
-        atomic = self.schedule.threads is not Threads.NONE
+        atomic = self.schedule.threads not in (Threads.NONE, Threads.OWNERS)
         self.line(self.texts.store(store, atomic=atomic))
 
     # ---- forms ---------------------------------------------------------------------------------------------------
@@ -161,6 +161,9 @@ class Printer:
             self.body(needed, self.kernel.stores)
             return
         s = self.schedule
+        if s.threads is Threads.OWNERS:
+            self.owners(needed, order)
+            return
         cut = s.block > 0
         blocked = min(s.collapse, len(outer) - 1)
         with self.nest(outer[:-1], needed, order, blocked if not cut else len(outer) - 1, s.collapse):
@@ -174,6 +177,17 @@ class Printer:
                     self.innermost(name, f"{name}_", f"{name}_end", needed, order)
             else:
                 self.innermost(name, "0", high, needed, order)
+
+    def owners(self, needed: list[int], order: list[sympy.Symbol]) -> None:
+        """A parallel loop over parts of the innermost range; each part walks over all the outer ranges in order."""
+        outer = self.kernel.outer
+        name, size = outer[-1].symbol.name, cexpr(outer[-1].size)
+        self.line(f"const int64_t {name}_part = mp::owned_length({size}, {OWNED_ELEMENTS}L);")
+        self.parallel(1)
+        with self.loop(f"{name}_", "0", size, f"{name}_part"):
+            self.line(f"const int64_t {name}_end = {name}_ + {name}_part < {size} ? {name}_ + {name}_part : {size};")
+            with self.nest(outer[:-1], needed, order, 0, 0):
+                self.innermost(name, f"{name}_", f"{name}_end", needed, order)
 
     def innermost(self, name: str, low: str, high: str, needed: list[int], order: list[sympy.Symbol]) -> None:
         self.vectorise()

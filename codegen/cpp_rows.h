@@ -1,6 +1,20 @@
 // What the loops over rows and tiles need beside the prelude.
 #pragma once
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 namespace mp {
+
+// Elements of a range of ``size`` that one thread owns: equal parts in multiples of ``least``, one for each thread.
+MP_INLINE int64_t owned_length(int64_t size, int64_t least) {
+#ifdef _OPENMP
+    int64_t threads = omp_get_max_threads();
+#else
+    int64_t threads = 1;
+#endif
+    int64_t part = (size + threads - 1) / threads;
+    return (part + least - 1) / least * least;
+}
 
 // Points per chunk of a row range: at least `least`, at most 64 chunks, a multiple of `multiple`.
 MP_INLINE int64_t chunk_length(int64_t size, int64_t least, int64_t multiple) {

@@ -37,6 +37,7 @@ from .cpp_loops import (
     share,
     store_operands,
 )
+from .cpp_owners import owns_its_elements, updates
 from .cpp_reductions import in_two_passes
 from .cpp_tiles import COLUMNS, Tiles, find_tiles
 
@@ -48,6 +49,8 @@ WANTED_TASKS = 16
 MOST_KEPT = 32768
 #: a row is cut into at most this many chunks
 MOST_CHUNKS = 64
+#: elements that one thread owns at least: a cache line of float32, so that threads do not write to one another's
+OWNED_ELEMENTS = 16
 
 
 class Form(Enum):
@@ -62,6 +65,7 @@ class Threads(Enum):
     NONE = "none"
     OUTER = "outer"
     ROW = "row"
+    OWNERS = "owners"  # the vectorised range of a pointwise kernel, each part walking over all the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,8 @@ class Schedule:
     ``block`` cuts the vectorised loop of a pointwise kernel (elements; 0: whole). ``chunk`` cuts the first row range
     (points; 0: whole). ``work`` is the number of points, for the run-time threshold where sizes are dynamic.
     ``kept`` are point values that a row form computes in one pass and reads in later ones from an array of the row;
-    ``tiles`` says which loads of a pointwise kernel are transposed through tiles.
+    ``tiles`` says which loads of a pointwise kernel are transposed through tiles. ``apart``: no two values of the
+    vectorised range ever write to the same element.
     """
 
     kernel: Kernel
@@ -96,6 +101,7 @@ class Schedule:
     stage: tuple[int, ...]
     kept: tuple[int, ...] = ()
     tiles: Tiles | None = None
+    apart: bool = False
 
     @property
     def vector(self) -> Range:
@@ -103,12 +109,14 @@ class Schedule:
         return self.kernel.row[-1] if self.form is Form.ROW else self.kernel.outer[-1]
 
 
-def plan_loops(kernel: Kernel, hints: Hints, *, threads: bool = True) -> Schedule:
-    """Decide how ``kernel`` runs; ``threads=False`` keeps all loops on the calling thread."""
+def plan_loops(kernel: Kernel, hints: Hints, *, threads: bool = True, in_order: bool = False) -> Schedule:
+    """Decide how ``kernel`` runs; ``threads=False`` keeps all loops on the calling thread, ``in_order`` the additions
+    into one element in program order."""
     kernel = _as_pointwise(prepare(kernel))
     found = accesses(kernel, hints)
     if not kernel.row:
-        return _pointwise(kernel, found, hints, threads)
+        return _pointwise(kernel, found, hints, threads, in_order)
+    threads = threads and not in_order
     sizes = {r.symbol: hinted(r.size, hints) for r in (*kernel.outer, *kernel.row)}
     scores = {s: contiguous_bytes(found, s, n, hints) for s, n in sizes.items()}
     best_row = max(kernel.row, key=lambda r: scores[r.symbol])
@@ -134,12 +142,15 @@ def _last(ranges: tuple[Range, ...], chosen: Range | None) -> tuple[Range, ...]:
     return ranges if chosen is None else (*(r for r in ranges if r != chosen), chosen)
 
 
-def _pointwise(kernel: Kernel, found: list[Access], hints: Hints, threads: bool) -> Schedule:
+def _pointwise(kernel: Kernel, found: list[Access], hints: Hints, threads: bool, in_order: bool) -> Schedule:
     ordered = by_stride(kernel.outer, found, hints)
     if ordered:
         scores = {r: contiguous_bytes(found, r.symbol, hinted(r.size, hints), hints) for r in ordered}
         ordered = _last(ordered, max(reversed(ordered), key=lambda r: scores[r]))
     kernel = merge(Kernel(ordered, (), kernel.nodes, kernel.stores), lambda k: k.outer)
+    if updates(kernel) and kernel.outer and owns_its_elements(kernel, kernel.outer[-1]):
+        return _owned(kernel, hints, threads)
+    threads = threads and not in_order
     tiled = find_tiles(kernel, hints)
     if tiled is not None:
         return _tiled(*tiled, hints, threads)
@@ -158,6 +169,17 @@ def _pointwise(kernel: Kernel, found: list[Access], hints: Hints, threads: bool)
     chosen = Threads.OUTER if parallel else Threads.NONE
     passes = (Pass((), kernel.stores),)
     return Schedule(kernel, Form.POINTWISE, chosen, 1, collapse, block, 0, passes, cost, (0,) * len(kernel.nodes))
+
+
+def _owned(kernel: Kernel, hints: Hints, threads: bool) -> Schedule:
+    """A scatter whose threads each own a part of the vectorised range; a range of one cache line has one owner."""
+    sizes = [hinted(r.size, hints) for r in kernel.outer]
+    cost = point_cost(kernel)
+    parallel = threads and math.prod(sizes) * cost >= PARALLEL_WORK and sizes[-1] > OWNED_ELEMENTS
+    chosen = Threads.OWNERS if parallel else Threads.NONE
+    collapse = 1 if parallel else 0
+    passes, stage = (Pass((), kernel.stores),), (0,) * len(kernel.nodes)
+    return Schedule(kernel, Form.POINTWISE, chosen, 1, collapse, 0, 0, passes, cost, stage, apart=True)
 
 
 def _tiled(kernel: Kernel, tiles: Tiles, hints: Hints, threads: bool) -> Schedule:

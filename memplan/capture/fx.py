@@ -415,6 +415,12 @@ class _Capture:
             if isinstance(held, (list, tuple)):
                 return Tuple(tuple(self.argument_value(v) for v in held))
             if isinstance(held, _Opaque):
+                if isinstance(held.value, torch.Tensor):
+                    raise UnsupportedError(
+                        f"a tensor of layout {held.value.layout} inside a compiled graph has no buffer to plan; keep "
+                        "what makes it out of the graph with torch.compiler.disable (embeddings: sparse=False)",
+                        where=f"{value.name} ({value.target})",
+                    )
                 return Symbolic(sympy.Symbol(f"opaque_{held.name}"))
             raise UnsupportedError(f"value {held!r} as an argument", where=value.name)
         if isinstance(value, (list, tuple)):

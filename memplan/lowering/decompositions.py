@@ -17,7 +17,7 @@ from torch._decomp import core_aten_decompositions, get_decompositions
 from ..ir.config import Config
 from . import lower  # noqa: F401  (registers the lowerings)
 from .call_site import LOWERINGS
-from .operators import max_pool2d_with_indices
+from .operators import efficient_zeros, max_pool2d_with_indices
 
 Table = dict[torch._ops.OperatorBase, Callable[..., object]]
 aten = torch.ops.aten
@@ -64,6 +64,7 @@ def _table(eager_random: bool) -> Table:
             continue
         kept[operator] = decomposition
     kept[aten.max_pool2d_with_indices.default] = max_pool2d_with_indices
+    kept[aten._efficientzerotensor.default] = efficient_zeros
     return kept
 
 

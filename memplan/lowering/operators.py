@@ -94,3 +94,15 @@ def max_pool2d_with_indices(
     values, offsets = torch.ops.memplan.max_pool2d(self, window, step, pads, dilations, ceil_mode)
     positions = torch.ops.memplan.pool_positions(offsets, self.shape[-1], window, step, pads, dilations)
     return values, positions
+
+
+def efficient_zeros(
+    size: list[int],
+    *,
+    dtype: torch.dtype | None = None,
+    layout: torch.layout | None = None,
+    device: torch.device | None = None,
+    pin_memory: bool | None = None,
+) -> Tensor:
+    """Ordinary zeros for autograd's zeros without storage, which nothing may be written over: a plan would."""
+    return torch.zeros(size, dtype=dtype, layout=layout, device=device, pin_memory=pin_memory)

@@ -214,3 +214,25 @@ def test_a_saved_value_that_is_itself_a_gradient_outlives_the_backward() -> None
     assert x.grad.shape == x.shape
     assert y.grad is not None
     assert y.grad.shape == y.shape
+
+
+def test_zeros_without_storage_are_ordinary_ones() -> None:
+    """Second derivatives meet them: no kernel may write over them, and poison has nothing to fill."""
+
+    class Hessian(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.func.hessian(lambda y: (torch.sin(y @ self.weight) ** 2).sum())(x)
+
+    check(Hessian(), (torch.randn(4, requires_grad=True),), fullgraph=False, poison=True)
+
+
+def test_a_sparse_gradient_is_refused_before_anything_runs() -> None:
+    table = torch.compile(nn.Embedding(20, 6, sparse=True), backend="memplan")
+    with pytest.raises(Exception, match=r"layout torch.sparse_coo .*sparse=False") as caught:
+        table(torch.randint(0, 20, (3, 5)))
+    reasons = [caught.value, caught.value.__cause__, getattr(caught.value, "inner_exception", None)]
+    assert any(isinstance(r, UnsupportedError) for r in reasons)

@@ -158,7 +158,49 @@ def test_atomic_additions(dtype: torch.dtype) -> None:
     tolerance = 0.1 if dtype is torch.bfloat16 else 0
     torch.testing.assert_close(out.double(), want.flatten(), rtol=tolerance, atol=10 * tolerance)
     text = emit_cpp(canonicalize(kernel), name="k", hints={}, deterministic=True)
-    assert ("omp parallel" in text) == (dtype is torch.int64)
+    assert "omp parallel" in text  # threads own columns, so that additions keep their order
+    assert "atomic" not in text
+
+
+@pytest.mark.parametrize("columns", [1, 16, 17, 40, 200])
+def test_additions_by_owners_of_columns_have_the_same_bits_on_any_number_of_threads(columns: int) -> None:
+    nodes = (Load("i", x0, torch.int64), Load("a", columns * x0 + x1, f32))
+    store = Store("o", columns * value_symbol(0) + x1 + 3, 1, f32, StoreMode.ADD)
+    kernel = Kernel((Range(x0, 4000), Range(x1, columns)), (), nodes, (store,))
+    planned = plan_loops(kernel, {})
+    assert (planned.threads is Threads.OWNERS) == (columns > 16)
+    rows, a = torch.randint(0, 10, (4000,)), torch.randn(4000 * columns)
+    one, many = torch.zeros(10 * columns + 3), torch.zeros(10 * columns + 3)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        run_cpp(kernel, {"i": rows, "a": a, "o": one})
+        torch.set_num_threads(3)
+        run_cpp(kernel, {"i": rows, "a": a, "o": many})
+    finally:
+        torch.set_num_threads(threads)
+    want = torch.zeros(10, columns, dtype=torch.float64).index_add_(0, rows, a.view(4000, columns).double())
+    torch.testing.assert_close(many[3:].double(), want.flatten(), rtol=1e-3, atol=1e-3)
+    assert columns <= 16 or torch.equal(one, many)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        value_symbol(0) + x1,  # rows overlap
+        40 * value_symbol(0) + x1,  # a row is longer than the step between rows
+        value_symbol(1),  # the column itself is computed
+        64 * value_symbol(0) + 2 * x1,  # twice the step: 2 * 63 reaches into the next row
+    ],
+)
+def test_threads_own_no_columns_where_two_may_meet(target: sympy.Expr) -> None:
+    nodes = (Load("i", x0, torch.int64), Load("j", 64 * x0 + x1, torch.int64), Load("a", 64 * x0 + x1, f32))
+    kernel = Kernel((Range(x0, 2000), Range(x1, 64)), (), nodes, (Store("o", target, 2, f32, StoreMode.ADD),))
+    assert plan_loops(kernel, {}).threads is not Threads.OWNERS
+    rows, columns = torch.randint(0, 10, (2000,)), torch.randint(0, 50, (128000,))
+    compare(kernel, {"i": rows, "j": columns, "a": torch.randint(-3, 4, (128000,)).float(), "o": torch.zeros(900)})
+    text = emit_cpp(canonicalize(kernel), name="k", hints={}, deterministic=True)
+    assert "omp parallel" not in text
 
 
 @pytest.mark.parametrize("mode", [StoreMode.MAX, StoreMode.MIN])

@@ -19,9 +19,21 @@ os.environ["TRITON_INTERPRET"] = "1"
 import numpy as np
 import torch
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
 
 from memplan.runtime.triton_worker import load_module
+
+_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_with_scalars(tensor: type, scope: interpreter._LangPatchScope) -> None:
+    """Triton 3.6 keeps scalars as arrays of one element, which numpy from 2.4 on takes for no bound of a loop."""
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+interpreter._patch_lang_tensor = _patch_with_scalars
 
 
 def _tensor(value: object) -> torch.Tensor:
