@@ -66,6 +66,8 @@ PREFERENCE = 0.02
 #: How much dearer recomputation becomes from one try to the next while it takes too much time.
 _DEARER = 4.0
 _TRIES = 12
+#: Prices of a microsecond of products, in what the device moves in one, between which is searched.
+_CHEAPEST_PRODUCT, _DEAREST_PRODUCT = 0.01, 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +77,13 @@ class Prices:
     ``weight``: bytes that one would keep to save a microsecond; infinite: only what is free is done twice.
     ``preference``: bytes for a byte of the largest tensor that a recomputed node touches, whatever its time.
     ``expensive``: whether products, convolutions and attention may be done twice too.
+    ``products``: what a microsecond of those costs where it is not ``weight``.
     """
 
     weight: float
     preference: float = PREFERENCE
     expensive: bool = False
+    products: float | None = None
 
     def price(self, graph: JointGraph, k: int) -> float | None:
         """Bytes that computing node ``k`` again is worth; None: never."""
@@ -90,7 +94,8 @@ class Prices:
             return 0.0
         if math.isinf(self.weight):
             return None
-        return self.weight * node.again + self.preference * node.moved
+        weight = self.weight if node.cheap or self.products is None else self.products
+        return weight * node.again + self.preference * node.moved
 
 
 def joint_values(graph: JointGraph, prices: Prices) -> tuple[list[Value], list[int]]:
@@ -111,12 +116,15 @@ def choose_joint(graph: JointGraph, prices: Prices) -> tuple[int, ...]:
     return tuple(positions[v] for v in choose_kept(values).kept)
 
 
-def choose_within(graph: JointGraph, fraction: float, figures: DeviceFigures) -> tuple[int, ...]:
+def choose_within(
+    graph: JointGraph, fraction: float, figures: DeviceFigures, *, products: float = 0.0
+) -> tuple[int, ...]:
     """The least that must be kept if recomputation may add ``fraction`` of the step's estimated time.
 
     What fuses into one pass is done again at first for little more than its bytes; while that takes too long, at
     ever more bytes a microsecond, so that what frees most bytes in a microsecond goes first. Layers that are alike are
-    worth the same; of them the first ones are recomputed, whose values would be alive longest.
+    worth the same; of them the first ones are recomputed, whose values would be alive longest. Where all of that has
+    room, convolutions, matrix products and attention may add the part ``products`` more.
     """
     limit = max(fraction * graph.microseconds, figures.launch) if fraction > 0 else 0.0
     kept = choose_joint(graph, Prices(math.inf))
@@ -127,9 +135,34 @@ def choose_within(graph: JointGraph, fraction: float, figures: DeviceFigures) ->
     for _ in range(_TRIES):
         less = choose_joint(graph, Prices(weight))
         if graph.added_microseconds(less) <= limit:
-            return less if weight == first else _mixed(graph, dearer, less, limit)
+            if weight == first:
+                return _with_products(graph, less, products * graph.microseconds, figures) if products > 0 else less
+            return _mixed(graph, dearer, less, limit)
         dearer, weight = less, weight * _DEARER
     return _mixed(graph, dearer, kept, limit)
+
+
+def _with_products(graph: JointGraph, kept: tuple[int, ...], room: float, figures: DeviceFigures) -> tuple[int, ...]:
+    """`kept` with products done again for at most ``room`` microseconds more: those that free most bytes in one.
+
+    A convolution to many channels that writes faster than it computes frees a hundred times the bytes of a product of
+    wide matrices in the same time.
+    """
+    limit = graph.added_microseconds(kept) + room
+    values, positions = joint_values(graph, Prices(math.inf))
+    network = Cut(values)
+    low, high = _CHEAPEST_PRODUCT * figures.bandwidth, _DEAREST_PRODUCT * figures.bandwidth
+    within, beyond = kept, None
+    for _ in range(_TRIES):
+        middle = math.sqrt(low * high)
+        prices = Prices(PREFERENCE * figures.bandwidth, expensive=True, products=middle)
+        found = network.solve([prices.price(graph, k) for k in positions]).kept
+        less = tuple(positions[v] for v in found)
+        if graph.added_microseconds(less) <= limit:
+            within, high = less, middle
+        else:
+            beyond, low = less, middle
+    return within if beyond is None else _mixed(graph, beyond, within, limit)
 
 
 def _mixed(graph: JointGraph, head: Sequence[int], tail: Sequence[int], limit: float) -> tuple[int, ...]:
