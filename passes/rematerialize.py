@@ -24,6 +24,8 @@ import scipy.sparse.csgraph
 from memplan.ir.device import DeviceFigures
 from memplan.ir.joint import JointGraph, Side
 
+from .remat_timeline import backward_peak
+
 #: Capacities are scaled below this, since the flow solver works in 32 bits.
 _LIMIT = 2**30 - 1
 
@@ -146,23 +148,22 @@ def _with_products(graph: JointGraph, kept: tuple[int, ...], room: float, figure
     """`kept` with products done again for at most ``room`` microseconds more: those that free most bytes in one.
 
     A convolution to many channels that writes faster than it computes frees a hundred times the bytes of a product of
-    wide matrices in the same time.
+    wide matrices in the same time. What is computed again in a chain is alive together, so of the choices within
+    ``room`` the one is taken whose backward has the lowest simulated peak.
     """
     limit = graph.added_microseconds(kept) + room
     values, positions = joint_values(graph, Prices(math.inf))
     network = Cut(values)
-    low, high = _CHEAPEST_PRODUCT * figures.bandwidth, _DEAREST_PRODUCT * figures.bandwidth
-    within, beyond = kept, None
-    for _ in range(_TRIES):
-        middle = math.sqrt(low * high)
-        prices = Prices(PREFERENCE * figures.bandwidth, expensive=True, products=middle)
-        found = network.solve([prices.price(graph, k) for k in positions]).kept
-        less = tuple(positions[v] for v in found)
-        if graph.added_microseconds(less) <= limit:
-            within, high = less, middle
-        else:
-            beyond, low = less, middle
-    return within if beyond is None else _mixed(graph, beyond, within, limit)
+    found = [kept]
+    for part in np.geomspace(_DEAREST_PRODUCT, _CHEAPEST_PRODUCT, _TRIES):
+        prices = Prices(PREFERENCE * figures.bandwidth, expensive=True, products=float(part) * figures.bandwidth)
+        less = tuple(positions[v] for v in network.solve([prices.price(graph, k) for k in positions]).kept)
+        if graph.added_microseconds(less) > limit:
+            found.append(_mixed(graph, less, found[-1], limit))
+            break
+        if less != found[-1]:
+            found.append(less)
+    return min(found, key=lambda choice: backward_peak(graph, choice))
 
 
 def _mixed(graph: JointGraph, head: Sequence[int], tail: Sequence[int], limit: float) -> tuple[int, ...]:
