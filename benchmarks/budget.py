@@ -24,6 +24,10 @@ PEERS = {
     "cpu": ("eager", "inductor", "inductor-budget=0.5"),
     "cuda": ("eager", "inductor", "inductor-budget=0.5"),
 }
+HEAD = (
+    "| system | budget MB | predicted MB | live MB | reserved MB | held / budget | predicted off | ms | / Inductor "
+    "| / memplan | compile s |"
+)
 Result = Mapping[str, object]
 
 
@@ -36,9 +40,7 @@ def table(results: Mapping[str, Result], environment: Mapping[str, str]) -> str:
         own = rows.get("memplan", {}).get("ms")
         lines += [
             "", f"## {model}", "",
-            "| system | budget MB | predicted MB | measured MB | measured / budget | predicted off | ms | / Inductor "
-            "| / memplan | compile s |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            HEAD, "|---|---|---|---|---|---|---|---|---|---|---|",
         ]  # fmt: skip
         lines += [_row(system, r, base, own) for system, r in rows.items()]
     return "\n".join(lines) + "\n"
@@ -47,15 +49,25 @@ def table(results: Mapping[str, Result], environment: Mapping[str, str]) -> str:
 def _row(system: str, r: Result, base: object, own: object) -> str:
     if "ms" not in r:
         why = str(r.get("error", "not reached")).strip().splitlines() or ["not reached"]
-        return f"| {system} | {_mb(r.get('budget'))} | {why[0][:160]} |" + " |" * 7
+        return f"| {system} | {_mb(r.get('budget'))} | {why[0][:160]} |" + " |" * 8
     peak, budget, predicted = r["peak"], r.get("budget"), r.get("predicted")
     assert isinstance(peak, (int, float))
-    cells = [system, _mb(budget), _mb(predicted), _mb(peak), _ratio(peak, budget)]
+    reserved = _reserved(r)
+    held = peak if reserved is None else max(peak, reserved)
+    cells = [system, _mb(budget), _mb(predicted), _mb(peak), _mb(reserved), _ratio(held, budget)]
     cells.append(f"{100 * (predicted / peak - 1):+.1f} %" if isinstance(predicted, int) and peak else "")
     ms = r["ms"]
     assert isinstance(ms, float)
     cells += [f"{ms:.1f}", _ratio(ms, base), _ratio(ms, own), f"{float(str(r['compile_s'])):.0f}"]
     return "| " + " | ".join(cells) + " |"
+
+
+def _reserved(r: Result) -> int | None:
+    """Bytes that the caching allocator holds beyond what was alive before the step; None on a CPU."""
+    reserved, total, peak = r.get("reserved"), r.get("peak_total"), r.get("peak")
+    if isinstance(reserved, int) and isinstance(total, int) and isinstance(peak, int):
+        return reserved - (total - peak)
+    return None
 
 
 def _mb(value: object) -> str:
@@ -67,7 +79,13 @@ def _ratio(value: float, base: object) -> str:
 
 
 class _Bench(Bench):
-    """Writes the table of budgets instead of the main one."""
+    """Writes the table of budgets instead of the main one, and every row as soon as it is measured."""
+
+    def measure(self, job: Job) -> None:
+        super().measure(job)
+        if job.said:
+            row = {"model": job.model, "system": job.system, **job.said}
+            print(f"{job.model} {_row(job.system, row, None, None)}", flush=True)
 
     def write(self) -> None:
         super().write()
@@ -90,14 +108,15 @@ def main() -> None:
     given = parser.parse_args()
     given.label, given.profile, given.optimizer, given.scratch = "budget", False, False, None
     given.parallel = given.parallel or (4 if given.device == "cuda" else max(1, (os.cpu_count() or 1) // 2))
-    given.batch = 2 * given.parallel
+    given.batch = given.parallel  # measured as soon as so many are compiled: a budget takes several plans
     budgets = [b for b in (given.budgets or BUDGETS[given.device]).split(",") if b]
     peers = tuple(given.systems.split(",")) if given.systems else PEERS[given.device]
     systems = ["memplan", *(f"memplan-budget={b}" for b in budgets), *peers]
     found = cases(given.device, (given.models or MODELS[given.device]).split(","))
     given.out.mkdir(parents=True, exist_ok=True)
     environment, free = describe(given.device)
-    jobs = [Job(c.name, s, c.gigabytes) for s in systems for c in found]
+    jobs = [Job(c.name, s, c.gigabytes) for c in found for s in systems]  # whole tables first
+    print(HEAD, flush=True)
     bench = _Bench(given, jobs, free, given.out, time.monotonic() + given.time_limit, environment)
     bench.run()
     results = {j.key: {"model": j.model, "system": j.system, **j.said} for j in jobs if j.said}

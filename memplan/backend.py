@@ -259,7 +259,7 @@ class Region:
             return
         plan = plan_program(program, replace(self.config, dump=None, verify=False)).plan
         planned = budget.Planned((plan,), {}, step_peak((plan,), {}))
-        if planned.peak.nbytes > self.config.budget:
+        if planned.peak.needed > self.config.budget:
             raise PlanningError(budget.cannot_be_met(self.config.budget, planned))
 
     def records(self, program: Program) -> bool:
@@ -463,7 +463,7 @@ def chooser(
         return searching.search()
 
     return Chooser(
-        choose=lambda graph: choose_within(graph, config.recompute_time, figures),
+        choose=lambda graph: choose_within(graph, config.recompute_time, figures, products=config.recompute_products),
         costs=Costs(figures, cheap_again),
         search=search if config.budget is not None and region is not None else None,
     )

@@ -1,5 +1,8 @@
 """The fastest training step within a budget of bytes.
 
+What is held to the budget is what must be there for the step to run: on a GPU the bytes that its caching allocator
+reserves, by simulation, elsewhere those that are alive.
+
 Menus and a first choice come from a model of the step (`memplan.passes.remat_choice`); what a choice really needs is
 what its plans say, so choices are cut, captured and planned as they will run, and the limit given to the model is
 moved until the plans' own peak is as near to the budget as it gets.
@@ -94,9 +97,9 @@ class Budget:
                 break
         if low == 0:
             self.peak(0)
-        fitting = [(p.peak.nbytes, n) for n, (_, p) in self._tried.items() if p.peak.nbytes <= self.limit]
+        fitting = [(p.peak.needed, n) for n, (_, p) in self._tried.items() if p.peak.needed <= self.limit]
         if not fitting:
-            least = min((p for _, p in self._tried.values()), key=lambda p: p.peak.nbytes)
+            least = min((p for _, p in self._tried.values()), key=lambda p: p.peak.needed)
             raise PlanningError(cannot_be_met(self.limit, least))
         return self._tried[max(fitting)[1]][0]
 
@@ -123,8 +126,8 @@ class Budget:
 
             modules = self.cut(choose)
             self._tried[rung] = (modules, self.plan(modules))
-            log.info("rung %d of %d: %d bytes", rung, RUNGS, self._tried[rung][1].peak.nbytes)
-        return self._tried[rung][1].peak.nbytes
+            log.info("rung %d of %d: %d bytes", rung, RUNGS, self._tried[rung][1].peak.needed)
+        return self._tried[rung][1].peak.needed
 
     def tried(self, rung: int) -> tuple[Modules, Planned]:
         """The cut of a rung, and its plans."""
@@ -150,9 +153,13 @@ def cannot_be_met(limit: int, least: Planned) -> str:
     peak = least.peak
     plan = least.plans[peak.plan]
     lines = [
-        f"the budget of {_size(limit)} cannot be met: the least that a plan of this step needs is {_size(peak.nbytes)} "
-        f"above what was there before it ({peak.nbytes} bytes)"
+        f"the budget of {_size(limit)} cannot be met: the least that a plan of this step needs is {_size(peak.needed)} "
+        f"above what was there before it ({peak.needed} bytes)"
     ]
+    if peak.reserved > peak.nbytes:
+        lines.append(
+            f"of which {_size(peak.nbytes)} are alive at once; the rest the device's allocator holds beside them"
+        )
     if peak.step < len(plan.order):
         origins = plan.program.by_name[plan.order[peak.step]].origins
         where = next((o.location for o in origins if o.location), "")

@@ -91,7 +91,7 @@ class OffloadBudget:
             most = len(model.least().names)
             for count in sorted({most // 2, most} - {0}):
                 taken = model.taking(count)
-                nbytes = self.plan(modules, taken.names).peak.nbytes
+                nbytes = self.plan(modules, taken.names).peak.needed
                 on_host = sum(c.nbytes for c in model.candidates[:count])
                 found.append(CurvePoint(nbytes, alone + again + taken.microseconds, again, on_host))
         return tuple(sorted(found, key=lambda p: (p.nbytes, p.microseconds)))
@@ -122,9 +122,9 @@ class OffloadBudget:
                 break
             tried.add(len(found.names))
             planned = self.plan(modules, found.names)
-            nbytes = planned.peak.nbytes
+            nbytes = planned.peak.needed
             log.info("rung %d with %d offloaded: %d bytes", rung, len(found.names), nbytes)
-            if self.least is None or nbytes < self.least.peak.nbytes:
+            if self.least is None or nbytes < self.least.peak.needed:
                 self.least = planned
             if nbytes <= limit and (best is None or len(found.names) < len(best.names)):
                 best = Taken(modules, found.names, planned, again + found.microseconds)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from memplan.ir.joint import JointGraph, NodeKind
+from memplan.ir.joint import JointGraph, NodeKind, Side
 
 
 def peak_of(graph: JointGraph, sequence: Sequence[int], held: Mapping[int, int], lasting: Iterable[int]) -> int:
@@ -74,3 +74,23 @@ def _steps(graph: JointGraph, sequence: Sequence[int]) -> tuple[list[int], list[
             kinds.append(True)
         found.append(len(kinds) - 1)
     return found, kinds
+
+
+def backward_peak(graph: JointGraph, kept: Sequence[int]) -> int:
+    """Largest number of live bytes while the backward runs, with what is not kept computed where it is first needed."""
+    nodes = graph.nodes
+    done = set(kept)
+    sequence: list[int] = []
+    for k, node in enumerate(nodes):
+        if node.side is not Side.BACKWARD or node.kind is NodeKind.INPUT:
+            continue
+        stack, found = list(node.inputs), []
+        while stack:
+            i = stack.pop()
+            if i not in done and nodes[i].side is not Side.BACKWARD:
+                done.add(i)
+                found.append(i)
+                stack.extend(nodes[i].inputs)
+        sequence += [*sorted(found), k]
+    held = {nodes[k].storage: nodes[nodes[k].storage].nbytes for k in kept}
+    return peak_of(graph, sequence, held, {n.storage for n in nodes if n.result})

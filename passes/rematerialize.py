@@ -24,6 +24,8 @@ import scipy.sparse.csgraph
 from memplan.ir.device import DeviceFigures
 from memplan.ir.joint import JointGraph, Side
 
+from .remat_timeline import backward_peak
+
 #: Capacities are scaled below this, since the flow solver works in 32 bits.
 _LIMIT = 2**30 - 1
 
@@ -66,6 +68,8 @@ PREFERENCE = 0.02
 #: How much dearer recomputation becomes from one try to the next while it takes too much time.
 _DEARER = 4.0
 _TRIES = 12
+#: Prices of a microsecond of products, in what the device moves in one, between which is searched.
+_CHEAPEST_PRODUCT, _DEAREST_PRODUCT = 0.01, 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +79,13 @@ class Prices:
     ``weight``: bytes that one would keep to save a microsecond; infinite: only what is free is done twice.
     ``preference``: bytes for a byte of the largest tensor that a recomputed node touches, whatever its time.
     ``expensive``: whether products, convolutions and attention may be done twice too.
+    ``products``: what a microsecond of those costs where it is not ``weight``.
     """
 
     weight: float
     preference: float = PREFERENCE
     expensive: bool = False
+    products: float | None = None
 
     def price(self, graph: JointGraph, k: int) -> float | None:
         """Bytes that computing node ``k`` again is worth; None: never."""
@@ -90,7 +96,8 @@ class Prices:
             return 0.0
         if math.isinf(self.weight):
             return None
-        return self.weight * node.again + self.preference * node.moved
+        weight = self.weight if node.cheap or self.products is None else self.products
+        return weight * node.again + self.preference * node.moved
 
 
 def joint_values(graph: JointGraph, prices: Prices) -> tuple[list[Value], list[int]]:
@@ -111,12 +118,15 @@ def choose_joint(graph: JointGraph, prices: Prices) -> tuple[int, ...]:
     return tuple(positions[v] for v in choose_kept(values).kept)
 
 
-def choose_within(graph: JointGraph, fraction: float, figures: DeviceFigures) -> tuple[int, ...]:
+def choose_within(
+    graph: JointGraph, fraction: float, figures: DeviceFigures, *, products: float = 0.0
+) -> tuple[int, ...]:
     """The least that must be kept if recomputation may add ``fraction`` of the step's estimated time.
 
     What fuses into one pass is done again at first for little more than its bytes; while that takes too long, at
     ever more bytes a microsecond, so that what frees most bytes in a microsecond goes first. Layers that are alike are
-    worth the same; of them the first ones are recomputed, whose values would be alive longest.
+    worth the same; of them the first ones are recomputed, whose values would be alive longest. Where all of that has
+    room, convolutions, matrix products and attention may add the part ``products`` more.
     """
     limit = max(fraction * graph.microseconds, figures.launch) if fraction > 0 else 0.0
     kept = choose_joint(graph, Prices(math.inf))
@@ -127,9 +137,33 @@ def choose_within(graph: JointGraph, fraction: float, figures: DeviceFigures) ->
     for _ in range(_TRIES):
         less = choose_joint(graph, Prices(weight))
         if graph.added_microseconds(less) <= limit:
-            return less if weight == first else _mixed(graph, dearer, less, limit)
+            if weight == first:
+                return _with_products(graph, less, products * graph.microseconds, figures) if products > 0 else less
+            return _mixed(graph, dearer, less, limit)
         dearer, weight = less, weight * _DEARER
     return _mixed(graph, dearer, kept, limit)
+
+
+def _with_products(graph: JointGraph, kept: tuple[int, ...], room: float, figures: DeviceFigures) -> tuple[int, ...]:
+    """`kept` with products done again for at most ``room`` microseconds more: those that free most bytes in one.
+
+    A convolution to many channels that writes faster than it computes frees a hundred times the bytes of a product of
+    wide matrices in the same time. What is computed again in a chain is alive together, so of the choices within
+    ``room`` the one is taken whose backward has the lowest simulated peak.
+    """
+    limit = graph.added_microseconds(kept) + room
+    values, positions = joint_values(graph, Prices(math.inf))
+    network = Cut(values)
+    found = [kept]
+    for part in np.geomspace(_DEAREST_PRODUCT, _CHEAPEST_PRODUCT, _TRIES):
+        prices = Prices(PREFERENCE * figures.bandwidth, expensive=True, products=float(part) * figures.bandwidth)
+        less = tuple(positions[v] for v in network.solve([prices.price(graph, k) for k in positions]).kept)
+        if graph.added_microseconds(less) > limit:
+            found.append(_mixed(graph, less, found[-1], limit))
+            break
+        if less != found[-1]:
+            found.append(less)
+    return min(found, key=lambda choice: backward_peak(graph, choice))
 
 
 def _mixed(graph: JointGraph, head: Sequence[int], tail: Sequence[int], limit: float) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """The bytes of a whole training step, forward and backward on one timeline, above those before it.
 
-`step_peak` is what a budget is held against.
+`StepPeak.needed` is what a budget is held against.
 """
 
 from __future__ import annotations
@@ -16,12 +16,22 @@ from .schedule import UNCOUNTED, rounded
 
 @dataclass(frozen=True, slots=True)
 class StepPeak:
-    """The largest number of bytes, and when: step ``step`` of plan number ``plan``; ``series``: every step's."""
+    """The largest number of bytes alive, and when: step ``step`` of plan number ``plan``; ``series``: every step's.
+
+    ``reserved``: what the device's caching allocator holds for the step beyond parameters and batch, where a device has
+    one and its step was simulated (`Plan.step`); of several devices' the largest.
+    """
 
     nbytes: int
     plan: int
     step: int
     series: tuple[int, ...]
+    reserved: int = 0
+
+    @property
+    def needed(self) -> int:
+        """Bytes that must be there for the step to run."""
+        return max(self.nbytes, self.reserved)
 
 
 def step_peak(plans: Sequence[Plan], joins: Mapping[str, str]) -> StepPeak:
@@ -42,7 +52,8 @@ def step_peak(plans: Sequence[Plan], joins: Mapping[str, str]) -> StepPeak:
             series.append(between + live)
             place.append((number, k))
     best = max(range(len(series)), key=lambda n: (series[n], -n))
-    return StepPeak(series[best], *place[best], tuple(series))
+    held = (memory.reserved - memory.resident for plan in plans for memory in plan.step.values())
+    return StepPeak(series[best], *place[best], tuple(series), max(held, default=0))
 
 
 def _left(plan: Plan) -> int:

@@ -51,9 +51,13 @@ class Config:
         Search kernel configurations and templates.
     recompute_time:
         Largest part of the step's estimated time that recomputation may add; 0: only what costs nothing is recomputed.
+    recompute_products:
+        What convolutions, matrix products and attention may add to that, where all that is cheap has room: those that
+        free most bytes in a microsecond first; 0: they are never done twice unless a budget asks for it.
     budget:
-        Largest bytes of the step above those before it, or None; text such as ``"12GiB"`` is understood. What is
-        recomputed is chosen for it, products too, so that the step is as fast as it can be within.
+        Largest bytes of the step above those before it, or None; text such as ``"12GiB"`` is understood. On a GPU they
+        are what the device's caching allocator reserves, by simulation, elsewhere what is alive. What is recomputed is
+        chosen for it, products too, so that the step is as fast as it can be within.
     offload:
         Whether a budget may take saved tensors to pinned memory of the host and back, where that is faster than
         computing more of them again, or where that is not enough.
@@ -85,6 +89,7 @@ class Config:
     cuda_graphs: bool = False
     max_autotune: bool = False
     recompute_time: float = 0.2
+    recompute_products: float = 0.0
     budget: int | None = None
     offload: bool = False
     max_fused_buffers: int = 24
@@ -209,9 +214,9 @@ def _checked(name: str, value: object, known_passes: tuple[str, ...]) -> object:
             if not isinstance(value, bool):
                 raise OptionError(f"option {name!r} takes True or False, not {value!r}")
             return value
-        case "recompute_time":
+        case "recompute_time" | "recompute_products":
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 10:
-                raise OptionError(f"option 'recompute_time' takes a number from 0 to 10, not {value!r}")
+                raise OptionError(f"option {name!r} takes a number from 0 to 10, not {value!r}")
             return float(value)
         case "loss_chunk":
             if value in (0, None):

@@ -221,3 +221,45 @@ def test_what_the_user_saves_is_saved_under_a_budget() -> None:
         memplan.analyze(function, (x,), options={"budget": 1000})
     need = int(str(found.value).partition("before it (")[2].partition(" bytes")[0])
     assert need >= 4 * ROWS * 4 * WIDTH * BLOCKS  # what `up` gives, of every block
+
+
+class Expanding(nn.Module):
+    """1x1 convolutions from few channels to many and back: what is wide is large and cheap to make again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widen = nn.ModuleList(nn.Conv2d(8, 96, 1) for _ in range(5))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(96) for _ in range(5))
+        self.narrow = nn.ModuleList(nn.Conv2d(96, 8, 1) for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for widen, norm, narrow in zip(self.widen, self.norms, self.narrow, strict=True):
+            x = narrow(norm(widen(x)).relu()).relu()
+        return x.mean()
+
+
+@pytest.mark.parametrize("poison", [False, True])
+def test_products_are_done_again_within_their_share_of_time(poison: bool) -> None:
+    torch.manual_seed(0)
+    net, x = Expanding(), torch.randn(4, 8, 16, 16)
+    found: list[tuple[list[Tensor], int, int]] = []
+    for share in (0.0, 0.5):
+        options = {"recompute_time": 10, "recompute_products": share, "poison": poison}
+        torch._dynamo.reset()
+        for norm in net.norms:
+            norm.reset_running_stats()
+        with memplan.record() as recorded:
+            loss = torch.compile(net, backend="memplan", options=options)(x)
+            gradients = torch.autograd.grad(loss, list(net.parameters()))
+        kept = sum(a.nbytes for g in recorded.graphs for a in g.activations if a.fate is not Fate.RECOMPUTED)
+        found.append(([loss.detach(), *gradients], kept, peak_of(recorded.graphs)))
+    (expected, most, high), (again, least_kept, low) = found
+    assert least_kept < 0.6 * most
+    assert low < high
+    for a, b in zip(again, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_share_of_products_that_is_no_number_is_refused() -> None:
+    with pytest.raises(OptionError, match="'recompute_products' takes a number from 0 to 10"):
+        memplan.analyze(nn.Linear(2, 2), (torch.randn(1, 2),), options={"recompute_products": -0.1})
