@@ -55,7 +55,10 @@ def simplify_masks(module: torch.fx.GraphModule) -> Simplified:
             _without_mask(node, is_causal=True)
             causal += 1
     if dropped or causal:
-        module.graph.eliminate_dead_code()
+        # Only what computed the masks may go: the graph is not functional yet, so elsewhere an operation that nobody
+        # reads may be one that changes its argument. Levels of vmap stay, since the model's own may share them.
+        mask_nodes = {n for m in values for n in _ancestors(module, m) or () if not _is_vmap(n.target)}
+        module.graph.eliminate_dead_code(is_impure_node=lambda n: n not in mask_nodes)
         module.recompile()
         log.info("attention: %d masks were all true, %d causal", dropped, causal)
     return Simplified(dropped, causal)

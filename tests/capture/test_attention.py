@@ -49,6 +49,22 @@ def test_a_mask_that_is_all_true_is_dropped() -> None:
     assert not [n for n in module.graph.nodes if n.target is torch.ones]
 
 
+def test_what_changes_its_argument_stays_when_a_mask_is_dropped() -> None:
+    """Nothing reads the results of these calls, yet each has an effect: a wrong answer if one went."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, held: Tensor) -> Tensor:
+        held, chosen = held.clone(), torch.zeros(L, L)
+        chosen.scatter_(1, held[:, None], 1.0)
+        chosen[0] = 2.0
+        torch.add(chosen, 1.0, out=chosen)
+        held.add_(1)
+        torch.func.vmap(lambda row: row.mul_(2.0))(chosen)
+        return attention(q, k, v, torch.ones(L, L, dtype=torch.bool)).sum() + chosen.cumsum(0) + held
+
+    found, _ = simplified(function, *qkv(), torch.arange(L).flip(0) // 2)
+    assert found == Simplified(1, 0)
+
+
 def test_a_causal_mask_becomes_a_flag() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = torch.ones(L, L, dtype=torch.bool).tril()
