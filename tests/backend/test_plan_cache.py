@@ -212,6 +212,7 @@ NO_NAMES = {
     "Wait": "device kwargs symbols", "Copy": "device", "Program": "name constants callables", "Call": "op",
     "UserKernel": "*", "KernelSource": "*", "Plan": "predicted_peak reserve step", "Literal": "value",
     "Slab": "name device", "Workspace": "role", "Template": "device kwargs symbols", "Reserve": "device",
+    "InFlight": "device kwargs symbols", "HostCopy": "device kwargs symbols",
     "CanonicalProduct": "*",  # a key of what is measured, in no plan
 }  # fmt: skip
 
