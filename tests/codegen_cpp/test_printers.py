@@ -76,11 +76,10 @@ def _extend(inner: st.SearchStrategy[sympy.Expr]) -> st.SearchStrategy[sympy.Exp
     )
 
 
-_inner = st.recursive(_leaf(), _extend, max_leaves=8)
-# a Piecewise stands outside: sympy takes no quotients of polynomials in one
 expressions = st.one_of(
-    _inner,
-    st.tuples(_inner, _conditions(_inner), _inner).map(lambda p: sympy.Piecewise((p[0], p[1]), (p[2], True))),
+    st.recursive(_leaf(), _extend, max_leaves=8),
+    # a Piecewise holds leaves and stands outside: sympy takes no quotients of polynomials in one
+    st.tuples(_leaf(), _conditions(_leaf()), _leaf()).map(lambda p: sympy.Piecewise((p[0], p[1]), (p[2], True))),
 )
 
 
