@@ -193,7 +193,9 @@ def start(r: Reduction, tile: str) -> list[str]:
             ]
         case "welford":
             zeros = f"tl.zeros({tile}, {type_name(r.dtype)})"
-            return [f"{name}_mean = {zeros}", f"{name}_m2 = {zeros}", f"{name}_count = 0.0"]
+            # Python's 0.0 would be a float32 in the loop, and its inverse too inexact for a double
+            count = "tl.full([], 0.0, tl.float64)" if r.dtype == torch.float64 else "0.0"
+            return [f"{name}_mean = {zeros}", f"{name}_m2 = {zeros}", f"{name}_count = {count}"]
         case "welford_combine":
             zeros = f"tl.zeros({tile}, {type_name(r.dtype)})"
             return [f"{name}_{part} = {zeros}" for part in ("mean", "m2", "weight")]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import sample_kernels as s
+import torch
 
 from memplan.codegen.triton_kernel import emit_triton
 from memplan.ir.canonical import canonicalize
@@ -162,3 +163,14 @@ def test_launch_through_triton(cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert calls == [(grid, 1, 1, 7, 11, (4, 1, 0), None, None, None, 1 << 40, 2 << 40, 3 << 40, block)]
     Launcher(Compiled(built.build, Handle(), b"", 0, 0), lambda n: n, 3)(7, 1, 2, 3, 0)
     assert len(calls) == 1
+
+
+def test_means_of_doubles_are_counted_in_doubles(cache: Path) -> None:
+    """An inverse count in float32 would put the error of a float32 into every mean of a loop."""
+    k = s.Builder((64,), (100_000,))
+    w = k.reduce("welford", k.load("a", s.R[0] * 64 + s.X[0], torch.float64), dtype=torch.float64)
+    k.store("mean", s.X[0], k.item(w, 0))
+    kernel = emit_triton(canonicalize(k.done()), name="means", hints={})
+    assert "_count += 1.0" in kernel.source, "the reduction is to be a loop"
+    ptx = compile_kernels([kernel], Target())[0].handle.asm["ptx"]
+    assert not re.search(r"\.f32", ptx)
