@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..ir.communication import Memory
+from ..ir.in_flight import InFlight, Wait
 from ..ir.loops import Size
 from ..ir.plan import InPlaceOf, InPool, Pool
 from ..ir.program import (
@@ -22,7 +23,6 @@ from ..ir.program import (
     Contract,
     Copy,
     Extern,
-    InFlight,
     Literal,
     OpaqueInput,
     ProgramOutput,
@@ -32,7 +32,6 @@ from ..ir.program import (
     Tuple,
     UserKernel,
     View,
-    Wait,
 )
 from ..ir.user_kernel import Fixed
 from .printers import pexpr

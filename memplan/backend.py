@@ -40,8 +40,9 @@ from .compilation import (
 from .ir.activation import Activation, Fate
 from .ir.config import Config
 from .ir.errors import OptionError, PlanningError, UnsupportedError
+from .ir.in_flight import HostCopy
 from .ir.plan import InPool, Plan
-from .ir.program import BufferKind, HostCopy, Phase, Program, TensorInput, View
+from .ir.program import BufferKind, Phase, Program, TensorInput, View
 from .lowering.decompositions import decomposition_table
 from .lowering.lower import NOTHING_KEPT
 from .offload_budget import OffloadBudget, check_offload, model_of, offload_device

@@ -48,7 +48,8 @@ def backward_call(
     """The backward that frees and overwrites what the forward saved, unless somebody may still want it.
 
     Under ``retain_graph=True``, or where saved-tensor hooks gave us tensors that may be the user's, a variant of the
-    same program runs that leaves them alone; it is made when it is first needed, from kernels that are built already.
+    same program runs that leaves them alone, made when it is first needed. It is planned anew: where memory decides
+    what is fused, its kernels may round at other places.
     """
     keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
     plain = made_once(make_plain)

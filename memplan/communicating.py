@@ -13,8 +13,9 @@ import torch.distributed as dist
 from .ir.communication import SYMMETRIC_FORMS, GroupFacts, Thresholds, collective_form
 from .ir.config import Config
 from .ir.errors import CommunicationError
+from .ir.in_flight import Collective
 from .ir.plan import InPool, Plan
-from .ir.program import Collective, Extern, Literal, Operation, Program, Symbolic, View, argument_views
+from .ir.program import Extern, Literal, Operation, Program, Symbolic, View, argument_views
 from .runtime.agreement import agree
 from .runtime.cache import Cache
 from .runtime.communication_times import calibrate

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeGuard
 
 import torch
 
@@ -25,9 +25,10 @@ from .fallback import with_fallback
 from .ir.canonical import canonicalize
 from .ir.config import Config
 from .ir.errors import CompilerError
+from .ir.in_flight import HostCopy
 from .ir.loops import Kernel, Size
 from .ir.plan import Plan
-from .ir.program import Contract, Extern, HostCopy, KernelOp, Operation, Program
+from .ir.program import Contract, Extern, KernelOp, Operation, Program
 from .ir.verify import ProgramVerifier
 from .ir.verify_plan import verify_plan
 from .lowering.call_site import LOWERINGS
@@ -176,9 +177,9 @@ def prepare_program(program: Program, config: Config, kept: Kept = NOTHING_KEPT)
         ordered = reorder(program, pairs, libraries.order)
         order, bound, program_peak = ordered.order, ordered.lower_bound, ordered.program_peak
         stages.append(("reorder", _unplanned_peak(program, {}, order)))
-    if any(isinstance(op, HostCopy) for op in program.operations):
-        device = next(op.device for op in program.operations if isinstance(op, HostCopy))
-        order = schedule_copies(program, order, figures_for(device, config))
+    copy = next((op for op in program.operations if isinstance(op, HostCopy)), None)
+    if copy is not None:
+        order = schedule_copies(program, order, figures_for(copy.device, config))
     order, taken = _overlapped(program, order, config)
     in_place = dict(taken.taken) if taken is not None else {}
     stages.append(("inplace", _unplanned_peak(program, in_place, order)))
@@ -258,12 +259,18 @@ def _unplanned_peak(program: Program, in_place: Mapping[str, str], order: Sequen
     return max(timeline(program, names, stores, (), frozenset()))
 
 
+def _is_undecided(op: Operation) -> TypeGuard[Extern]:
+    """Whether what a call does with memory is still to be looked up."""
+    if not isinstance(op, Extern) or isinstance(op, HostCopy):
+        return False
+    return op.contract is Contract.FRESH and not op.target.startswith("callable:")
+
+
 def with_contracts(program: Program) -> Program:
     """What each remaining extern call does with memory: those that can write into planned buffers do."""
     operations: list[Operation] = []
     for op in program.operations:
-        callable_ = isinstance(op, Extern) and op.target.startswith("callable:")
-        if isinstance(op, Extern) and op.contract is Contract.FRESH and not callable_ and not isinstance(op, HostCopy):
+        if _is_undecided(op):
             found = contract(op.target, op.device.partition(":")[0])
             if found.contract is Contract.OUT and found.out_target and _takes_out(op):
                 op = replace(op, target=found.out_target, contract=Contract.OUT)

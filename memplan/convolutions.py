@@ -198,8 +198,8 @@ def _measured(op: Extern, config: Config) -> Facts | None:
         try:
             with torch.cuda.use_mem_pool(pool, device):
                 return _run(op, device)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            log.info("%s (%s) cannot be measured on %s: %s", op.target, op.name, op.device, error)
+        except RuntimeError as error:  # no room after all, or a call that fails: the program's own will say so
+            log.warning("%s (%s) cannot be measured on %s: %s", op.target, op.name, op.device, error)
             return None
 
 

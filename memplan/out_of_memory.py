@@ -32,9 +32,11 @@ def explained(
     known.
     """
 
+    name = filename.removeprefix("<memplan ").removesuffix(">")
+
     def run(args: list[object]) -> object:
         try:
-            return call_sampled(call, args, filename[len("<memplan ") : -1], filename, starts)
+            return call_sampled(call, args, name, filename, starts)
         except RuntimeError as caught:
             error = torchs_own(caught)
             step = getattr(caught, "memplan_step", None)  # the C++ wrapper's host notes it

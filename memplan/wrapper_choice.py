@@ -15,7 +15,7 @@ from .codegen.wrapper_lines import WrapperProgram
 from .cpp_wrapping import print_in_cpp
 from .ir.config import Config
 from .ir.errors import CacheError, CompilerError, UnsupportedError
-from .ir.program import HostCopy
+from .ir.in_flight import HostCopy
 from .runtime.cache import Cache
 from .runtime.cpp_wrapper import build_wrapper
 from .runtime.cpp_wrapper_host import host

@@ -10,9 +10,10 @@ from typing import ClassVar
 import sympy
 
 from memplan.ir.config import Config
+from memplan.ir.in_flight import Wait
 from memplan.ir.index import FloorDiv, Mod, Ranges, expand, ranges_of, simplify
 from memplan.ir.loops import Kernel, Range, walk_expressions
-from memplan.ir.program import EXTERNAL_KINDS, Contract, Copy, Extern, KernelOp, Operation, Program, UserKernel, Wait
+from memplan.ir.program import EXTERNAL_KINDS, Contract, Copy, Extern, KernelOp, Operation, Program, UserKernel
 
 from .fuse_body import Body
 from .fuse_kernels import without_stores

@@ -21,13 +21,13 @@ from typing import ClassVar
 from ..ir.communication import SYMMETRIC_DTYPES, GroupFacts, Memory
 from ..ir.communication_options import CommunicationOptions
 from ..ir.config import Config
+from ..ir.in_flight import Collective, Wait
 from ..ir.loops import Kernel, Load
 from ..ir.plan import Lifetime, Pool
 from ..ir.program import (
     EXTERNAL_KINDS,
     Argument,
     BufferKind,
-    Collective,
     Contract,
     Copy,
     Extern,
@@ -38,7 +38,6 @@ from ..ir.program import (
     Tuple,
     UserKernel,
     View,
-    Wait,
 )
 from .pack import PackProblem, pack_buffers
 from .pack_search import PackSearch

@@ -12,6 +12,7 @@ import torch
 
 from memplan.ir.device import DeviceFigures, Unit, Work
 from memplan.ir.flops import flops, has_formula
+from memplan.ir.in_flight import HostCopy, Wait
 from memplan.ir.index import ranges_of
 from memplan.ir.loops import Call, Constant, Index, Load, Random, Reduce
 from memplan.ir.program import (
@@ -19,7 +20,6 @@ from memplan.ir.program import (
     Contract,
     Copy,
     Extern,
-    HostCopy,
     KernelOp,
     Literal,
     Operation,
@@ -27,7 +27,6 @@ from memplan.ir.program import (
     Symbolic,
     UserKernel,
     View,
-    Wait,
     argument_views,
     evaluate,
 )

@@ -19,19 +19,8 @@ from dataclasses import dataclass, replace
 
 from memplan.ir.communication import Memory
 from memplan.ir.device import DeviceFigures
-from memplan.ir.program import (
-    Buffer,
-    BufferKind,
-    Collective,
-    Contract,
-    HostCopy,
-    Operation,
-    Program,
-    TensorInput,
-    View,
-    Wait,
-    evaluate,
-)
+from memplan.ir.in_flight import Collective, HostCopy, Wait
+from memplan.ir.program import Buffer, BufferKind, Contract, Operation, Program, TensorInput, View, evaluate
 
 from .costs import step_microseconds
 

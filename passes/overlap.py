@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..ir.communication import Memory
-from ..ir.program import EXTERNAL_KINDS, Collective, Program, Wait
+from ..ir.in_flight import Collective, Wait
+from ..ir.program import EXTERNAL_KINDS, Program
 from .schedule import lifetimes, rounded, storages, timeline
 
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 
 import sympy
 
+from ..ir.in_flight import InFlight
 from ..ir.index import FloorDiv, Mod, Ranges, expand, flat_index, invert, ranges_of, simplify
 from ..ir.loops import Cast, Kernel, Load, Size, Store, StoreMode, value_references
 from ..ir.program import (
     Argument,
     Copy,
     Extern,
-    InFlight,
     KernelOp,
     Operation,
     Tuple,

@@ -25,7 +25,7 @@ RANKS = (
     {"loops", "user_kernel"},
     {"index"},
     {"program", "canonical"},
-    {"template"},
+    {"template", "in_flight"},
     {"plan", "activation"},
     {
         "verify", "verify_access", "verify_kernel", "verify_plan", "verify_communication", "verify_template",

@@ -12,20 +12,9 @@ from dataclasses import fields, replace
 
 from ..ir.communication import collective_form
 from ..ir.errors import UnsupportedError
+from ..ir.in_flight import Collective, Wait
 from ..ir.loops import Size
-from ..ir.program import (
-    Buffer,
-    Collective,
-    Contract,
-    Copy,
-    Extern,
-    Literal,
-    Operation,
-    Origin,
-    View,
-    Wait,
-    argument_views,
-)
+from ..ir.program import Buffer, Contract, Copy, Extern, Literal, Operation, Origin, View, argument_views
 
 WAIT = "_c10d_functional.wait_tensor.default"
 

@@ -31,7 +31,7 @@ class Config:
     Attributes
     ----------
     wrapper:
-        Language of the code that runs the plan: ``"python"``, ``"cpp"``, or ``"auto"``.
+        Language of the code that runs the plan: ``"python"``, ``"cpp"``, or ``"auto"`` (C++ where it can be had).
     disable:
         Names of passes to leave out, for example ``["inplace"]``.
     verify:

@@ -12,6 +12,7 @@ import sympy
 import torch
 
 from .communication import Memory
+from .in_flight import Collective, HostCopy, Wait
 from .loops import (
     Call,
     Cast,
@@ -33,10 +34,8 @@ from .plan import External, InPlaceOf, InPool, Own, Placement, Plan
 from .program import (
     Argument,
     Buffer,
-    Collective,
     Copy,
     Extern,
-    HostCopy,
     KernelOp,
     Literal,
     OpaqueInput,
@@ -51,7 +50,6 @@ from .program import (
     Tuple,
     UserKernel,
     View,
-    Wait,
     evaluate,
 )
 from .user_kernel import Fixed, format_fixed

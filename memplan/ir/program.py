@@ -19,7 +19,7 @@ import networkx as nx
 import sympy
 import torch
 
-from .communication import Memory, collective_form
+from .communication import Memory
 from .loops import Kernel, Size, free_symbols
 from .user_kernel import Fixed, FixedValue, KernelSource
 
@@ -195,64 +195,6 @@ class Extern:
             return ()
         found = dict.fromkeys(v.buffer for v in self.results if v is not None)
         return tuple(b for b in found if b not in self.mutates)
-
-
-@dataclass(frozen=True, slots=True)
-class InFlight(Extern):
-    """A call that returns while its buffers are still read and written, until a `Wait`."""
-
-    @property
-    def in_flight_results(self) -> tuple[str, ...]:
-        """Buffers that hold nothing defined until the wait."""
-        return tuple(dict.fromkeys((*self.mutates, *(v.buffer for v in self.results if v is not None))))
-
-    @property
-    def in_flight_arguments(self) -> tuple[str, ...]:
-        """Buffers that must keep their contents until the wait."""
-        results = self.in_flight_results
-        return tuple(b for b in self.reads if b not in results)
-
-
-@dataclass(frozen=True, slots=True)
-class HostCopy(InFlight):
-    """A copy between a device and pinned memory of its host, on a stream of its own, until a `Wait`.
-
-    An *offload* (contract FRESH) allocates the pinned buffer that it returns; a *prefetch* (contract OUT) writes a
-    buffer of the device. ``device`` is the GPU, or what stands for one; ``microseconds`` is how long it was planned to
-    take.
-    """
-
-    microseconds: float = 0.0
-
-    @property
-    def offloads(self) -> bool:
-        """Whether it goes to the host."""
-        return self.contract is Contract.FRESH
-
-
-@dataclass(frozen=True, slots=True)
-class Collective(InFlight):
-    """What processes of ``group`` do together, in flight until a `Wait`."""
-
-    group: str = ""
-
-    @property
-    def in_flight_arguments(self) -> tuple[str, ...]:
-        """Buffers that must keep their contents until the wait."""
-        form = collective_form(self.target)
-        if form is not None and form.copies:
-            return ()
-        results = self.in_flight_results
-        return tuple(b for b in self.reads if b not in results)
-
-
-@dataclass(frozen=True, slots=True)
-class Wait(Extern):
-    """The current stream (on a CPU: the caller) waits for what is in flight to the first argument.
-
-    It changes the first argument's buffer, which only now holds the result. The other arguments are not given to the
-    operator: they are what the collective or the copy reads until now.
-    """
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from typing import Protocol
 
 from .communication import SYMMETRIC_FORMS, Memory
 from .errors import VerificationError
+from .in_flight import InFlight, Wait
 from .plan import InPool, Plan
-from .program import Buffer, Extern, InFlight, Operation, View, Wait
+from .program import Buffer, Extern, Operation, View
 from .verify_kernel import evaluate_index
 
 Fail = Callable[[str, Operation], VerificationError]

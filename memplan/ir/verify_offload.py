@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 from .communication import Memory
 from .errors import VerificationError
-from .program import Buffer, BufferKind, HostCopy, Operation, Program, View, Wait, evaluate
+from .in_flight import HostCopy, Wait
+from .program import Buffer, BufferKind, Operation, Program, View, evaluate
 
 Fail = Callable[[str, Operation], VerificationError]
 

@@ -21,9 +21,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from memplan.ir.plan import Plan
-from memplan.ir.program import HostCopy
-
 LIBRARY = torch.library.Library("memplan", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 #: called with (stream, its direction) before a copy is put on it; tests delay copies by it
@@ -100,11 +97,6 @@ if not hasattr(torch.ops.memplan, "wait_copy"):
     LIBRARY.define("wait_copy(Tensor(a!) tensor) -> ()")  # type: ignore[no-untyped-call]
     for _name, _function in (("offload", _offload), ("prefetch.out", _prefetch), ("wait_copy", _wait_copy)):
         LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-
-
-def copies_in(plan: Plan) -> bool:
-    """Whether a plan copies to or from the host."""
-    return any(isinstance(op, HostCopy) for op in plan.program.operations)
 
 
 def settled(call: Callable[..., object]) -> Callable[..., object]:

@@ -19,8 +19,8 @@ from memplan.ir.activation import Fate
 from memplan.ir.communication import Memory
 from memplan.ir.device import CPU
 from memplan.ir.errors import OptionError, UnsupportedError, VerificationError
+from memplan.ir.in_flight import HostCopy, Wait
 from memplan.ir.plan import Plan
-from memplan.ir.program import HostCopy, Wait
 from memplan.ir.verify import verify_program
 from memplan.ir.verify_plan import verify_plan
 from memplan.passes import offload, offload_choice
@@ -28,24 +28,15 @@ from memplan.passes.offload import Clock, inward, outward
 from memplan.passes.step_peak import step_peak
 from memplan.recording import CompiledGraph
 from tests.fake_gpu import make_fake_gpu
+from tests.models.blocks import FeedForward
 
 WIDTH, ROWS, BLOCKS = 32, 256, 4
 CHECK = memplan.backend.check_offload  # as it is where no test replaces it
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))  # type: ignore[no-any-return]
-
-
 def stack() -> tuple[nn.Sequential, Tensor]:
     torch.manual_seed(0)
-    return nn.Sequential(*(Block() for _ in range(BLOCKS))), torch.randn(ROWS, WIDTH)
+    return nn.Sequential(*(FeedForward(WIDTH) for _ in range(BLOCKS))), torch.randn(ROWS, WIDTH)
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
 import memplan
-from memplan.ir.program import Collective, Wait
+from memplan.ir.in_flight import Collective, Wait
 from tests.tolerances import assert_near
 
 WORLD = dist.group.WORLD

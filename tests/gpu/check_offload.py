@@ -28,22 +28,13 @@ from benchmarks.models import cases
 from memplan.budget import RUNGS, Budget
 from memplan.calibration import copy_figures
 from memplan.ir.config import Config
-from memplan.ir.program import HostCopy
+from memplan.ir.in_flight import HostCopy
 from memplan.passes.remat_choice import Choice
 from memplan.passes.step_peak import step_peak
 from memplan.runtime import host_copies
+from tests.models.blocks import FeedForward
 
 WIDTH, ROWS, BLOCKS = 1024, 16384, 8
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))  # type: ignore[no-any-return]
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
@@ -68,7 +59,7 @@ class Stack:
 
     def __init__(self, part: float, *, copies: bool) -> None:
         torch.manual_seed(0)
-        self.model = nn.Sequential(*(Block() for _ in range(BLOCKS))).cuda().bfloat16()
+        self.model = nn.Sequential(*(FeedForward(WIDTH) for _ in range(BLOCKS))).cuda().bfloat16()
         self.x = torch.randn(ROWS, WIDTH, device="cuda", dtype=torch.bfloat16)
         most = peak_of(memplan.analyze(lambda x: loss_of(self.model, x), (self.x,)))
         # (Dynamo takes equal options for one backend; with a budget this one decides nothing)

@@ -10,10 +10,10 @@ import torch
 
 from memplan.ir.communication import Memory
 from memplan.ir.errors import VerificationError
+from memplan.ir.in_flight import Collective, Wait
 from memplan.ir.program import (
     Buffer,
     BufferKind,
-    Collective,
     Contract,
     Copy,
     Extern,
@@ -23,7 +23,6 @@ from memplan.ir.program import (
     Program,
     TensorInput,
     View,
-    Wait,
 )
 from memplan.ir.verify import verify_program
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
+from memplan.ir.in_flight import Collective, Wait
 from memplan.ir.program import (
     Buffer,
     BufferKind,
-    Collective,
     Contract,
     Extern,
     Literal,
@@ -18,7 +18,6 @@ from memplan.ir.program import (
     Program,
     TensorInput,
     View,
-    Wait,
 )
 from memplan.ir.verify_plan import verify_plan
 from memplan.passes.overlap import overlap

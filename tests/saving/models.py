@@ -20,7 +20,8 @@ class Tied(nn.Module):
         self.register_buffer("row", self.table[3])
 
     def forward(self, tokens: Tensor, *, scale: Tensor, shift: Tensor) -> dict[str, Tensor]:
-        x = self.embed(tokens) + self.table[: tokens.shape[1]] + torch.tensor([0.5] * 8 + [0.25] * 8)
+        constant = torch.tensor([0.5] * 8 + [0.25] * 8, device=tokens.device)
+        x = self.embed(tokens) + self.table[: tokens.shape[1]] + constant
         q, k, v = self.mix(self.norm(x)).chunk(3, -1)
         x = x + nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True) * scale + self.row
         return {"logits": self.head(x), "shifted": x.mean(1) + shift}
