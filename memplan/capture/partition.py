@@ -7,7 +7,6 @@ are kept is decided here, through the one function of it that chooses them. `Cho
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from .chunked_loss import chunk_losses
 from .dropout import seed_dropout
 from .eager_memory import eager_memory
 from .joint import Costs, joint_graph
+from .traced import copied
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def partitioner(config: Config, found: Partitioned, chooser: Chooser) -> Callabl
 
         def cut(choose: Choose) -> Modules:
             # torch's partitioner changes the graph that it is given
-            given = torch.fx.GraphModule(joint, copy.deepcopy(joint.graph)) if chooser.search else joint
+            given = torch.fx.GraphModule(joint, copied(joint.graph)) if chooser.search else joint
             fates: list[tuple[Activation, ...]] = []
             choosing = _choosing(replace(chooser, choose=choose) if own else None, fates)
             with functorch_config.patch(recompute_views=True), choosing:

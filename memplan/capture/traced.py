@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import torch
 import torch.fx
 
 aten = torch.ops.aten
+
+
+def copied(graph: torch.fx.Graph) -> torch.fx.Graph:
+    """A copy, without what torch warns of while it copies its own description of the graph's results."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+        return copy.deepcopy(graph)
 
 
 def runnable(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
@@ -18,7 +26,7 @@ def runnable(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """
     if not any(n.target is aten.addmm.dtype for n in module.graph.nodes):
         return module
-    changed = torch.fx.GraphModule(module, copy.deepcopy(module.graph))
+    changed = torch.fx.GraphModule(module, copied(module.graph))
     for node in changed.graph.nodes:
         if node.target is aten.addmm.dtype:
             node.target = added_product
