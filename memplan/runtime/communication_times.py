@@ -52,12 +52,12 @@ def measure(
 
     The median of some rounds on each rank, of that the slowest rank's.
     """
-    arena = BACKENDS[device.type].allocate(max(sizes), group, device)
+    memory = BACKENDS[device.type].allocate(max(sizes), group, device)
     plain = torch.zeros(max(sizes) // 4, dtype=torch.float32, device=device)
     name = group.group_name
     mine: dict[int, dict[str, float]] = {}
     for nbytes in sizes:
-        view, other = arena[:nbytes].view(torch.float32), plain[: nbytes // 4]
+        view, other = memory.own[:nbytes].view(torch.float32), plain[: nbytes // 4]
         view.zero_()
         calls: dict[str, Callable[[], object]] = {
             "one_shot": partial(torch.ops.symm_mem.one_shot_all_reduce_out, view, "sum", name, other),

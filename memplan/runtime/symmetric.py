@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from ..ir.errors import CommunicationError
 from .agreement import group_timeout
+from .peers import Symmetric
 from .watch import Watch, stream_at
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class SymmetricBackend(Protocol):
         """Why this process sees no way to have it for the group, "" if it does; asks no other rank."""
         ...
 
-    def allocate(self, nbytes: int, group: dist.ProcessGroup, device: torch.device) -> torch.Tensor:
+    def allocate(self, nbytes: int, group: dist.ProcessGroup, device: torch.device) -> Symmetric:
         """``nbytes`` bytes that the group's operations can use; called on all ranks with the same number."""
         ...
 
@@ -57,14 +58,15 @@ class TorchSymmetricMemory:
         # a process that sees one GPU alone cannot say: then the trial allocation does
         return f"GPU {device.index} cannot access its peers' memory" if peers and not visible else ""
 
-    def allocate(self, nbytes: int, group: dist.ProcessGroup, device: torch.device) -> torch.Tensor:
+    def allocate(self, nbytes: int, group: dist.ProcessGroup, device: torch.device) -> Symmetric:
         """See `SymmetricBackend`."""
         from torch._C._distributed_c10d import _SymmetricMemory
         from torch.distributed import _symmetric_memory as symmetric
 
         made: torch.Tensor = _SymmetricMemory.empty_strided_p2p((nbytes,), [1], torch.uint8, device, group.group_name)
-        symmetric.rendezvous(made, group.group_name)
-        return made
+        joined = symmetric.rendezvous(made, group.group_name)
+        ranks = [joined.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(group.size())]
+        return Symmetric(made, ranks, group.rank(), joined.barrier)
 
 
 #: by type of device; tests put a simulated one here
@@ -91,7 +93,9 @@ class Arena:
     device: torch.device
     process_group: weakref.ref[dist.ProcessGroup]
     generation: int = 0
-    tensor: torch.Tensor | None = None
+    memory: Symmetric | None = None
+    #: programs' tensors in it, by use and number
+    views: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     #: the raw stream on which it was used last
     stream: int = 0
     users: dict[int, int] = field(default_factory=dict)  # bytes by use
@@ -102,7 +106,7 @@ class Arena:
 
     @property
     def capacity(self) -> int:
-        return 0 if self.tensor is None else self.tensor.numel()
+        return 0 if self.memory is None else self.memory.own.numel()
 
     @property
     def needed(self) -> int:
@@ -122,16 +126,11 @@ class Arena:
             raise RuntimeError(f"process group {self.group!r} was destroyed; compile again for the new one")
         self.release()
         with torch.inference_mode(False):  # calls outside of it write there as well
-            self.tensor = BACKENDS[self.device.type].allocate(nbytes, group, self.device)
+            self.memory = BACKENDS[self.device.type].allocate(nbytes, group, self.device)
         self.generation = generation
-        if self.device.type == "cuda":
-            self.watch = Watch(
-                f"process group {self.group!r} on {self.device}",
-                self.take_event,
-                group_timeout(group),
-                self.follow_group,
-            )
-            self.watch.start()
+        what = f"process group {self.group!r} on {self.device}"
+        self.watch = Watch(what, self.take_event, group_timeout(group), self.follow_group)
+        self.watch.start()
         log.info("arena of group %s on %s: %d bytes, allocation %d", self.group, self.device, nbytes, generation)
 
     def done(self) -> None:
@@ -159,11 +158,16 @@ class Arena:
 
     def release(self) -> None:
         """Give the memory back, once nothing on the device can still use it."""
-        if self.tensor is not None and self.device.type == "cuda":
+        if self.memory is not None and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        self.forget()
+
+    def forget(self) -> None:
+        """Hold the memory no more, without waiting for the device."""
         if self.watch is not None:
             self.watch.stop()
-        self.tensor = self.watch = None
+        self.memory = self.watch = None
+        self.views.clear()
 
 
 _arenas: dict[tuple[str, str], Arena] = {}
@@ -197,9 +201,7 @@ def arena_of(group: str, device: torch.device) -> Arena:
 def _drop(arena: Arena) -> None:
     """Its process group has gone."""
     with _lock:
-        if arena.watch is not None:
-            arena.watch.stop()
-        arena.tensor = arena.watch = None
+        arena.forget()
         if _arenas.get((arena.group, str(arena.device))) is arena:
             del _arenas[arena.group, str(arena.device)]
 
@@ -231,36 +233,32 @@ class ArenaUse:
     def __init__(self, group: str, device: str, nbytes: int, prepare: Callable[[], None]) -> None:
         self.group, self.device, self.nbytes, self.prepare = group, torch.device(device), nbytes, prepare
         self.number = next(_uses)
-        self.views: dict[int, torch.Tensor] = {}
-        self.seen: torch.Tensor | None = None
         self.join()
 
     def __call__(self) -> torch.Tensor:
-        tensor = self.arena.tensor
-        if tensor is None or tensor.numel() < self.nbytes:
+        if self.arena.capacity < self.nbytes:
             self.renew()
-            tensor = self.arena.tensor
-            assert tensor is not None
+        memory = self.arena.memory
+        assert memory is not None
         self.arena.calls += 1
         if self.device.type == "cuda":
             stream = torch._C._cuda_getCurrentRawStream(self.device.index)
             if stream != self.arena.stream:
                 self.follow(stream)
-        return tensor
+        return memory.own
 
     def view(
         self, number: int, dtype: torch.dtype, sizes: tuple[int, ...], strides: tuple[int, ...], offset: int
     ) -> torch.Tensor:
         """The tensor at ``offset`` bytes; the program's view of this number, kept from call to call."""
-        if self.seen is not self.arena.tensor:
-            self.views.clear()
-            self.seen = self.arena.tensor
-        found = self.views.get(number)
+        arena = self.arena
+        found = arena.views.get((self.number, number))
         if found is None:
-            assert self.seen is not None
+            assert arena.memory is not None
             with torch.inference_mode(False):
-                typed = self.seen.view(dtype)
-                found = self.views[number] = typed.as_strided(sizes, strides, offset // dtype.itemsize)
+                typed = arena.memory.own.view(dtype)
+                found = typed.as_strided(sizes, strides, offset // dtype.itemsize)
+            arena.views[self.number, number] = found
         return found
 
     def leave(self) -> None:
@@ -290,6 +288,8 @@ def _forget(arena: Arena, number: int) -> None:
     """A program has gone; with the last one its arena's memory goes."""
     with _lock:
         arena.users.pop(number, None)
+        for key in [k for k in arena.views if k[0] == number]:
+            del arena.views[key]
         # waiting for the device would spoil what is being captured: then the memory stays for the next program
         if not arena.users and not (arena.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             arena.release()

@@ -9,9 +9,10 @@ from __future__ import annotations
 import gc
 import random
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,23 +21,8 @@ import torch.distributed._symmetric_memory  # defines the operations
 from torch import Tensor
 
 from memplan.runtime import groups
+from memplan.runtime.peers import Symmetric
 from memplan.runtime.symmetric import BACKENDS, release_arenas
-
-
-@dataclass
-class Mapped:
-    """One allocation: every rank's bytes, by rank."""
-
-    ranks: list[Tensor]
-    own: int
-
-    def peers(self, view: Tensor) -> list[Tensor] | None:
-        """What the view shows, in each rank's memory; None if the view is not in this allocation."""
-        offset = view.data_ptr() - self.ranks[self.own].data_ptr()
-        nbytes = view.numel() * view.element_size()
-        if not 0 <= offset <= self.ranks[self.own].numel() - nbytes:
-            return None
-        return [t[offset : offset + nbytes].view(view.dtype).view(view.shape) for t in self.ranks]
 
 
 class SharedFiles:
@@ -44,28 +30,35 @@ class SharedFiles:
 
     def __init__(self, folder: Path, obstacle: str = "") -> None:
         self.folder, self.told = folder, obstacle
-        self.allocations: list[Mapped] = []
+        self.allocations: list[weakref.ref[Symmetric]] = []
         self.sizes: list[int] = []
 
     def obstacle(self, group: dist.ProcessGroup, device: torch.device) -> str:
         return self.told
 
-    def allocate(self, nbytes: int, group: dist.ProcessGroup, device: torch.device) -> Tensor:
+    def allocate(self, nbytes: int, group: dist.ProcessGroup, device: torch.device) -> Symmetric:
         number = len(self.allocations)
         names = [str(self.folder / f"{number}-{rank}") for rank in range(group.size())]
         own = torch.from_file(names[group.rank()], shared=True, size=nbytes, dtype=torch.uint8)
         dist.barrier(group)
         ranks = [torch.from_file(name, shared=True, size=nbytes, dtype=torch.uint8) for name in names]
         ranks[group.rank()] = own
-        self.allocations.append(Mapped(ranks, group.rank()))
+        made = Symmetric(own, ranks, group.rank(), partial(_barrier, group.group_name))
+        self.allocations.append(weakref.ref(made))
         self.sizes.append(nbytes)
-        return own
+        return made
+
+    @property
+    def alive(self) -> int:
+        """Allocations that something still holds."""
+        return sum(found() is not None for found in self.allocations)
 
     def peers(self, view: Tensor) -> list[Tensor]:
-        for allocation in self.allocations:
-            found = allocation.peers(view)
-            if found is not None:
-                return found
+        """What the view shows, in each rank's memory."""
+        for allocation in filter(None, (found() for found in self.allocations)):
+            at = allocation.offset(view)
+            if at is not None:
+                return [p.view(view.shape) for p in allocation.at_peers(view, at)]
         raise RuntimeError("the tensor is not in symmetric memory")
 
 
@@ -106,8 +99,21 @@ def two_shot_all_reduce_out(input: Tensor, reduce_op: str, group_name: str, outp
     return output.copy_(two_shot_all_reduce_(input, reduce_op, group_name))
 
 
+def reduce_scatter_out(input: Tensor, group_name: str, split_last_dim: bool, output: Tensor) -> Tensor:
+    assert not split_last_dim
+    assert input.dim() == output.dim() == 1  # as the kernel asks
+    peers = current[-1].peers(input)
+    group = dist.distributed_c10d._resolve_process_group(group_name)
+    assert output.numel() * group.size() == input.numel()
+    _barrier(group_name)
+    parts = [p.view(group.size(), -1)[group.rank()] for p in peers]
+    output.copy_(sum(parts[1:], parts[0]))
+    _barrier(group_name)
+    return output
+
+
 _library = torch.library.Library("symm_mem", "IMPL")
-for _function in (one_shot_all_reduce_out, two_shot_all_reduce_, two_shot_all_reduce_out):
+for _function in (one_shot_all_reduce_out, two_shot_all_reduce_, two_shot_all_reduce_out, reduce_scatter_out):
     _library.impl(_function.__name__, _function, "CPU")
 
 
