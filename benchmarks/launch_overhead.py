@@ -1,12 +1,15 @@
 """What launching costs: the time of one call of a graph of many tiny kernels that cannot fuse.
 
-    python -m benchmarks.launch_overhead [--device cpu|cuda] [--links 200] [--write]
+    python -m benchmarks.launch_overhead [--device cpu|cuda] [--links 200] [--only TEXT] [--write]
 
 memplan's and Inductor's wrappers, in Python and in C++, at equal numbers of launches, which are shown: counted in the
 wrappers' text on a CPU, as kernel nodes of the recorded CUDA graph on a GPU. On a CPU every second link is a product,
 since Inductor makes one function of all loops between two products; on a GPU all are kernels (softmax over rows and
 columns in turn), and the recorded graph is also replayed. Rounds are interleaved, garbage collection is off; the best
 average of each counts. On a CPU it is the time of the calling thread, so that other work on the machine is not in it.
+
+On a GPU a graph of as many kernels that do next to nothing is replayed too (`benchmarks.empty_graph`): what the device
+itself takes from one kernel to the next, whoever launches.
 
 A line is printed as soon as a wrapper is compiled and was called: what takes long, or fails, hides no other. Inductor's
 C++ comes last, as it compiles longest; the rounds in which all take turns end after ``--seconds``.
@@ -28,6 +31,7 @@ from pathlib import Path
 import torch
 
 import memplan
+from benchmarks import empty_graph
 from memplan.ir.program import Extern, KernelOp
 
 RESULTS = Path(__file__).parent / "results"
@@ -170,19 +174,21 @@ def tried(make_row: Callable[[], Row], device: str, x: torch.Tensor, repeats: in
     return row
 
 
-def measure(links: int, device: str, rounds: int, repeats: int, seconds: float) -> tuple[list[Row], int]:
-    """The rows, and how many failed."""
+def measure(
+    links: int, device: str, rounds: int, repeats: int, seconds: float, only: str = ""
+) -> tuple[list[Row], int]:
+    """The rows whose name contains ``only``, and how many failed."""
     end = time.perf_counter() + seconds
     make = norms if device == "cuda" else products
     x = torch.randn(16, 16, device=device)
-    makers = [
-        lambda: memplan_row(make, links, device, "cpp", x),
-        lambda: memplan_row(make, links, device, "python", x),
-        lambda: inductor_row(make, links, device, False, x),
-        lambda: inductor_row(make, links, device, True, x),
-    ]
+    makers = {
+        "memplan, cpp": lambda: memplan_row(make, links, device, "cpp", x),
+        "memplan, python": lambda: memplan_row(make, links, device, "python", x),
+        "Inductor, python": lambda: inductor_row(make, links, device, False, x),
+        "Inductor, cpp": lambda: inductor_row(make, links, device, True, x),
+    }
     with torch.no_grad():
-        tries = [tried(maker, device, x, repeats) for maker in makers]
+        tries = [tried(maker, device, x, repeats) for name, maker in makers.items() if only in name]
         rows = [row for row in tries if row is not None]
         gc.collect()
         gc.disable()
@@ -225,13 +231,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=50, help="no further round after this long; two are measured")
+    parser.add_argument("--only", default="", help='rows whose name contains this: "cpp" for both C++ wrappers')
     parser.add_argument("--write", action="store_true", help="keep the table in benchmarks/results")
     given = parser.parse_args(arguments)
-    rows, failed = measure(given.links, given.device, given.rounds, given.repeats, given.seconds)
+    floor = ""
+    if given.device == "cuda":
+        floor = "\n" + empty_graph.table(empty_graph.measure(given.links, given.repeats)) + "\n"
+        print(floor, flush=True)
+    rows, failed = measure(given.links, given.device, given.rounds, given.repeats, given.seconds, given.only)
     if rows:
-        text = table(rows, given.device, given.links)
+        text = table(rows, given.device, given.links) + floor
         print("\n" + text)
-        if given.write and not failed:
+        if given.write and not failed and not given.only:
             (RESULTS / f"launch_overhead-{given.device}.md").write_text(text)
     return failed
 

@@ -99,7 +99,8 @@ def emit_cpp_library(
 
 def prelude(*, special: bool = False) -> str:
     """What functions of `emit_cpp` need before them; ``special`` with the functions named in `SPECIAL`."""
-    return "\n".join(_header(h) for h in ("cpp_prelude.h", *(["cpp_special.h"] if special else []), "cpp_rows.h"))
+    headers = ("cpp_prelude.h", "cpp_sizes.h", *(["cpp_special.h"] if special else []), "cpp_rows.h")
+    return "\n".join(map(_header, headers))
 
 
 @cache

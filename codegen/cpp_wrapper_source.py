@@ -24,7 +24,8 @@ def _header(name: str) -> str:
 
 def translation_unit(frame: Frame) -> str:
     """The whole source of a wrapper's library."""
-    out = [_header("cpp_wrapper_prelude.h"), *([_header("cpp_wrapper_cuda.h")] if frame.gpus else [])]
+    headers = ("cpp_wrapper_prelude.h", "cpp_sizes.h", *(["cpp_wrapper_cuda.h"] if frame.gpus else []))
+    out = [_header(h) for h in headers]
     out += [f"static int32_t(*{s.name}){s.signature};" for s in frame.shims.values()]
     out += _imports(frame)
     out += [f"static const int64_t {n}[] = {{{', '.join(map(cexpr, k))}}};" for k, n in frame.arrays.items()]

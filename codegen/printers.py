@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import sympy
+from torch.utils._sympy.numbers import int_oo
 
 from memplan.ir.errors import UnsupportedError
 from memplan.ir.index import is_nonnegative
@@ -150,6 +151,8 @@ def _pow(expr: sympy.Expr, lang: _Language, recur: _Print) -> str:
 def _function(expr: sympy.Basic, lang: _Language, recur: _Print) -> str:
     name = type(expr).__name__
     args = expr.args
+    if name == "FloorDiv" and args[1] == int_oo:  # torch's name for 2**64 and more
+        return lang.functions["RShift"](recur(args[0]), lang.integer(64))
     if name in ("FloorDiv", "CleanDiv"):
         return lang.floor_div(args[0], args[1], recur)
     if name in ("Mod", "PythonMod"):
@@ -297,13 +300,28 @@ def _cpp_power(base: sympy.Basic, n: int, recur: _Print) -> str:
     return f"mp::pow<int64_t>({recur(base)}, {n}L)"
 
 
+def _power_of_two(b: sympy.Basic) -> sympy.Basic | None:
+    """The exponent of ``2**exponent``: 64 and more are meant too, where the power itself is beyond 64 bits."""
+    if type(b).__name__ in ("Pow", "PowByNatural") and b.args[0] == 2 and b.args[1].is_integer:
+        return b.args[1]
+    return None
+
+
 def _cpp_floor_div(a: sympy.Basic, b: sympy.Basic, recur: _Print) -> str:
+    exponent = _power_of_two(b)
+    if exponent is not None:
+        return f"mp::shr<int64_t>({recur(a)}, {recur(exponent)})"
+    if b.is_Integer and b > INT64_MAX:
+        return f"mp::shr<int64_t>({recur(a)}, 63L)"  # what is left of 64 bits is the sign
     if b.is_positive and is_nonnegative(a):
         return f"({recur(a)} / {recur(b)})"
     return f"mp::floordiv<int64_t>({recur(a)}, {recur(b)})"
 
 
 def _cpp_modulo(a: sympy.Basic, b: sympy.Basic, recur: _Print) -> str:
+    exponent = _power_of_two(b)
+    if exponent is not None:
+        return f"mp::low_bits({recur(a)}, {recur(exponent)})"
     if b.is_positive and is_nonnegative(a):
         return f"({recur(a)} % {recur(b)})"
     return f"mp::mod<int64_t>({recur(a)}, {recur(b)})"
@@ -333,7 +351,7 @@ _CPP = _Language(
         "BitwiseFn_bitwise_and": _binary("&"),
         "BitwiseFn_bitwise_or": _binary("|"),
         "BitwiseFn_bitwise_xor": _binary("^"),
-        "IntTrueDiv": lambda a, b: f"(double({a}) / double({b}))",
+        "IntTrueDiv": lambda a, b: f"mp::true_divide({a}, {b})",
         "FloatTrueDiv": _binary("/"),
         "ToFloat": lambda a: f"double({a})",
         "TruncToInt": lambda a: f"int64_t({a})",

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from memplan.codegen.cpp_kernel import prelude
+from memplan.codegen.cpp_wrapper_source import _header
 from memplan.codegen.printers import cexpr, pexpr
 from memplan.ir.errors import UnsupportedError
 from memplan.ir.index import FloorDiv, Mod
@@ -221,6 +222,48 @@ def test_inexact_or_unknown_is_refused(expr: sympy.Expr) -> None:
     for printer in (pexpr, cexpr):
         with pytest.raises(UnsupportedError):
             printer(expr)
+
+
+edges = st.sampled_from([0, 1, 2**31, 2**53, 2**53 + 1, 2**62, 2**63 - 1])
+whole = st.builds(lambda n, sign, off: max(-(2**63), min(2**63 - 1, sign * n + off)), edges, st.sampled_from([1, -1]),
+                  st.integers(-3, 3)) | st.integers(-(2**63), 2**63 - 1)  # fmt: skip
+
+
+@given(st.lists(st.tuples(whole, whole, st.integers(0, 200)), min_size=400, max_size=400))
+@settings(
+    max_examples=10, deadline=None, derandomize=True, database=None, phases=(Phase.generate,),
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+@pytest.mark.parametrize("where", ["kernel", "wrapper"])
+def test_all_of_64_bits_is_divided_and_shifted_as_python_does(where: str, rows: list[tuple[int, int, int]]) -> None:
+    a, b, count = SYMBOLS[0], SYMBOLS[1], sympy.Symbol("c", integer=True, nonnegative=True)
+    two = torch_functions.PowByNatural(sympy.Integer(2), count)
+    whole_results = {
+        torch_functions.RShift(a, count): lambda x, y, n: x >> n,
+        torch_functions.FloorDiv(a, two): lambda x, y, n: x // 2**n,
+        torch_functions.RShift(a, 70): lambda x, y, n: x >> 70,
+        torch_functions.RShift(a, 63): lambda x, y, n: x >> 63,
+        FloorDiv(a, sympy.Integer(2**64)): lambda x, y, n: x // 2**64,
+        Mod(sympy.Abs(FloorDiv(a, 2)), two): lambda x, y, n: abs(x // 2) % 2**n,
+        Mod(a, torch_functions.PowByNatural(sympy.Integer(2), Mod(count, 63))): lambda x, y, n: x % 2 ** (n % 63),
+    }
+    quotient = torch_functions.IntTrueDiv(a, b)
+    given_names = "int64_t a, int64_t b, int64_t c"
+    source = [
+        f'extern "C" int64_t w{i}({given_names}) {{ return {cexpr(e)}; }}' for i, e in enumerate(whole_results)
+    ] + [f'extern "C" double q({given_names}) {{ return {cexpr(quotient)}; }}']
+    headers = prelude() if where == "kernel" else _header("cpp_wrapper_prelude.h") + _header("cpp_sizes.h")
+    library = load_library(build_library("\n".join([headers, *source]), name="printers", openmp=False))
+    library.q.restype = ctypes.c_double
+    for x, y, n in rows:
+        arguments = [ctypes.c_int64(v) for v in (x, y, n)]
+        for i, (expr, want) in enumerate(whole_results.items()):
+            function = getattr(library, f"w{i}")
+            function.restype = ctypes.c_int64
+            assert function(*arguments) == want(x, y, n), f"{expr} at {x}, {n}: {cexpr(expr)}"
+            assert eval(pexpr(expr), {"a": x, "b": y, "c": n}) == want(x, y, n), pexpr(expr)
+        if y:
+            assert library.q(*arguments) == x / y, f"{x} / {y}"
 
 
 def test_other_size_functions() -> None:

@@ -17,7 +17,7 @@ from memplan.ir.canonical import canonicalize
 from memplan.ir.errors import CompilerError
 from memplan.runtime.build import build_library
 from memplan.runtime.cuda_launch import build_module
-from memplan.runtime.triton_build import Build, Compiled, Target, compile_builds, compile_kernels
+from memplan.runtime.triton_build import Build, Compiled, Target, compile_builds, compile_kernels, compile_one
 from memplan.runtime.triton_launch import Launcher, make_launcher
 
 
@@ -174,3 +174,11 @@ def test_means_of_doubles_are_counted_in_doubles(cache: Path) -> None:
     assert "_count += 1.0" in kernel.source, "the reduction is to be a loop"
     assert "_count = tl.full([], 0.0, tl.float64)" in kernel.source
     assert isinstance(compile_kernels([kernel], Target())[0], Compiled)
+
+
+def test_the_kernels_that_measure_the_device_itself_build() -> None:
+    from benchmarks.empty_graph import build_of
+
+    for name in ("empty", "add_one", "add_one_early"):
+        found = compile_one(build_of(name), Target())
+        assert (b"griddepcontrol.wait" in found.handle.asm["ptx"].encode()) == (name == "add_one_early")  # type: ignore[attr-defined]

@@ -26,7 +26,7 @@ from memplan.runtime.python_runtime import left_zero, zero_workspace
 from memplan.runtime.triton_build import Build, Compiled, Target, compile_builds
 from memplan.saving_encoding import decode as decode_plan
 from memplan.saving_encoding import encode as encode_plan
-from memplan.template_tuning import Measured, contenders, decode, encode
+from memplan.template_tuning import Measured, beyond_rounding, contenders, decode, encode
 from memplan.templates import collect_templates, emitted_templates
 from tests.program_runner import ProgramRunner, copy_inputs, make_inputs
 from tests.reference_kernel import run_reference
@@ -255,3 +255,30 @@ def test_only_what_was_chosen_is_taken() -> None:
     program = analyzed(gelu_mlp, [(64, 32), (128, 32), (128,), (128, 32)])
     assert Templates().run(program) is program
     assert len(candidates(program)) == 2
+
+
+def test_rounding_of_the_product_is_told_from_a_wrong_answer() -> None:
+    """ATen rounds the product before the gate, a template after it: far apart in the mean, right all the same."""
+    torch.manual_seed(0)
+    a, b, gate = torch.randn(64, 2048), torch.randn(2048, 1024), torch.randn(64, 1024)
+    product = (a.to(HALF).float() @ b.to(HALF).float()) * 4
+    aten = (F.silu(product.to(HALF).float()) * gate).to(HALF)
+    template = (F.silu(product) * gate).to(HALF)
+    mean = float(aten.float().abs().mean())
+    assert float((aten.float() - template.float()).abs().max()) > 0.1 * mean
+    assert beyond_rounding(template, aten, mean, HALF) < 1
+
+    wrong = template.clone()
+    wrong[3, 5] += 0.3 * mean
+    assert beyond_rounding(wrong, aten, mean, HALF) > 1
+    wrong[3, 5] = float("nan")
+    assert not beyond_rounding(wrong, aten, mean, HALF) <= 1
+    both = aten.clone()
+    both[3, 5] = float("nan")
+    assert beyond_rounding(wrong, both, mean, HALF) < 1
+    short = (F.silu(product - a[:, :1] * b[:1] * 16) * gate).to(HALF)  # some terms of the sums are missing
+    assert beyond_rounding(short, aten, mean, HALF) > 1
+
+    decisions = product > 0
+    assert beyond_rounding(decisions, decisions, 0.5, HALF) == 0
+    assert beyond_rounding(~decisions, decisions, 0.5, HALF) > 1

@@ -1,0 +1,116 @@
+"""A wide grid of template configurations for some shapes of `benchmarks.templates`: which ones contenders lack.
+
+    python -m benchmarks.template_sweep [--only split-K] [--most 120]
+
+For each shape: ATen's call with the kernel after it, and the ten fastest configurations of the grid, in microseconds
+(medians, in turns); for the three fastest also with weights that are read past the cache (``evict_first``). What is
+fastest is compared with ATen's answer. Needs one NVIDIA GPU; some twenty seconds a shape, most of it building.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from benchmarks.templates import SHAPES, Shape, candidate
+from memplan.codegen.triton_kernel import TritonKernel
+from memplan.codegen.triton_product import emit_product
+from memplan.ir.template import Method, Product, ProductConfig
+from memplan.runtime.device_times import device_times
+from memplan.runtime.triton_build import Build, Compiled, Target, compile_builds
+from memplan.runtime.triton_launch import make_launcher
+from memplan.template_tuning import _Held
+
+_SHARED = 220 << 10
+Entry = tuple[ProductConfig, TritonKernel]
+
+
+def grid(product: Product, processors: int, most: int) -> list[ProductConfig]:
+    """Configurations that fill the GPU one to three times over; at most so many, evenly picked."""
+    _, rows, columns, _ = product.sizes
+    high, wide = (max(16, 1 << (n - 1).bit_length()) for n in (rows, columns))
+    found: list[ProductConfig] = []
+    sizes = itertools.product((16, 32, 64, 128), (32, 64, 128, 256), (64, 128, 256), (4, 8), (3, 4, 5, 6))
+    for bm, bn, bk, warps, stages in sizes:
+        if bm > high or bn > wide or bm * 4 < min(high, 128) or (bm + bn) * bk * 2 * stages > _SHARED:
+            continue
+        if bm * bn < 64 * 64 and warps == 8:
+            continue
+        plain = ProductConfig(bm, bn, bk, warps=warps, stages=stages)
+        sized = replace(product, config=plain)
+        for waves in (1, 2, 3):
+            parts = waves * processors // sized.tiles
+            parts = parts // 8 * 8 if parts > 16 else parts
+            if parts > 128 or parts < 1 or sized.steps < 2 * parts:
+                continue
+            if parts == 1:
+                found.append(plain)
+                continue
+            split = replace(plain, method=Method.SPLIT, parts=parts)
+            found += [split] if parts < 12 else [replace(split, bunch=b) for b in (4, 8) if parts % b == 0]
+    distinct = list(dict.fromkeys(found))
+    return distinct[:: -(-len(distinct) // most)] if distinct else []
+
+
+def built(product: Product, entries: Sequence[Entry]) -> list[tuple[ProductConfig, TritonKernel, Compiled]]:
+    builds = [Build.of(k, k.configs[0]) for _, k in entries]
+    done = compile_builds(builds, Target.current())
+    return [(c, k, b) for (c, k), b in zip(entries, done, strict=True) if isinstance(b, Compiled)]
+
+
+def past_the_cache(kernel: TritonKernel) -> TritonKernel:
+    """The kernel with its second factor, which is a weight, read so that it leaves the cache first."""
+    changed = re.sub(r"( right = tl\.load\(.*)\)", r'\1, eviction_policy="evict_first")', kernel.source)
+    return replace(kernel, source=changed)
+
+
+def sweep(shape: Shape, most: int) -> None:
+    begin = time.perf_counter()
+    found, program = candidate(shape)
+    processors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+    key = found.key
+    entries = [(c, emit_product(replace(key, config=c), name="product")) for c in grid(key, processors, most)]
+    usable = built(key, entries)
+    held = _Held(found, program)
+
+    def runs(of: Sequence[tuple[ProductConfig, TritonKernel, Compiled]]) -> list[Callable[[], None]]:
+        return [held.aten(), *(held.template(c, make_launcher(k, b)) for c, k, b in of)]
+
+    times = device_times(runs(usable))
+    order = sorted(range(len(usable)), key=lambda k: times[k + 1])[:10]
+    best = [usable[k] for k in order]
+    hinted = built(key, [(c, past_the_cache(k)) for c, k, _ in best[:3]])
+    again = runs([*best, *hinted])
+    aten, *rest = device_times(again)
+    name = f"{shape.name} {shape.rows}x{shape.columns}x{shape.inner} {shape.epilogue}"
+    print(f"{name}: ATen {aten:.1f} us, {len(usable)} configurations, {time.perf_counter() - begin:.0f} s")
+    for number, ((c, *_), took) in enumerate(zip([*best, *hinted], rest, strict=True)):
+        note = "  evict_first" if number >= len(best) else ""
+        parts = f"p{c.parts}" + (f"/{c.bunch}" if c.bunch > 1 else "")
+        sizes = f"{c.rows}x{c.columns}x{c.inner}"
+        print(f"   {took:7.1f} {aten / took:6.3f}  {c.method.value} {sizes} {parts} w{c.warps} s{c.stages}{note}")
+    least = min(range(len(rest)), key=rest.__getitem__)
+    print(f"   fastest against ATen's answer: {held.difference(again[0], again[least + 1]) or 'right'}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="split-K", help="shapes whose name or epilogue contains this")
+    parser.add_argument("--most", type=int, default=120, help="configurations for each shape")
+    given = parser.parse_args()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    for shape in SHAPES:
+        if given.only in f"{shape.name} {shape.epilogue}":
+            sweep(shape, given.most)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

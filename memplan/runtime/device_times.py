@@ -1,0 +1,57 @@
+"""Times of launches on a GPU, by CUDA graphs of several runs: medians over rounds in which all take turns."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+_log = logging.getLogger("memplan.triton")
+_GRAPH_MICROSECONDS = 400.0
+_ROUNDS = 7
+
+
+def device_times(runs: Sequence[Callable[[], None]]) -> list[float]:
+    """Microseconds of each: medians over rounds in which all take turns."""
+    graphs: list[tuple[torch.cuda.CUDAGraph | None, int]] = []
+    for run in runs:
+        try:
+            graphs.append(_recorded(run))
+        except Exception as error:  # a configuration that asks for too much shared memory, for example
+            _log.info("a contender cannot run: %s", error)
+            graphs.append((None, 1))
+    times: list[list[float]] = [[] for _ in runs]
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    for _ in range(_ROUNDS):
+        for k, (graph, count) in enumerate(graphs):
+            if graph is None:
+                continue
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times[k].append(begin.elapsed_time(end) * 1000 / count)
+    return [sorted(t)[len(t) // 2] if t else math.inf for t in times]
+
+
+def _recorded(run: Callable[[], None]) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A graph of as many runs as take a few hundred microseconds, and how many those are."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+    torch.cuda.current_stream().wait_stream(side)
+    count = max(3, min(50, int(_GRAPH_MICROSECONDS / max(1.0, begin.elapsed_time(end) * 1000))))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            run()
+    graph.replay()
+    return graph, count
