@@ -27,6 +27,7 @@ from .calls import backward_call, forward_call, true_elements
 from .capture.attention import simplify_masks
 from .capture.fx import capture
 from .capture.joint import Costs
+from .capture.layout import convolutions_channels_last
 from .capture.partition import Chooser, Cutter, Modules, Partitioned, partitioner
 from .capture.traced import runnable
 from .compilation import (
@@ -242,6 +243,8 @@ class Region:
         return prefetch_received(program, self.partitioned.offloaded, self.host_bandwidth(program))
 
     def compile_inference(self, module: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
+        if self.config.enabled("layout"):
+            convolutions_channels_last(module)
         program = capture(module, Phase.INFERENCE, name=f"inference{self.group}", static_inputs=static_inputs())
         self.hold_to_budget(program)
         if self.records(program):

@@ -113,6 +113,7 @@ PASSES: tuple[type[Pass], ...] = (Lowering, *PIPELINE, SplitReductions, Template
 #: names that ``options={"disable": [...]}`` accepts
 PASS_NAMES = (
     "attention",
+    "layout",
     "chunked_loss",
     "rematerialize",
     "padding",

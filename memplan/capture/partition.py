@@ -27,6 +27,7 @@ from .chunked_loss import chunk_losses
 from .dropout import seed_dropout
 from .eager_memory import eager_memory
 from .joint import Costs, joint_graph
+from .layout import convolutions_channels_last
 from .traced import copied
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,8 @@ def partitioner(config: Config, found: Partitioned, chooser: Chooser) -> Callabl
 
     def partition(joint: torch.fx.GraphModule, inputs: object, *, num_fwd_outputs: int, **kwargs: object) -> Modules:
         found.eager = eager_memory(joint.graph)
+        if config.enabled("layout"):
+            convolutions_channels_last(joint)
         if config.random == "fast":
             seed_dropout(joint)
         if config.loss_chunk and config.enabled("chunked_loss"):

@@ -16,6 +16,7 @@ from torch._dynamo.backends.common import aot_autograd
 from memplan.backend import chooser
 from memplan.capture.attention import Simplified, simplify_masks
 from memplan.capture.fx import capture
+from memplan.capture.layout import convolutions_channels_last
 from memplan.capture.partition import Partitioned, partitioner
 from memplan.ir.config import Config
 from memplan.ir.program import Extern, Phase, Program, View, evaluate
@@ -50,6 +51,8 @@ class Traced:
 
     def compiler(self, phase: Phase) -> Callable[..., Callable[..., object]]:
         def compile_graph(module: torch.fx.GraphModule, _: Sequence[object]) -> Callable[..., object]:
+            if phase is Phase.INFERENCE and self.config.enabled("layout"):
+                convolutions_channels_last(module)
             saved: frozenset[int] = frozenset()
             if phase is Phase.FORWARD:
                 count = len(module.graph.output_node().args[0])  # type: ignore[arg-type]
