@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import sympy
 
-from memplan.ir.index import FloorDiv, Mod, Ranges, expand, ranges_of, simplify
+from memplan.ir.index import FloorDiv, Mod, Ranges, affine, expand, ranges_of, simplify, stride_of
 from memplan.ir.loops import (
     Call,
     Cast,
@@ -28,6 +28,7 @@ from memplan.ir.loops import (
     Reduce,
     Size,
     Store,
+    free_symbols,
     operands,
     value_references,
     value_symbol,
@@ -230,8 +231,10 @@ def _fresh(kernel: Kernel, count: int) -> list[sympy.Symbol]:
 @lru_cache(maxsize=65536)
 def stride(expr: sympy.Expr, symbol: sympy.Symbol) -> sympy.Expr | None:
     """By how much ``expr`` grows with ``symbol``, where that is the same everywhere; None where it is not."""
-    if symbol not in expr.free_symbols:
+    if symbol not in free_symbols(expr):
         return _ZERO
+    if affine(expr) is not None:
+        return stride_of(expr, symbol)
     difference = expand(expr.xreplace({symbol: symbol + 1}) - expr)
     return None if symbol in difference.free_symbols or difference.has(FloorDiv, Mod) else difference
 

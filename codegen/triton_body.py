@@ -12,7 +12,7 @@ import sympy
 import torch
 
 from memplan.ir.errors import LoweringError
-from memplan.ir.index import expand, ranges_of
+from memplan.ir.index import expand, ranges_of, stride_of
 from memplan.ir.loops import (
     CHECKED_INDEX,
     Call,
@@ -141,7 +141,7 @@ class Body:
         for axis in self.loops.axes:
             if len(axis.ranges) < 2 or not all(r.symbol in expr.free_symbols for r in axis.ranges):
                 continue
-            step = expr.coeff(axis.ranges[-1].symbol, 1)
+            step = stride_of(expr, axis.ranges[-1].symbol)
             flat: sympy.Expr = sympy.Integer(0)
             stride: sympy.Expr = sympy.Integer(1)
             for r in reversed(axis.ranges):

@@ -14,8 +14,8 @@ from functools import cached_property
 import sympy
 import torch
 
-from memplan.ir.index import FloorDiv, Mod, bounds, expand, ranges_of, simplify
-from memplan.ir.loops import Index, Kernel, Level, Load, Range, Size, Store, StoreMode, value_references
+from memplan.ir.index import FloorDiv, Mod, affine, bounds, expand, ranges_of, simplify
+from memplan.ir.loops import Index, Kernel, Level, Load, Range, Size, Store, StoreMode, free_symbols, value_references
 from memplan.ir.program import evaluate
 
 Hints = Mapping[sympy.Symbol, int]
@@ -118,8 +118,11 @@ def _simplified(kernel: Kernel) -> Kernel:
 
 
 def _stride(expr: sympy.Expr, symbol: sympy.Symbol, zero: dict[sympy.Symbol, sympy.Integer]) -> int:
-    if symbol not in expr.free_symbols:
+    if symbol not in free_symbols(expr):
         return 0
+    form = affine(expr)
+    if form is not None:
+        return dict(form[1])[symbol]
     at_one = expr.xreplace({**zero, symbol: sympy.Integer(1)})
     return int(at_one - expr.xreplace({**zero, symbol: _ZERO}))
 
@@ -171,9 +174,15 @@ def _ordered(kernel: Kernel, hints: Hints) -> Kernel:
 
 def _merge_pair(expr: sympy.Expr, a: sympy.Symbol, b: sympy.Symbol, size: Size) -> sympy.Expr | None:
     """``expr`` with ``a*size + b`` written as ``b`` (which then runs over both), or None if it is not of that form."""
-    free = expr.free_symbols
+    free = free_symbols(expr)
     if a not in free and b not in free:
         return expr
+    form = affine(expr)
+    if form is not None and isinstance(size, int):
+        factors = dict(form[1])
+        if factors.get(a, 0) != factors.get(b, 0) * size:
+            return None
+        return sympy.Add(form[0], *(s * c for s, c in form[1] if s != a))
     if isinstance(expr, (FloorDiv, Mod)):
         args = [_merge_pair(x, a, b, size) for x in expr.args]
         return None if None in args else expr.func(*args)

@@ -11,8 +11,8 @@ import sympy
 
 from memplan.ir.config import Config
 from memplan.ir.in_flight import Wait
-from memplan.ir.index import FloorDiv, Mod, Ranges, expand, ranges_of, simplify
-from memplan.ir.loops import Kernel, Range, walk_expressions
+from memplan.ir.index import FloorDiv, Mod, Ranges, affine, expand, ranges_of, simplify, stride_of
+from memplan.ir.loops import Kernel, Range, free_symbols, walk_expressions
 from memplan.ir.program import EXTERNAL_KINDS, Contract, Copy, Extern, KernelOp, Operation, Program, UserKernel
 
 from .fuse_body import Body
@@ -146,7 +146,7 @@ def _strides(e: sympy.Expr, symbols: tuple[sympy.Symbol, ...]) -> dict[sympy.Sym
     """Elements that one step of each range moves an access, where that is a plain stride; sizes count as 97."""
     out: dict[sympy.Symbol, int] = {}
     for s in symbols:
-        stride = e.coeff(s, 1)
+        stride = stride_of(e, s)
         if stride != 0:
             value = stride.xreplace({f: sympy.Integer(97) for f in stride.free_symbols})
             if value.is_Integer:
@@ -206,9 +206,15 @@ def _joined(a: Range, b: Range, expressions: list[sympy.Expr], merged: Ranges) -
 def _joined_one(
     e: sympy.Expr, a: sympy.Symbol, b: sympy.Symbol, inner: int | sympy.Expr, merged: Ranges
 ) -> sympy.Expr | None:
-    free = e.free_symbols
+    free = free_symbols(e)
     if a not in free and b not in free:
         return e
+    form = affine(e)
+    if form is not None and isinstance(inner, int):
+        factors = dict(form[1])
+        if factors.get(a, 0) != factors.get(b, 0) * inner or b not in factors:
+            return None
+        return sympy.Add(form[0], *(s * c for s, c in form[1] if s != a))
     if not e.has(FloorDiv, Mod):
         ca, cb = e.coeff(a, 1), e.coeff(b, 1)
         if ca != expand(cb * inner) or cb == 0:

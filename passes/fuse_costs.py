@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import sympy
 
-from memplan.ir.index import ranges_of
+from memplan.ir.index import ranges_of, stride_of
 from memplan.ir.loops import Call, Kernel, Level, Load, Random, Reduce, free_symbols, operands
 from memplan.ir.program import Program, evaluate
 
@@ -189,7 +189,7 @@ def _row_is_contiguous(kernel: Kernel) -> bool:
         symbols = [s for s in free_symbols(index) if s in sizes]
         if not row.intersection(symbols):
             continue
-        inner = [s for s in symbols if index.coeff(s, 1) == 1]
+        inner = [s for s in symbols if stride_of(index, s) == 1]
         if inner:
             nbytes = itemsize * math.prod(sizes[s] for s in symbols)
             balance += nbytes if row.intersection(inner) else -nbytes

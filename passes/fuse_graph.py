@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
-import sympy
 
 from memplan.ir.index import ranges_of
+from memplan.ir.loops import Range, Size
 from memplan.ir.program import EXTERNAL_KINDS, Extern, KernelOp, Operation, Program, evaluate
 
 from .fuse_mapping import count
@@ -35,8 +35,8 @@ class Group:
     reads: frozenset[str]
     writes: frozenset[str]
     mutates: frozenset[str]
-    points: sympy.Expr | None
-    rows: sympy.Expr | None
+    points: Size | None
+    rows: Size | None
 
     @property
     def changes(self) -> frozenset[str]:
@@ -51,9 +51,15 @@ def make_group(number: int, op: Operation) -> Group:
         frozenset(op.reads),
         frozenset(op.writes),
         frozenset(op.mutates),
-        None if kernel is None else count(ranges_of(kernel.outer)),
-        None if kernel is None else count(ranges_of(kernel.row)),
+        None if kernel is None else _points(kernel.outer),
+        None if kernel is None else _points(kernel.row),
     )
+
+
+def _points(ranges: tuple[Range, ...]) -> Size:
+    """Number of points, as an integer where it is known: it is compared with others again and again."""
+    found = count(ranges_of(ranges))
+    return int(found) if found.is_Integer else found
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ import torch
 
 from memplan.ir.index import (
     Ranges,
+    affine,
     bounds,
     delinearize,
     expand,
@@ -72,6 +73,8 @@ def within(expr: sympy.Expr, size: Size, ranges: Ranges) -> bool:
     if expr.is_Integer and expr == 0:
         return True
     limits = bounds(expr, ranges)
+    if limits is not None and isinstance(size, int) and limits[0].is_Integer and limits[1].is_Integer:
+        return int(limits[0]) >= 0 and int(limits[1]) < size
     return (
         limits is not None and is_nonnegative(limits[0]) and is_nonnegative(expand(sympy.sympify(size) - 1 - limits[1]))
     )
@@ -84,6 +87,11 @@ def same_index(a: sympy.Expr, b: sympy.Expr, ranges: Ranges) -> bool:
 
 @lru_cache(maxsize=1 << 16)
 def _same(a: sympy.Expr, b: sympy.Expr, ranges: Ranges) -> bool:
+    first, second = affine(a), affine(b)
+    if first is not None and second is not None:
+        ones = {s for s, n in ranges if n == 1}
+        kept = [(f[0], {t for t in f[1] if t[0] not in ones}) for f in (first, second)]
+        return kept[0] == kept[1]
     return bool(simplify(a - b, ranges) == 0)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import sympy
 
-from memplan.ir.index import Ranges, bounds, expand, is_nonnegative
+from memplan.ir.index import Ranges, bounds, expand, is_nonnegative, stride_of
 from memplan.ir.loops import Call, Constant, Index, Node
 
 _FLIPPED = {"ge": "le", "le": "ge", "gt": "lt", "lt": "gt"}
@@ -36,7 +36,7 @@ def assume(nodes: Sequence[Node], mask: int, ranges: Ranges) -> Assumption | Non
     symbols = {s for s, _ in ranges}
     for expr, (low, high) in _intervals(nodes, mask, ranges).items():
         size = expand(high - low + 1)
-        pivot = next((s for s in _sorted(expr) if s in symbols and s not in forward and expr.coeff(s, 1) == 1), None)
+        pivot = next((s for s in _sorted(expr) if s in symbols and s not in forward and stride_of(expr, s) == 1), None)
         if pivot is None:
             continue
         rest = expand(expr - pivot)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from memplan.ir.config import Config
-from memplan.ir.loops import Kernel
+from memplan.ir.loops import Kernel, Size
 from memplan.ir.program import KernelOp, Operation, Origin, Program, evaluate
 
 from .cleanup import normalise
@@ -347,10 +347,18 @@ def _same_space(a: Group, b: Group) -> bool:
     if a.points == b.points and (a.rows == b.rows or a.rows == 1 or b.rows == 1):
         return True
     if a.rows == 1 and b.rows != 1:
-        return bool(a.points == (b.points * b.rows).expand())
+        return bool(a.points == _product(b))
     if b.rows == 1 and a.rows != 1:
-        return bool(b.points == (a.points * a.rows).expand())
+        return bool(b.points == _product(a))
     return False
+
+
+def _product(group: Group) -> Size:
+    """Points of the whole space."""
+    assert group.points is not None
+    assert group.rows is not None
+    found = group.points * group.rows
+    return found if isinstance(found, int) else found.expand()
 
 
 def _merged_op(first: Group, second: Group, kernel: Kernel) -> KernelOp:

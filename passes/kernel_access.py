@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import sympy
 
-from ..ir.index import bounds, expand, is_nonnegative, ranges_of, simplify
+from ..ir.index import bounds, expand, is_nonnegative, ranges_of, simplify, stride_of
 from ..ir.loops import Kernel, Level, Load, Reduce, Store, StoreMode, operands, value_references
 from ..ir.program import Copy, Extern, KernelOp, Operation, UserKernel, View, argument_views
 
@@ -201,7 +201,7 @@ def _row_alone(kernel: Kernel, source: sympy.Expr, target: sympy.Expr) -> bool:
     start = starts.pop()
     extents = [h + 1 for h in highest]
     wide = [r for r in kernel.outer if r.size != 1]
-    strides = {r.symbol: start.coeff(r.symbol, 1) for r in wide}
+    strides = {r.symbol: stride_of(start, r.symbol) for r in wide}
     if expand(start - sympy.Add(*[s * c for s, c in strides.items()])) != 0:
         return False
     if any(not c.is_Integer or c <= 0 for c in strides.values()):

@@ -20,7 +20,7 @@ from typing import ClassVar
 import sympy
 
 from ..ir.config import Config
-from ..ir.index import expand, simplify
+from ..ir.index import expand, simplify, stride_of
 from ..ir.program import EXTERNAL_KINDS, Buffer, BufferKind, Operation, Program, TensorInput, UserKernel, View
 from .expose_clones import expose_clones
 from .relocation import CopyForm, Relocation, copy_form, relocation_of_target, touched_buffers
@@ -198,7 +198,7 @@ class _Elimination:
 
         A kernel is given a pointer, so its clone has what lies between the elements of a strided view as well.
         """
-        dimensions = sorted((back.read.coeff(s, 1), n) for s, n in back.space if n != 1)
+        dimensions = sorted((stride_of(back.read, s), n) for s, n in back.space if n != 1)
         start = back.read.xreplace({s: sympy.Integer(0) for s, _ in back.space})
         for p in self.later(back.source, position):
             op = self.at(p)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import sympy
 
 from ..ir.in_flight import InFlight
-from ..ir.index import FloorDiv, Mod, Ranges, expand, flat_index, invert, ranges_of, simplify
+from ..ir.index import FloorDiv, Mod, Ranges, expand, flat_index, invert, ranges_of, simplify, stride_of
 from ..ir.loops import Cast, Kernel, Load, Size, Store, StoreMode, value_references
 from ..ir.program import (
     Argument,
@@ -154,7 +154,7 @@ class Relocation:
         Finding any point of the space with this index is enough: no two points share an element.
         """
         sizes = dict(ranges)
-        left = {s: (self.old.coeff(s, 1), n) for s, n in self.space}
+        left = {s: (stride_of(self.old, s), n) for s, n in self.space}
         rest = expand(index - self.old.xreplace({s: sympy.Integer(0) for s in left}))
         solved: dict[sympy.Symbol, sympy.Expr] = {s: sympy.Integer(0) for s in left}
         for term in sympy.Add.make_args(rest):
@@ -184,11 +184,11 @@ class Relocation:
         strides: list[Size] = []
         rest = moved
         for symbol, size, old in zip(symbols, view.sizes, view.strides, strict=True):
-            stride = moved.coeff(symbol, 1) if size != 1 else sympy.sympify(old)
+            stride = stride_of(moved, symbol) if size != 1 else sympy.sympify(old)
             if stride.free_symbols & set(symbols):
                 return None
             strides.append(_size(stride))
-            rest = rest - moved.coeff(symbol, 1) * symbol
+            rest = rest - stride_of(moved, symbol) * symbol
         rest = expand(rest)
         if rest.free_symbols & set(symbols):
             return None

@@ -76,6 +76,43 @@ class Mod(sympy.Expr):  # type: ignore[misc]
         return f"Mod({self.args[0]}, {self.args[1]})"
 
 
+Affine: TypeAlias = tuple[int, tuple[tuple[sympy.Symbol, int], ...]]
+
+
+@lru_cache(maxsize=65536)
+def affine(expr: sympy.Expr) -> Affine | None:
+    """(constant, (symbol, coefficient) of every other term) with integer literals; None of anything else.
+
+    Most indices are of this form, and what is asked of them is then arithmetic on integers, not on expressions.
+    """
+    constant, terms = 0, []
+    for term in sympy.Add.make_args(expr):
+        if term.is_Symbol:
+            terms.append((term, 1))
+        elif term.is_Integer:
+            constant = int(term)
+        elif term.is_Mul and len(term.args) == 2 and term.args[0].is_Integer and term.args[1].is_Symbol:
+            terms.append((term.args[1], int(term.args[0])))
+        else:
+            return None
+    return constant, tuple(terms)
+
+
+@lru_cache(maxsize=65536)
+def affine_sum(constant: int, terms: tuple[tuple[sympy.Symbol, int], ...]) -> sympy.Expr:
+    """The expression of an affine form (see `affine`)."""
+    return sympy.Add(constant, *(s if c == 1 else s * c for s, c in terms))
+
+
+@lru_cache(maxsize=65536)
+def stride_of(expr: sympy.Expr, symbol: sympy.Symbol) -> sympy.Expr:
+    """The coefficient of the symbol itself: ``expr.coeff(symbol, 1)``."""
+    found = affine(expr)
+    if found is None:
+        return expr.coeff(symbol, 1)
+    return sympy.Integer(next((c for s, c in found[1] if s == symbol), 0))
+
+
 @lru_cache(maxsize=65536)
 def expand(expr: sympy.Expr) -> sympy.Expr:
     """Products multiplied out; what is a sum of plain terms already is returned as it is (the common case)."""
@@ -96,7 +133,7 @@ def ranges_of(ranges: Iterable[Range]) -> Ranges:
 def is_nonnegative(expr: sympy.Expr) -> bool:
     """Whether the expression is provably at least zero; size symbols are positive integers."""
     if expr.is_Integer:
-        return bool(expr >= 0)
+        return int(expr) >= 0
     return _is_nonnegative(expr)
 
 
@@ -107,6 +144,9 @@ def _is_nonnegative(expr: sympy.Expr) -> bool:
     expanded = expr if expr.is_Atom else expand(expr)
     if _has_no_negative_term(expanded):
         return True
+    form = affine(expanded)
+    if form is not None and all(s.is_nonnegative for s, _ in form[1]):
+        return False  # negative where everything is as small as can be, or a symbol with a negative factor is large
     return bool(expr.is_nonnegative or expanded.is_nonnegative)
 
 
@@ -143,6 +183,11 @@ def bounds(expr: sympy.Expr, ranges: Ranges) -> tuple[sympy.Expr, sympy.Expr] | 
     if expr.is_Integer:
         return expr, expr
     sizes = dict(ranges)
+    form = affine(expr)
+    if form is not None and all(isinstance(sizes.get(s), int) for s, _ in form[1]):
+        last = [(c, c * (int(sizes[s]) - 1)) for s, c in form[1]]
+        low, high = (form[0] + sum(end for c, end in last if (c > 0) is up) for up in (False, True))
+        return sympy.Integer(low), sympy.Integer(high)
     return _bounds(expr, sizes, ranges)
 
 
@@ -194,6 +239,11 @@ def simplify(expr: sympy.Expr, ranges: Ranges) -> sympy.Expr:
     if expr.is_Atom:
         sizes = dict(ranges)
         return _ZERO if expr in sizes and sizes[expr] == 1 else expr
+    form = affine(expr)
+    if form is not None:
+        ones = {s for s, n in ranges if n == 1}
+        left = tuple([t for t in form[1] if t[0] not in ones])
+        return expr if len(left) == len(form[1]) else affine_sum(form[0], left)
     if not expr.has(FloorDiv, Mod):
         ones = {s: _ZERO for s, n in ranges if n == 1}
         return expand(expr.xreplace(ones) if ones else expr)
@@ -210,6 +260,14 @@ def simplify(expr: sympy.Expr, ranges: Ranges) -> sympy.Expr:
 
 def _split(base: sympy.Expr, divisor: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
     """(quotient, rest) with ``base = quotient * divisor + rest``, the quotient from terms that divide exactly."""
+    form = affine(base)
+    if form is not None and divisor.is_Integer:
+        d = int(divisor)
+        exact = form[0] // d if form[0] % d == 0 else 0
+        return (
+            affine_sum(exact, tuple([(s, c // d) for s, c in form[1] if c % d == 0])),
+            affine_sum(0 if form[0] % d == 0 else form[0], tuple([t for t in form[1] if t[1] % d])),
+        )
     quotient, rest = _ZERO, _ZERO
     for term in sympy.Add.make_args(expand(base)):
         exact = _divide_term(term, divisor)
@@ -342,10 +400,8 @@ def _recombine(expr: sympy.Expr) -> sympy.Expr:
 
 def flat_index(indices: Iterable[sympy.Expr], strides: Iterable[Size], offset: Size = 0) -> sympy.Expr:
     """Element offset of the point ``indices`` of a strided view."""
-    out = sympy.sympify(offset)
-    for i, s in zip(indices, strides, strict=True):
-        out += i * s
-    return expand(out)
+    terms = [i if s == 1 else i * s for i, s in zip(indices, strides, strict=True)]
+    return expand(sympy.Add(*terms, offset))
 
 
 def delinearize(flat: sympy.Expr, sizes: tuple[Size, ...], ranges: Ranges) -> tuple[sympy.Expr, ...]:
@@ -377,24 +433,14 @@ def invert(
     -------
     The value of every symbol of ``space`` as an expression over ``ranges``, or None if the store is not invertible.
     """
-    strides: list[tuple[sympy.Expr, sympy.Symbol, Size]] = []
-    rest = store
-    for symbol, size in space:
-        if size == 1:
-            rest = rest.xreplace({symbol: _ZERO})
-            continue
-        stride = store.coeff(symbol, 1)
-        if stride == 0 or stride.free_symbols & {s for s, _ in space}:
-            return None
-        strides.append((stride, symbol, size))
-        rest = expand(rest - stride * symbol)
-    if rest.free_symbols & {s for s, _ in space}:
+    found = _strides(store, space)
+    if found is None:
         return None
+    strides, rest = found
     order = _nesting_order(strides)
     if order is None:
         return None
-    flat = expand(target - rest)
-    flat = simplify(flat, ranges)
+    flat = simplify(expand(target) if rest is _ZERO else expand(target - rest), ranges)
     out: dict[sympy.Symbol, sympy.Expr] = {s: _ZERO for s, n in space if n == 1}
     for k, (stride, symbol, size) in enumerate(order):
         coordinate = floor_div(flat, stride, ranges)
@@ -403,6 +449,32 @@ def invert(
             coordinate = modulo(coordinate, sympy.sympify(size), ranges)
         out[symbol] = simplify(coordinate, ranges)
     return out
+
+
+Strides: TypeAlias = list[tuple[sympy.Expr, sympy.Symbol, Size]]
+
+
+def _strides(store: sympy.Expr, space: Ranges) -> tuple[Strides, sympy.Expr] | None:
+    """The strides of an index along a space, and what of it is the same at all points; None if it is not affine."""
+    form, symbols = affine(store), {s for s, _ in space}
+    if form is not None:
+        factors = dict(form[1])
+        if any(n != 1 and s not in factors for s, n in space):
+            return None
+        rest = affine_sum(form[0], tuple([t for t in form[1] if t[0] not in symbols]))
+        return [(sympy.Integer(factors[s]), s, n) for s, n in space if n != 1], rest
+    strides: Strides = []
+    rest = store
+    for symbol, size in space:
+        if size == 1:
+            rest = rest.xreplace({symbol: _ZERO})
+            continue
+        stride = store.coeff(symbol, 1)
+        if stride == 0 or stride.free_symbols & symbols:
+            return None
+        strides.append((stride, symbol, size))
+        rest = expand(rest - stride * symbol)
+    return None if rest.free_symbols & symbols else (strides, rest)
 
 
 @lru_cache(maxsize=65536)
@@ -414,16 +486,14 @@ def _is_multiple(large: sympy.Expr, small: sympy.Expr) -> bool:
     return bool(ratio.is_integer and ratio.is_positive)
 
 
-def _nesting_order(
-    strides: list[tuple[sympy.Expr, sympy.Symbol, Size]],
-) -> list[tuple[sympy.Expr, sympy.Symbol, Size]] | None:
+def _nesting_order(strides: Strides) -> Strides | None:
     """Strides from the largest to the smallest, if each one divides the next and holds its extent; else None.
 
     The modulus by a dimension's size is exact only where the next larger stride is a multiple of this dimension's
     whole extent, so gaps (padded rows) are accepted only at multiples of the extent.
     """
     remaining = list(strides)
-    ascending: list[tuple[sympy.Expr, sympy.Symbol, Size]] = []
+    ascending: Strides = []
     extent: sympy.Expr = _ONE
     while remaining:
         found = None

@@ -364,7 +364,7 @@ class Kernel:
         """POINT if the store happens at every point, OUTER if once a row."""
         row = {r.symbol for r in self.row}
         deps = [store.value, *value_references(store.index), *([] if store.mask is None else [store.mask])]
-        point = any(self.levels[k] is Level.POINT for k in deps) or bool(store.index.free_symbols & row)
+        point = any(self.levels[k] is Level.POINT for k in deps) or bool(free_symbols(store.index) & row)
         return Level.POINT if point else Level.OUTER
 
     @cached_property

@@ -34,6 +34,7 @@ from .loops import (
     Size,
     Store,
     StoreMode,
+    free_symbols,
     operands,
     value_references,
 )
@@ -134,14 +135,12 @@ class _Check:
         for r in (*self.kernel.outer, *self.kernel.row):
             if r.symbol in self.sizes:
                 raise self.fail(f"two ranges have the symbol {r.symbol}")
-            size = self.value_of(r.size, f"the size of range {r.symbol}")
+            size = r.size if isinstance(r.size, int) else self.value_of(r.size, f"the size of range {r.symbol}")
             if size < 0:
                 raise self.fail(f"range {r.symbol} has size {size}")
             self.sizes[r.symbol] = size
 
-    def value_of(self, size: Size, what: str) -> int:
-        if isinstance(size, int):
-            return size
+    def value_of(self, size: sympy.Expr, what: str) -> int:
         for symbol in size.free_symbols:
             if symbol not in self.hints:
                 raise self.fail(f"{what} uses the symbol {symbol}, which is no size symbol of the program")
@@ -226,7 +225,7 @@ class _Check:
             dtype = self.kernel.nodes[k].dtype
             if dtype.is_floating_point or dtype.is_complex:
                 raise self.fail(f"{what} is indexed by v{k}, which is {dtype}")
-        for symbol in expr.free_symbols:
+        for symbol in free_symbols(expr):
             if symbol in self.ranges or _is_value(symbol):
                 continue
             if _RANGE_NAME.fullmatch(symbol.name):
@@ -245,7 +244,8 @@ class _Check:
         accesses += [("it writes", s.buffer, s.index) for s in self.kernel.stores if s.mask is None]
         for what, name, index in accesses:
             dtype, nbytes = self.buffers[name]
-            elements = self.value_of(nbytes, f"the size of {name!r}") // dtype.itemsize
+            nbytes = nbytes if isinstance(nbytes, int) else self.value_of(nbytes, f"the size of {name!r}")
+            elements = nbytes // dtype.itemsize
             point = self.point_outside(sympy.sympify(index), elements)
             if point is not None:
                 position, at = point
@@ -299,7 +299,7 @@ class _Check:
 
     def reach(self, expr: sympy.Expr) -> frozenset[sympy.Symbol]:
         """Range symbols that an index depends on, through loaded values too."""
-        found = set(expr.free_symbols) & self.ranges
+        found = set(free_symbols(expr)) & self.ranges
         todo, seen = list(value_references(expr)), set()
         row = {r.symbol for r in self.kernel.row}
         while todo:
@@ -310,7 +310,7 @@ class _Check:
             node = self.kernel.nodes[k]
             own = node.index if isinstance(node, Load) else node.expr if isinstance(node, Index) else None
             if own is not None:
-                found |= set(own.free_symbols) & self.ranges
+                found |= free_symbols(own) & self.ranges
             if isinstance(node, Reduce):
                 found |= set(self.ranges) - row  # a row's value differs from row to row
             else:
