@@ -58,11 +58,11 @@ STAGES = (
     ("memplan.compilation", "ProgramVerifier.__call__", "verify"),
     ("memplan.compilation", "verify_plan", "verify"),
     ("memplan.compilation", "reorder", "order"),
-    ("memplan.compilation", "decide_in_place", "in place"),
-    ("memplan.compilation", "plan_in_place", "in place"),
+    ("memplan.passes.inplace", "plan_in_place", "in place"),
     ("memplan.compilation", "make_plan", "pools"),
     ("memplan.compilation", "choose", "pools"),
     ("memplan.compilation", "step_memories", "pools"),
+    ("memplan.compilation", "own_peak", "peaks"),
     ("memplan.compilation", "_unplanned_peak", "peaks"),
 )
 SMALL = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4}

@@ -36,14 +36,14 @@ from .lowering.contracts import contract
 from .lowering.lower import NOTHING_KEPT, Kept, lower_program
 from .out_of_memory import explained
 from .passes.comm import Communication, place_in_arenas
-from .passes.inplace import InPlace, decide_in_place, plan_in_place
+from .passes.inplace import InPlace, Reuse
 from .passes.offload import WAIT, schedule_copies
 from .passes.overlap import overlap
 from .passes.padding import pad_rows
 from .passes.pipeline import PASSES as PIPELINE
 from .passes.pipeline import Pass, collector_paused, run_pipeline
 from .passes.reorder import reorder
-from .passes.schedule import lifetimes, make_plan, storages, timeline
+from .passes.schedule import lifetimes, make_plan, own_peak, storages, timeline
 from .passes.split_reductions import SplitReductions
 from .passes.templates import Templates
 from .passes.whole_step import Laid
@@ -158,11 +158,11 @@ def plan_program(program: Program, config: Config, kept: Kept = NOTHING_KEPT) ->
 @collector_paused()
 def prepare_program(program: Program, config: Config, kept: Kept = NOTHING_KEPT) -> Prepared:
     """All passes, order and in-place reuse. What is ``kept`` stays a call."""
-    stages = [("captured", _unplanned_peak(program, {}))]
+    stages = [("captured", own_peak(program, _names(program)))]
 
     def on_pass(name: str, before: Program, after: Program) -> None:
         if after is not before:
-            stages.append((name, _unplanned_peak(after, {})))
+            stages.append((name, own_peak(after, _names(after))))
 
     refused = "programs recorded as CUDA graphs keep to the library" if config.cuda_graphs else ""
     facts = {} if refused else facts_of(program, config)
@@ -171,17 +171,17 @@ def prepare_program(program: Program, config: Config, kept: Kept = NOTHING_KEPT)
     passes: tuple[type[Pass] | Pass, ...] = (Lowering(config, kept), *PASSES[1:-2], *last)
     program = run_pipeline(program, config, ProgramVerifier(), on_pass, passes=passes)
     libraries = planner_libraries()
-    order: tuple[str, ...] = tuple(op.name for op in program.operations)
+    order = _names(program)
+    reuse = Reuse(program, _safe_in_place, config.enabled("inplace"))
     bound, program_peak, note = 0, None, libraries.note
     if config.enabled("reorder") and order:
-        pairs = decide_in_place(program, order, kernel_safe=_safe_in_place) if config.enabled("inplace") else {}
-        ordered = reorder(program, pairs, libraries.order)
+        ordered = reorder(program, reuse.taken(order), libraries.order)
         order, bound, program_peak = ordered.order, ordered.lower_bound, ordered.program_peak
-        stages.append(("reorder", _unplanned_peak(program, {}, order)))
+        stages.append(("reorder", own_peak(program, order)))
     copy = next((op for op in program.operations if isinstance(op, HostCopy)), None)
     if copy is not None:
         order = schedule_copies(program, order, figures_for(copy.device, config))
-    order, taken = _overlapped(program, order, config)
+    order, taken = _overlapped(program, order, config, reuse)
     in_place = dict(taken.taken) if taken is not None else {}
     stages.append(("inplace", _unplanned_peak(program, in_place, order)))
     pools = config.pools if config.enabled("pools") and order else "never"
@@ -236,28 +236,26 @@ def plan_prepared(
     return tuple(out)
 
 
-def _overlapped(program: Program, order: tuple[str, ...], config: Config) -> tuple[tuple[str, ...], InPlace | None]:
+def _overlapped(
+    program: Program, order: tuple[str, ...], config: Config, reuse: Reuse
+) -> tuple[tuple[str, ...], InPlace | None]:
     """The order with communication beside computation, if with reuse in place the peak allows it; and that reuse."""
-
-    def reuse(order: tuple[str, ...]) -> InPlace | None:
-        return plan_in_place(program, order, kernel_safe=_safe_in_place) if config.enabled("inplace") else None
-
     taken, extra = reuse(order), config.communication.overlap_bytes
     moved = overlap(program, order, extra) if config.enabled("overlap") else order
     if moved == order:
         return order, taken
-    retaken = reuse(moved)
-    before, after = (
-        _unplanned_peak(program, {} if t is None else t.taken, o) for t, o in ((taken, order), (retaken, moved))
-    )
-    return (moved, retaken) if after <= before + extra else (order, taken)
+    before, after = (_unplanned_peak(program, reuse.taken(o), o) for o in (order, moved))
+    return (moved, reuse(moved)) if after <= before + extra else (order, taken)
 
 
-def _unplanned_peak(program: Program, in_place: Mapping[str, str], order: Sequence[str] | None = None) -> int:
+def _names(program: Program) -> tuple[str, ...]:
+    return tuple([op.name for op in program.operations])
+
+
+def _unplanned_peak(program: Program, in_place: Mapping[str, str], order: Sequence[str]) -> int:
     """Peak of live bytes with every storage its own allocation."""
-    names = [op.name for op in program.operations] if order is None else order
-    stores = storages(program, lifetimes(program, names), in_place)
-    return max(timeline(program, names, stores, (), frozenset()))
+    stores = storages(program, lifetimes(program, order), in_place)
+    return max(timeline(program, order, stores, (), frozenset()))
 
 
 def _is_undecided(op: Operation) -> TypeGuard[Extern]:

@@ -65,6 +65,29 @@ def plan_in_place(program: Program, order: Sequence[str], *, kernel_safe: Kernel
 
 
 @dataclass
+class Reuse:
+    """In-place reuse of one program, decided once for each order that is asked about; None where it is switched off."""
+
+    program: Program
+    kernel_safe: KernelSafe = safe_by_data
+    enabled: bool = True
+    known: dict[tuple[str, ...], InPlace] = field(default_factory=dict)
+
+    def __call__(self, order: tuple[str, ...]) -> InPlace | None:
+        """As `plan_in_place`."""
+        if not self.enabled:
+            return None
+        if order not in self.known:
+            self.known[order] = plan_in_place(self.program, order, kernel_safe=self.kernel_safe)
+        return self.known[order]
+
+    def taken(self, order: tuple[str, ...]) -> dict[str, str]:
+        """As `decide_in_place`."""
+        found = self(order)
+        return {} if found is None else found.taken
+
+
+@dataclass
 class _Decision:
     program: Program
     order: Sequence[str]

@@ -59,6 +59,26 @@ def lifetimes(program: Program, order: Sequence[str]) -> dict[str, Lifetime]:
     return out
 
 
+def own_peak(program: Program, order: Sequence[str]) -> int:
+    """Peak of live bytes with every buffer its own allocation: `timeline` of `storages` with nothing in place."""
+    n, buffers, hints = max(1, len(order)), program.buffers, program.hints
+    change = [0] * (n + 2)
+    for name, life in lifetimes(program, order).items():
+        b = buffers[name]
+        if (b.kind in EXTERNAL_KINDS and not b.donated) or b.memory in UNCOUNTED:
+            continue
+        size = rounded(b.nbytes if isinstance(b.nbytes, int) else evaluate(b.nbytes, hints), b.device)
+        change[life.start] += size
+        change[life.stop] -= size
+    peak, live = 0, 0
+    for k, name in enumerate(order):
+        live += change[k]
+        op = program.by_name[name]
+        scratch = evaluate(op.scratch, hints) if isinstance(op, Extern) else 0
+        peak = max(peak, live + scratch)
+    return peak if order else change[0]
+
+
 @dataclass(frozen=True)
 class Storage:
     """Buffers that share one storage by in-place reuse, as one allocation."""

@@ -100,6 +100,8 @@ class _Search:
     pooled: dict[tuple[int, int | None], Pooled] = field(default_factory=dict)
     groups: dict[int, tuple[_Group, ...]] = field(default_factory=dict)
     tried: dict[_Candidate, _Trial] = field(default_factory=dict)
+    #: by cuts and number of slabs
+    asked: dict[tuple[tuple[int | None, ...], int], Requests] = field(default_factory=dict)
 
     def run(self) -> StepPools:
         programs = len(self.step.laid)
@@ -192,6 +194,12 @@ class _Search:
         return self.tried[c]
 
     def requests(self, c: _Candidate) -> Requests:
+        """The allocator's calls: the same whatever is reserved beforehand."""
+        if (c.cuts, c.slabs) not in self.asked:
+            self.asked[c.cuts, c.slabs] = self.calls(c)
+        return self.asked[c.cuts, c.slabs]
+
+    def calls(self, c: _Candidate) -> Requests:
         pools: list[tuple[int, Pool, int]] = []
         inside: set[tuple[int, str]] = set()
         for owner, cuts in enumerate(c.cuts):

@@ -53,7 +53,7 @@ class BufferKind(Enum):
 
 
 #: Kinds whose storage comes from outside of the program.
-EXTERNAL_KINDS = frozenset({BufferKind.INPUT, BufferKind.PARAMETER, BufferKind.CONSTANT})
+EXTERNAL_KINDS = (BufferKind.INPUT, BufferKind.PARAMETER, BufferKind.CONSTANT)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from memplan.ir.plan import InPlaceOf
 from memplan.ir.program import BufferKind, Contract, KernelOp, Program, View
 from memplan.ir.verify import verify_program
 from memplan.ir.verify_plan import verify_plan
-from memplan.passes.inplace import decide_in_place, plan_in_place
+from memplan.passes.inplace import Reuse, decide_in_place, plan_in_place
 from memplan.passes.kernel_access import kernel_reason
 from memplan.passes.schedule import make_plan
 from tests.generated import Choice, choices, program_from
@@ -348,3 +348,21 @@ def test_the_peak_never_rises(steps: list[Choice]) -> None:
     after = make_plan(program, order, in_place=decide_in_place(program, order))
     assert after.certificate.peak <= before.certificate.peak
     assert all(a <= b for a, b in zip(after.timeline, before.timeline, strict=True))
+
+
+def test_reuse_is_decided_once_for_an_order() -> None:
+    asked: list[tuple[str, str]] = []
+
+    def safe(op: KernelOp, old: str, new: str) -> bool:
+        asked.append((old, new))
+        return True
+
+    p = ProgramBuilder()
+    x = p.input("x", (16, 16))
+    program = p.program(p.pointwise("y", "neg", p.pointwise("t", "exp", x)))
+    reuse = Reuse(program, safe)
+    assert reuse.taken(("t", "y")) == {"y": "t"}
+    assert reuse(("t", "y")) is reuse(("t", "y"))
+    assert asked == [("t", "y")]
+    assert Reuse(program, safe, enabled=False)(("t", "y")) is None
+    assert Reuse(program, safe, enabled=False).taken(("t", "y")) == {}

@@ -11,7 +11,17 @@ from memplan.ir.plan import External, InPlaceOf, InPool, Lifetime, Own, Pool
 from memplan.ir.program import BufferKind, Contract, Program
 from memplan.ir.verify_plan import verify_plan
 from memplan.passes.inplace import decide_in_place
-from memplan.passes.schedule import Storage, by_device, lifetimes, make_plan, must_own, rounded, storages, timeline
+from memplan.passes.schedule import (
+    Storage,
+    by_device,
+    lifetimes,
+    make_plan,
+    must_own,
+    own_peak,
+    rounded,
+    storages,
+    timeline,
+)
 from tests.generated import Choice, choices, program_from
 from tests.programs import ProgramBuilder, with_claims
 
@@ -127,3 +137,13 @@ def test_against_the_count_step_by_step(steps: list[Choice]) -> None:
         program, plan.lifetimes, {b: p.buffer for b, p in plan.placements.items() if isinstance(p, InPlaceOf)}
     )
     assert timeline(program, order, stores, (), frozenset()) == list(plan.timeline)
+    alone = timeline(program, order, storages(program, plan.lifetimes, {}), (), frozenset())
+    assert own_peak(program, order) == max(alone)
+
+
+def test_peak_of_a_program_without_operations() -> None:
+    p = ProgramBuilder()
+    kept = p.input("kept", (16, 16), donated=True)
+    program = p.program(kept)
+    alone = timeline(program, [], storages(program, lifetimes(program, []), {}), (), frozenset())
+    assert own_peak(program, []) == max(alone) == 16 * 16 * 4
