@@ -42,7 +42,7 @@ from .fuse_costs import row_is_contiguous
 
 _MULTIPROCESSORS = 132
 #: program instances that a kernel should have for each multiprocessor
-_INSTANCES = 4
+_INSTANCES = 8
 #: columns that one instance takes where the columns are contiguous
 _COLUMNS = 32
 #: fewest elements of the row that a part must keep: contiguous ones, and strided ones
