@@ -17,6 +17,7 @@ from .calibration import figures_for
 from .codegen import cpp_kernel, triton_kernel
 from .codegen.cpp_wrapper import CppWrapper
 from .codegen.python_wrapper import print_python
+from .codegen.triton_kernel import TritonKernel
 from .codegen.wrapper_lines import WrapperProgram, wrapper_lines
 from .communicating import Communicating, facts_of
 from .convolutions import plan_convolutions
@@ -31,6 +32,7 @@ from .ir.plan import Plan
 from .ir.program import Contract, Extern, KernelOp, Operation, Program
 from .ir.verify import ProgramVerifier
 from .ir.verify_plan import verify_plan
+from .kernel_tuning import tuned, tuning_wanted
 from .lowering.call_site import LOWERINGS
 from .lowering.contracts import contract
 from .lowering.lower import NOTHING_KEPT, Kept, lower_program
@@ -404,17 +406,20 @@ def _compile(planned: Planned, program: Program, config: Config, kept: Kept) -> 
     ahead = choose_wrapper(lines, {}, config) if on_cpu else None
     if ahead is not None:
         build_ahead(ahead, program.name, config)
-    built = with_templates(kernel_sets.build(found, plan.program, config), templates)
+
+    def choose(emitted: Mapping[str, TritonKernel]) -> Mapping[str, int]:
+        gpu = {n: k for n, (_, k) in found.sources.items() if n in emitted}
+        return tuned(lines, gpu, emitted, config, lambda text: _dump(config, f"{program.name}.tuning.py", text))
+
+    first = () if not tuning_wanted(config) else (choose,)
+    built = with_templates(kernel_sets.build(found, plan.program, config, *first), templates)
     built = replace(built, callables={**built.callables, **user.launchers})
     python = print_python(lines, poison=config.poison)
     cpp = ahead if on_cpu else choose_wrapper(lines, built.emitted, config)
-    if config.dump:
-        folder = Path(config.dump)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{program.name}.py").write_text(python.source)
-        (folder / f"{program.name}.kernels.txt").write_text(built.source)
-        if cpp is not None:
-            (folder / f"{program.name}.wrapper.cpp").write_text(cpp.source)
+    _dump(config, f"{program.name}.py", python.source)
+    _dump(config, f"{program.name}.kernels.txt", built.source)
+    if cpp is not None:
+        _dump(config, f"{program.name}.wrapper.cpp", cpp.source)
     gpu = (
         GpuKernel.of(n, launcher.index, built.emitted[n], launcher.compiled) for n, launcher in built.launchers.items()
     )
@@ -425,6 +430,14 @@ def _compile(planned: Planned, program: Program, config: Config, kept: Kept) -> 
     if user.launchers:  # these are compiled by Triton, for what their arguments turn out to be
         return replace(ready, artifact=None), None
     return ready, artifact
+
+
+def _dump(config: Config, name: str, text: str) -> None:
+    """Write generated code to the folder that was asked for, if one was."""
+    if config.dump:
+        folder = Path(config.dump)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
 
 
 def _lines(

@@ -26,6 +26,12 @@ from .runtime.triton_build import Build, Target, compile_builds
 from .runtime.triton_launch import Launcher, make_launcher, widening
 
 Callables = Mapping[str, Callable[..., object]]
+#: which configuration each of some emitted kernels is to be built in (the first one where nothing is said)
+Choose = Callable[[Mapping[str, TritonKernel]], Mapping[str, int]]
+
+
+def _first(emitted: Mapping[str, TritonKernel]) -> Mapping[str, int]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -180,8 +186,8 @@ def _cpp_build_failures(
     return failures or (Failure(tuple(u for n, _ in mine for u in kernels.users[n]), error),)
 
 
-def build_cuda(kernels: KernelSet, program: Program, config: Config) -> BuiltKernels:
-    """Build the GPU kernels and make launchers.
+def build_cuda(kernels: KernelSet, program: Program, choose: Choose = _first) -> BuiltKernels:
+    """Build the GPU kernels, each in the configuration that is chosen for it, and make launchers.
 
     Raises
     ------
@@ -199,7 +205,8 @@ def build_cuda(kernels: KernelSet, program: Program, config: Config) -> BuiltKer
             emitted[name] = emit_triton(kernel, name=name, hints=hints, deterministic=deterministic)
         except _EMITTER_ERRORS as error:
             failures.append(Failure(kernels.users[name], error))
-    builds = [Build.of(k, k.configs[0]) for k in emitted.values()]
+    chosen = {} if failures else choose(emitted)
+    builds = [Build.of(k, k.configs[chosen.get(n, 0)]) for n, k in emitted.items()]
     launchers: dict[str, Launcher] = {}
     for (name, found), built in zip(emitted.items(), compile_builds(builds, Target.current()), strict=True):
         if isinstance(built, CompilerError):
@@ -245,9 +252,9 @@ def build_wide(
     return make_launcher(emitted, built, _index(device))
 
 
-def build(kernels: KernelSet, program: Program, config: Config) -> BuiltKernels:
-    """All kernels of the program."""
+def build(kernels: KernelSet, program: Program, config: Config, choose: Choose = _first) -> BuiltKernels:
+    """All kernels of the program; ``choose`` says which configuration those of a GPU are built in."""
     cpu = build_cpu(kernels, program, config)
-    cuda = build_cuda(kernels, program, config)
+    cuda = build_cuda(kernels, program, choose)
     callables, source = {**cpu.callables, **cuda.callables}, cpu.source + cuda.source
     return replace(cuda, callables=callables, source=source, library=cpu.library)

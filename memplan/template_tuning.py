@@ -27,6 +27,7 @@ from .ir.config import Config
 from .ir.errors import CompilerError, LoweringError
 from .ir.program import Program, View, evaluate
 from .ir.template import Method, Product, ProductConfig, canonical_product
+from .kernel_tuning import ALLOWANCE, keep, tuning_wanted
 from .lowering.lower import Kept
 from .passes.templates import Candidate, Choose, peak
 from .runtime.cache import Cache, cache_key
@@ -40,8 +41,6 @@ _log = logging.getLogger("memplan.triton")
 _VERSION = 2
 #: a template is taken if its time is at most this part of ATen's: less may be noise
 _MARGIN = 0.97
-#: bytes that a measurement may take above what the program itself needs
-_ALLOWANCE = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,7 @@ class Measured:
 
 def chooser(config: Config, kept: Kept) -> Choose:
     """What the pass `templates` asks: measurements where they are wanted and possible, else no template at all."""
-    wanted = config.max_autotune and config.enabled("templates") and not config.plan_only
-    if wanted and torch.distributed.is_available() and torch.distributed.is_initialized():
-        # every rank would measure for itself, and plans of ranks have to be the same
-        wanted = torch.distributed.get_world_size() == 1
-    if not wanted or "cuda" in kept.devices or not torch.cuda.is_available():
+    if not tuning_wanted(config) or not config.enabled("templates") or "cuda" in kept.devices:
         return lambda candidates, program: {}
     return partial(measured_choices, config=config)
 
@@ -81,7 +76,7 @@ def measured_choices(
         elif (chosen := decode(data)) is not None:
             found[key] = chosen
     for key, measured in _without_modes(missing, program).items():
-        store.put(_cache_key(key), encode(measured))
+        keep(store, _cache_key(key), encode(measured))
         if measured.config is not None:
             found[key] = measured.config
     return found
@@ -94,6 +89,7 @@ def _without_modes(missing: Mapping[Product, Candidate], program: Program) -> di
         for device in sorted({c.call.device for c in missing.values()}):
             with torch.cuda.device(device):
                 out.update(measure_all({k: c for k, c in missing.items() if c.call.device == device}, program))
+                torch.cuda.empty_cache()  # the buffers of measurements are not to stay reserved
     return out
 
 
@@ -176,7 +172,7 @@ def measure_all(
                 break
     builds = [Build.of(k, k.configs[0]) for ks in kernels.values() for _, k in ks]
     built = dict(zip(builds, compile_builds(builds, Target.current()), strict=True))
-    limit = peak(program) + _ALLOWANCE if limit is None else limit
+    limit = peak(program) + ALLOWANCE if limit is None else limit
     out: dict[Product, Measured] = {}
     for key, candidate in missing.items():
         usable = [

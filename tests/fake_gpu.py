@@ -100,7 +100,7 @@ class FakeGpu:
 
     def compile_builds(self, builds: Sequence[Build], target: Target) -> list[Compiled]:
         """Kernels of the CPU for what was emitted; the cubin tells the driver which."""
-        parts = [(b.name, self.emitted[b.name][0]) for b in builds]
+        parts = [(n, self.emitted[n][0]) for n in dict.fromkeys(b.name for b in builds)]
         path = build_library(emit_cpp_library(parts, {}), name="fake_gpu", flags=BUILD_FLAGS)
         functions = load_kernels(path, {n: (len(k.buffers), len(k.symbols), k.kernel.checks_indices) for n, k in parts})
         out = []

@@ -33,25 +33,32 @@ def device_times(runs: Sequence[Callable[[], None]]) -> list[float]:
             end.record()
             end.synchronize()
             times[k].append(begin.elapsed_time(end) * 1000 / count)
+    give_workspaces_back()  # those of the streams that recorded
     return [sorted(t)[len(t) // 2] if t else math.inf for t in times]
 
 
 def _recorded(run: Callable[[], None]) -> tuple[torch.cuda.CUDAGraph, int]:
-    """A graph of as many runs as take a few hundred microseconds, and how many those are."""
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-    torch.cuda.current_stream().wait_stream(side)
+    """A graph of as many runs as take a few hundred microseconds, and how many those are.
+
+    The runs before it are on the current stream, and the libraries' workspaces (32 MiB and more for each stream) are
+    given back before the graph takes its own: one at a time, as when the model runs.
+    """
+    run()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
     count = max(3, min(50, int(_GRAPH_MICROSECONDS / max(1.0, begin.elapsed_time(end) * 1000))))
+    give_workspaces_back()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(count):
             run()
     graph.replay()
     return graph, count
+
+
+def give_workspaces_back() -> None:
+    """Free what cuBLAS keeps for each stream; recorded graphs hold theirs, and the next call takes new."""
+    torch._C._cuda_clearCublasWorkspaces()
