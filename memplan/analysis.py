@@ -105,7 +105,7 @@ def _analyzed(
         mode = _mode_of(model, given) or FakeTensorMode(allow_non_fake_inputs=True)
         model, given = _faked(model, given, mode)
     compiled = torch.compile(model, backend=backend, dynamic=dynamic)
-    with record() as recording, torch.set_grad_enabled(backward):
+    with record(one_step=True) as recording, torch.set_grad_enabled(backward):
         compiled(*given[0], **given[1])
     return tuple(recording.graphs)
 

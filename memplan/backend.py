@@ -52,6 +52,7 @@ from .passes.offload_choice import OffloadModel
 from .passes.rematerialize import choose_within
 from .passes.step_peak import step_peak
 from .recompute_prices import cheap_again
+from .remedies import recomputing
 from .runtime import cuda_graphs
 from .runtime.host_copies import finish_copies
 from .step_planning import StepPlanner, joined
@@ -117,8 +118,9 @@ class Region:
     #: the backward as it was planned, and its FX graph's text
     backward: Program | None = None
     backward_code: str = ""
-    #: the forward's plan, once it is compiled
+    #: the forward's plan, once it is compiled, and the backward's
     forward_plan: Callable[[], Plan] | None = None
+    backward_plan: Callable[[], Plan] | None = None
     #: Dynamo's number of the frame, and how often it was compiled before
     compilation: tuple[int, int] | None = field(default_factory=lambda: compilation())
 
@@ -299,6 +301,9 @@ class Region:
         compiled = compile_program(program, self.config, together)
         if program.phase is Phase.FORWARD:
             self.forward_plan = lambda: compiled.plan
+        elif program.phase is Phase.BACKWARD:
+            self.backward_plan = lambda: compiled.plan
+        compiled.remedies.append(lambda had: recomputing(self, had))
         if recording.listening() or trace_log.handlers:  # a plan from the cache is read for them alone
             plan = compiled.plan
             trace(plan)
@@ -510,10 +515,19 @@ def compile_with(
     if config.enabled("attention"):
         simplify_masks(module)
     region = Region(config, next(_groups))
+    compilers = {
+        Phase.FORWARD: region.compile_forward,
+        Phase.BACKWARD: region.compile_backward,
+        Phase.INFERENCE: region.compile_inference,
+    }
+
+    def compiler(phase: Phase) -> Callable[..., Callable[..., object]]:
+        return lambda module, inputs: recording.counted(compilers[phase](module, inputs), region.group, phase)
+
     backend = aot_autograd(
-        fw_compiler=region.compile_forward,
-        bw_compiler=region.compile_backward,
-        inference_compiler=region.compile_inference,
+        fw_compiler=compiler(Phase.FORWARD),
+        bw_compiler=compiler(Phase.BACKWARD),
+        inference_compiler=compiler(Phase.INFERENCE),
         partition_fn=partitioner(config, region.partitioned, chooser(config, device_of(module), region, tell_curve)),
         decompositions=decomposition_table(config),
         keep_inference_input_mutations=True,

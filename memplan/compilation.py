@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import ClassVar, TypeGuard
@@ -36,7 +36,7 @@ from .kernel_tuning import tuned, tuning_wanted
 from .lowering.call_site import LOWERINGS
 from .lowering.contracts import contract
 from .lowering.lower import NOTHING_KEPT, Kept, lower_program
-from .out_of_memory import explained
+from .out_of_memory import Remedy, Shortage, explained
 from .passes.comm import Communication, place_in_arenas
 from .passes.inplace import InPlace, Reuse
 from .passes.offload import WAIT, schedule_copies
@@ -52,6 +52,8 @@ from .passes.whole_step import Laid
 from .plan_cache import Beside, Found, find_entry
 from .planner import planner_libraries
 from .pooling import StepChoice, choose, step_memories
+from .progress import working_on
+from .remedies import switched_on
 from .runtime.host_copies import settled
 from .runtime.python_runtime import namespace
 from .runtime.reserve import reserves_of, reserving
@@ -81,6 +83,8 @@ class CompiledProgram:
     waterfall: tuple[tuple[str, int], ...] = ()
     #: all that runs it, as data; None where something in it is none
     artifact: Artifact | None = None
+    #: what else can be planned when memory runs out, given the bytes that there were; its owner adds to it
+    remedies: list[Callable[[int], Remedy | None]] = field(default_factory=list)
 
     @cached_property
     def plan(self) -> Plan:
@@ -163,6 +167,7 @@ def prepare_program(program: Program, config: Config, kept: Kept = NOTHING_KEPT)
     stages = [("captured", own_peak(program, _names(program)))]
 
     def on_pass(name: str, before: Program, after: Program) -> None:
+        working_on(f"{program.name}: {name} done")
         if after is not before:
             stages.append((name, own_peak(after, _names(after))))
 
@@ -462,11 +467,15 @@ def _assemble(
     """The wrapper joined to what it calls."""
     filename = f"<memplan {program.name}>"
 
-    def explain(plan: Plan, step: int | None, requested: int) -> str:
+    def explain(plan: Plan, shortage: Shortage) -> str:
         from .reports.oom import explain_oom  # only then: reports bring pydantic and rich
 
-        others = [(title, plan_program(program, c, kept).plan) for title, c in alternatives(config)]
-        return explain_oom(plan, step, requested=requested, alternatives=others)
+        def remedies(had: int) -> list[Remedy]:
+            found = [remedy(had) for remedy in made.remedies]
+            again = switched_on(plan, config, lambda c: plan_program(program, c, kept).plan)
+            return [r for r in found if r is not None] + again
+
+        return explain_oom(plan, shortage, remedies)
 
     def in_python() -> Callable[..., object]:
         names = namespace(artifact.python.operators, linked.callables, linked.constants, linked.kernels)
@@ -491,13 +500,3 @@ def _assemble(
     call = settled(call) if WAIT in artifact.python.operators.values() else call
     call = call if linked.communicating is None else linked.communicating.guarded(call)
     return replace(made, call=call)
-
-
-def alternatives(config: Config) -> list[tuple[str, Config]]:
-    """What the user switched off and may switch on again when memory runs out: (what to do, options)."""
-    found = []
-    for name in config.disable:
-        found.append((f"leaving {name!r} out of disable", replace(config, disable=tuple(set(config.disable) - {name}))))
-    if config.pools != "auto":
-        found.append(('pools="auto"', replace(config, pools="auto")))
-    return [(title, replace(c, verify=False, dump=None)) for title, c in found]

@@ -5,20 +5,49 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 
 import torch
 
+from .free_memory import bytes_in, free_on_gpu, free_on_host
 from .ir.plan import Plan
 from .step_sampling import call_sampled
 
-#: Text for a plan, the step that ran (None if not known) and the bytes that were asked for (0 if not known).
-Explain = Callable[[Plan, int | None, int], str]
+
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """What is known of a failure: the step that ran (None: not known), the bytes that were asked for (0: not known).
+
+    ``free``: bytes that could still be had of that device just then (None: not known). ``released``: what the graph had
+    itself is among them, since its wrapper had let go of it before anybody could look.
+    """
+
+    step: int | None
+    requested: int = 0
+    free: int | None = None
+    released: bool = False
+    on_gpu: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """A known change, planned: the bytes that ``what`` (the graph, or the whole step) needs with it and without it."""
+
+    title: str
+    what: str
+    peak: int
+    before: int
+    #: estimated microseconds that it adds to the step; None if nothing is known of that
+    microseconds: float | None = None
+
+
+#: Text for a plan that ran out of memory.
+Explain = Callable[[Plan, Shortage], str]
 
 _CPU = re.compile(r"not enough memory: you tried to allocate (\d+) bytes|DefaultCPUAllocator: can't allocate memory")
 _GPU = re.compile(r"CUDA out of memory\. Tried to allocate")
 _ASKED = re.compile(r"[Tt]ried to allocate (\d+(?:\.\d+)?) (bytes|KiB|MiB|GiB|TiB)")
-_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _TOLD = "_memplan_explained"
 
 
@@ -39,11 +68,8 @@ def explained(
             return call_sampled(call, args, name, filename, starts)
         except RuntimeError as caught:
             error = torchs_own(caught)
-            step = getattr(caught, "memplan_step", None)  # the C++ wrapper's host notes it
             if is_out_of_memory(error) and not getattr(error, _TOLD, False):
-                if step is None:
-                    step = running_step(caught.__traceback__, filename, starts)
-                _enrich(error, plan, step, explain)
+                _enrich(error, caught, plan, filename, starts, explain)
             if error is caught:
                 raise
             raise error from caught
@@ -52,13 +78,41 @@ def explained(
     return run
 
 
-def _enrich(error: RuntimeError, plan: Callable[[], Plan], step: int | None, explain: Explain) -> None:
+def _enrich(
+    error: RuntimeError,
+    caught: RuntimeError,
+    plan: Callable[[], Plan],
+    filename: str,
+    starts: Sequence[int],
+    explain: Explain,
+) -> None:
     try:
-        text = explain(plan(), step, requested(str(error)))
+        shortage = _shortage(str(error), caught, filename, starts)
+        _let_go(caught.__traceback__, filename)  # planning needs memory itself, and so does who tries again
+        text = explain(plan(), shortage)
     except Exception as failure:  # whatever goes wrong here must not hide that memory ran out
         text = f"(memplan could not say more of its plan: {type(failure).__name__}: {failure})"
     error.args = (f"{error}\n\n{text}",)
     setattr(error, _TOLD, True)
+
+
+def _shortage(message: str, caught: RuntimeError, filename: str, starts: Sequence[int]) -> Shortage:
+    """What is known. The C++ wrapper notes its step and frees all that it made on the way out; the frame of Python's
+    still holds it. A GPU's message tells the free bytes of its moment itself."""
+    noted = getattr(caught, "memplan_step", None)
+    in_python = running_step(caught.__traceback__, filename, starts)
+    step = in_python if noted is None else noted
+    if _GPU.search(message):
+        return Shortage(step, requested(message), free_on_gpu(message), on_gpu=True)
+    return Shortage(step, requested(message), free_on_host(), released=in_python is None)
+
+
+def _let_go(traceback: TracebackType | None, filename: str) -> None:
+    """Free what the wrapper's frames hold, which otherwise lives as long as the error."""
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename == filename:
+            traceback.tb_frame.clear()
+        traceback = traceback.tb_next
 
 
 def torchs_own(error: RuntimeError) -> RuntimeError:
@@ -74,8 +128,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 def requested(message: str) -> int:
     """The bytes that an allocator's message says were asked for; 0 if it does not."""
-    found = _ASKED.search(message)
-    return int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    return bytes_in(_ASKED, message) or 0
 
 
 def running_step(traceback: TracebackType | None, filename: str, starts: Sequence[int]) -> int | None:

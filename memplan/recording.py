@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 from .ir.activation import Activation
 from .ir.eager import EagerMemory
 from .ir.plan import Plan
+from .ir.program import Phase
 
 _lock = threading.Lock()
 _active: list[Recording] = []
@@ -24,6 +25,8 @@ class CompiledGraph:
     ``activations``, of a backward: what became of every value of the forward that it needs.
     ``compilation`` is Dynamo's number of the Python frame, and how often it was compiled before: two of one frame are
     alternatives, of which a step runs one. ``eager``, of a forward: the step as eager mode would run it.
+    ``runs``: (step, place) of the calls that were seen, for steps that differ: its region's forward ran as number
+    ``place`` of that step. One region may run many times in a step: layers of one class share it.
     """
 
     plan: Plan
@@ -34,13 +37,54 @@ class CompiledGraph:
     activations: tuple[Activation, ...] = ()
     compilation: tuple[int, int] | None = None
     eager: EagerMemory | None = None
+    runs: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass
 class Recording:
-    """All graphs compiled while it was active, in order."""
+    """All graphs compiled while it was active, in order, and the steps in which their calls were seen.
 
-    graphs: list[CompiledGraph] = field(default_factory=list)
+    A step is a row of forwards with the backwards that follow it. Where no backward follows, calls of one region may be
+    steps of their own: they count once.
+    """
+
+    #: a call runs the whole step (nothing calls a backward afterwards)
+    one_step: bool = False
+    _told: list[CompiledGraph] = field(default_factory=list)
+    _steps: dict[tuple[int, ...], None] = field(default_factory=dict)
+    _now: list[tuple[int, Phase]] = field(default_factory=list)
+    _backward: bool = False
+
+    def add(self, graph: CompiledGraph) -> None:
+        """A graph has been compiled."""
+        self._told.append(graph)
+
+    def called(self, group: int, phase: Phase) -> None:
+        """A graph of a region begins to run."""
+        if phase is Phase.BACKWARD:
+            self._backward = True
+            return
+        if self._backward:
+            self._steps[self._step()] = None
+            self._now.clear()
+            self._backward = False
+        if self.one_step or phase is Phase.FORWARD or (group, phase) not in self._now:
+            self._now.append((group, phase))
+
+    def _step(self) -> tuple[int, ...]:
+        """The forwards of the step so far, by region."""
+        groups = tuple(group for group, _ in self._now)
+        return groups if self._backward or self.one_step else tuple(dict.fromkeys(groups))
+
+    @property
+    def graphs(self) -> list[CompiledGraph]:
+        """The graphs, in order of compilation."""
+        steps = list(dict.fromkeys((*self._steps, self._step())))
+        runs: dict[int, list[tuple[int, int]]] = {}
+        for number, step in enumerate(steps):
+            for place, group in enumerate(step):
+                runs.setdefault(group, []).append((number, place))
+        return [replace(g, runs=tuple(runs.get(g.group, ()))) for g in self._told]
 
     @property
     def plans(self) -> tuple[Plan, ...]:
@@ -48,8 +92,10 @@ class Recording:
 
 
 @contextlib.contextmanager
-def record() -> Iterator[Recording]:
+def record(*, one_step: bool = False) -> Iterator[Recording]:
     """Collect the plans of everything that memplan compiles inside the block.
+
+    ``one_step``: all calls inside it are one step, though no backward follows them.
 
     Examples
     --------
@@ -59,7 +105,7 @@ def record() -> Iterator[Recording]:
     >>> r.plans
     ()
     """
-    recording = Recording()
+    recording = Recording(one_step)
     with _lock:
         _active.append(recording)
     try:
@@ -78,4 +124,20 @@ def tell(graph: CompiledGraph) -> None:
     """Add a compiled graph to every active recording."""
     with _lock:
         for recording in _active:
-            recording.graphs.append(graph)
+            recording.add(graph)
+
+
+def counted(call: Callable[..., object], group: int, phase: Phase) -> Callable[..., object]:
+    """The call, of which every recording that is active when it runs is told; the call itself where none is active."""
+    if not listening():
+        return call
+
+    def run(args: list[object]) -> object:
+        if _active:
+            with _lock:
+                for recording in _active:
+                    recording.called(group, phase)
+        return call(args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run

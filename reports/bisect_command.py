@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from . import terminal
 from .target import TargetError
 
 
@@ -82,22 +83,22 @@ def bisect(
     def fails(disabled: frozenset[str]) -> bool:
         failed = run_failed(script, context.args, (*already, *sorted(disabled)), timeout, verbose=verbose)
         enabled = [p for p in passes if p not in disabled]
-        typer.echo(f"  {'fails ' if failed else 'passes'}  with {', '.join(enabled) or 'no pass at all'}")
+        terminal.write(f"  {'fails ' if failed else 'passes'}  with {', '.join(enabled) or 'no pass at all'}\n")
         return failed
 
     found = halve(passes, fails)
     if found is None:
-        typer.echo(f"{script} does not fail with all passes enabled.")
+        terminal.write(f"{script} does not fail with all passes enabled.\n")
         return
     if found.culprit is None:
         raise TargetError(
             f"{script} fails with every pass disabled too: the fault lies in capture, a kernel or the script itself"
         )
-    typer.echo(f"\nIt fails from pass {found.culprit} on ({found.runs} runs).")
+    terminal.write(f"\nIt fails from pass {found.culprit} on ({found.runs} runs).\n")
     if found.alone:
-        typer.echo(f'Without it alone it passes: options={{"disable": ["{found.culprit}"]}}')
+        terminal.write(f'Without it alone it passes: options={{"disable": ["{found.culprit}"]}}\n')
     else:
-        typer.echo("It also fails without this pass alone: another one has the same fault.")
+        terminal.write("It also fails without this pass alone: another one has the same fault.\n")
     raise typer.Exit(1)
 
 

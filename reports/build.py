@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..ir import plan as ir_plan
 from ..ir import program as ir
 from .allocation import live_bytes
 from .model import (
+    RUN,
     Activation,
     Arena,
     Buffer,
@@ -68,9 +69,10 @@ def report_of(records: Sequence[StepRecord], *, target: str = "") -> Report:
     joins = _joins(records, entries, graphs)
     whole: Graph | None = None
     waterfall: tuple[WaterfallStep, ...] = ()
-    if len(graphs) > 1:
-        chosen, whole = _chosen_step(records, entries, graphs, joins)
-        inside = [g for e, g in zip(entries, graphs, strict=True) if e.record in chosen]
+    ways = steps_of(records)
+    chosen: tuple[int, ...] = tuple(range(len(records)))
+    if len(graphs) > 1 or any(len(way) > 1 for way in ways):
+        chosen, inside, whole = _chosen_step(ways, entries, graphs, joins)
         waterfall = step_waterfall(whole, inside, [records[k].eager for k in chosen])
     elif graphs:
         waterfall = step_waterfall(graphs[0], graphs, ())
@@ -84,22 +86,63 @@ def report_of(records: Sequence[StepRecord], *, target: str = "") -> Report:
         whole=whole,
         waterfall=_closed(_waterfall(records), peak) or waterfall,
         measured=tuple(r.measured for r in records if r.measured is not None),
-        activations=_activations(records, entries, names),
+        activations=_activations(chosen, records, entries, names),
         environment=environment,
     )
 
 
+def steps_of(records: Sequence[StepRecord]) -> list[tuple[int, ...]]:
+    """The ways in which a step can run: the records in the order of their forwards, some perhaps more than once.
+
+    Steps as they were seen to run, with what was never seen to run in none of them; where none were seen, the
+    `compilations`.
+    """
+    seen: dict[int, dict[int, int]] = {}
+    for k, record in enumerate(records):
+        for number, place in record.runs:
+            seen.setdefault(number, {})[place] = k
+    steps = [tuple(places[n] for n in sorted(places)) for _, places in sorted(seen.items())]
+    return list(dict.fromkeys(steps)) or compilations([r.compilation for r in records])
+
+
 def _chosen_step(
-    records: Sequence[StepRecord], entries: Sequence[_Entry], graphs: Sequence[Graph], joins: Sequence[Join]
-) -> tuple[tuple[int, ...], Graph]:
-    """The records that make the step, and their graphs on one timeline."""
-    found: dict[tuple[int, ...], Graph] = {}
-    for chosen in compilations([r.compilation for r in records]):
-        inside = [g for e, g in zip(entries, graphs, strict=True) if e.record in chosen]
-        names = {g.name for g in inside}
-        found[chosen] = whole_step(inside, [j for j in joins if j.forward in names])
-    best = max(found, key=lambda chosen: found[chosen].peak)
-    return best, found[best]
+    ways: Sequence[tuple[int, ...]], entries: Sequence[_Entry], graphs: Sequence[Graph], joins: Sequence[Join]
+) -> tuple[tuple[int, ...], list[Graph], Graph]:
+    """The way that needs most; its graphs in the order in which they run, and all on one timeline."""
+    found = []
+    for way in ways:
+        inside, joined = _laid_out(way, entries, graphs, joins)
+        found.append((way, inside, whole_step(inside, joined)))
+    return max(found, key=lambda one: one[2].peak)
+
+
+def _laid_out(
+    way: Sequence[int], entries: Sequence[_Entry], graphs: Sequence[Graph], joins: Sequence[Join]
+) -> tuple[list[Graph], list[Join]]:
+    """The graphs of a step: forwards in order, then the backwards, the last forward's first. What runs again has the
+    number of its run in its name."""
+    ahead: list[Graph] = []
+    behind: list[Graph] = []
+    found: list[Join] = []
+    times: dict[int, int] = {}
+    for k in way:
+        times[k] = times.get(k, 0) + 1
+        suffix = f"{RUN}{times[k]}" if times[k] > 1 else ""
+        for e, g in zip(entries, graphs, strict=True):
+            if e.record == k:
+                backward = e.plan.program.phase is ir.Phase.BACKWARD
+                (behind if backward else ahead).append(_named(g, f"{g.name}{suffix}"))
+                own = (j for j in joins if j.forward == g.name)
+                found += [replace(j, forward=f"{j.forward}{suffix}", backward=f"{j.backward}{suffix}") for j in own]
+    return ahead + behind[::-1], found
+
+
+def _named(graph: Graph, name: str) -> Graph:
+    """The graph under another name."""
+    if name == graph.name:
+        return graph
+    steps = tuple(s.model_copy(update={"graph": name}) for s in graph.steps)
+    return graph.model_copy(update={"name": name, "steps": steps})
 
 
 def compilations(known: Sequence[tuple[int, int] | None]) -> list[tuple[int, ...]]:
@@ -146,11 +189,12 @@ def _joins(records: Sequence[StepRecord], entries: list[_Entry], graphs: list[Gr
 
 
 def _activations(
-    records: Sequence[StepRecord], entries: Sequence[_Entry], names: Sequence[str]
+    way: Sequence[int], records: Sequence[StepRecord], entries: Sequence[_Entry], names: Sequence[str]
 ) -> tuple[Activation, ...]:
-    """What became of what the backwards need, under the name of the graph that makes it."""
+    """What became of what the backwards of a step need, under the name of the graph that makes it."""
     found = []
-    for k, record in enumerate(records):
+    for k in way:
+        record = records[k]
         graph = next((name for e, name in zip(entries, names, strict=True) if e.record == k), "")
         found += [
             Activation(

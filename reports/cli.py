@@ -72,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(code)
     except BrokenPipeError:
         silence()
+    except OSError as error:  # of a file that could not be written after all: what a target raises is a TargetError
+        complain(OptionError(f"cannot write: {error}"))
+        sys.exit(EXIT_USAGE)
     except Exception:  # our own mistake: shown whole, and no verdict of a gate
         traceback.print_exc()
         sys.exit(EXIT_TARGET)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,7 +15,7 @@ from .target import Request
 
 TARGET_HELP = "A saved report (FILE.json), or MODULE:FACTORY (also FILE.py:FACTORY) returning (model, example_inputs)."
 
-Target = Annotated[str, typer.Argument(help=TARGET_HELP, show_default=False)]
+Target = Annotated[str, typer.Argument(help=TARGET_HELP, metavar="TARGET", show_default=False)]
 Fake = Annotated[bool, typer.Option("--fake/--real", help="Trace with fake tensors: nothing is computed or allocated.")]
 Backward = Annotated[
     bool | None,
@@ -27,6 +29,31 @@ Dynamic = Annotated[bool, typer.Option("--dynamic", help="Let sizes be symbols."
 Options = Annotated[
     list[str] | None,
     typer.Option("--option", "-O", metavar="NAME=VALUE", help="An option of the backend, e.g. disable=inplace."),
+]
+
+
+def _writable(path: Path | None) -> Path | None:
+    """Refuses, before the work is done, a file that cannot be written when it is."""
+    if path is None or str(path) == "-":
+        return path
+    if path.is_dir():
+        raise typer.BadParameter(f"{str(path)!r} is a folder")
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {str(path.parent)!r}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise typer.BadParameter(f"{str(path)!r} may not be written")
+    return path
+
+
+Output = Annotated[
+    Path | None, typer.Option("-o", "--output", help="Save the report as JSON here, too.", callback=_writable)
+]
+OutputFile = Annotated[
+    Path | None, typer.Option("-o", "--output", help="File to write; '-' for standard output.", callback=_writable)
+]
+OutputPage = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", help="Also both charts side by side, as an HTML page.", callback=_writable),
 ]
 Top = Annotated[int, typer.Option(help="How many rows.", min=1, max=100_000)]
 GraphName = Annotated[str, typer.Option("--graph", help="Which graph; 'step' is all of them on one timeline.")]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -24,6 +21,7 @@ from .fit import Attempt, Point, attempt, changes, curves, default_batch, larges
 from .model import Report, read_report, write_report
 from .target import Request, factory_of, is_saved, make, report_for
 from .text import clean, line, percent, shape, signed, size
+from .working import planned, working
 
 #: Largest difference of prediction and measurement that `memplan verify` accepts, in percent.
 TOLERANCE = 1.0
@@ -50,9 +48,7 @@ def diff(
     ] = None,
     group_by: Annotated[given.By, typer.Option("--group-by", help="Group what is alive at the peak.")] = given.By.line,
     top: given.Top = 12,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Also both charts, one under the other, as an HTML page.")
-    ] = None,
+    output: given.OutputPage = None,
     backward: given.Backward = None,
     option: given.Options = None,
 ) -> None:
@@ -65,12 +61,12 @@ def diff(
             raise OptionError("--against measures a peak and has no chart; -o goes with two plans")
         _against(before, against, request)
         return
-    left = report_for(before, request)
+    left = planned(before, request)
     if after is not None:
-        right = report_for(after, request)
+        right = planned(after, request)
     else:
         more = given.parse_options(with_option or ())
-        right = report_for(before, replace(request, options={**request.options, **more}))
+        right = planned(before, replace(request, options={**request.options, **more}))
     show_comparison(terminal.console(), compare(left, right, group_by.value), top)
     if output is not None:
         output.write_text(page.html(left, other=right), encoding="utf-8")
@@ -108,7 +104,7 @@ def _colour(difference: int) -> str:
 
 
 def _against(target: str, backend: str, request: Request) -> None:
-    from .measure import BACKENDS, measured, measured_with
+    from .measure import BACKENDS, STAGES, measured, measured_with
 
     if backend not in BACKENDS:
         raise OptionError(f"--against takes {' or '.join(BACKENDS)}, not {backend!r}")
@@ -116,8 +112,8 @@ def _against(target: str, backend: str, request: Request) -> None:
         raise OptionError(f"{target!r} is a saved report: only a MODULE:FACTORY can be run with another backend")
     with working(f"running with {backend}"):
         theirs = measured_with(make(target), request, backend, target)
-    with working("running with memplan"):
-        ours = measured(make(target), request, target).measured[0]
+    with working("running with memplan", parts=STAGES) as begin:
+        ours = measured(make(target), request, target, begin).measured[0]
     text = Text("Measured peak ", style="bold")
     text.append(f"on {ours.device}: {backend} {size(theirs.peak_allocated)} -> memplan {size(ours.peak_allocated)}")
     difference = ours.peak_allocated - theirs.peak_allocated
@@ -139,7 +135,7 @@ def check(
         raise OptionError("--update needs a --baseline to write")
     if baseline is not None and not update and not baseline.exists():
         raise ReportError(f"there is no baseline {str(baseline)!r}; make one with --update")
-    report = report_for(target, given.request(backward=backward, options=option))
+    report = planned(target, given.request(backward=backward, options=option))
     out = terminal.console()
     if update and baseline is not None:
         write_report(report, baseline)
@@ -184,15 +180,15 @@ def fit(
     if saved and (batch is not None or max_batch):
         raise OptionError(f"{target!r} is a saved report: other batch sizes need a MODULE:FACTORY")
     if max_batch:
-        with working("planning batch sizes"):
-            largest, found = largest_batch(lambda r: report_for(target, r), request, limit)
+        with working("planning batch sizes") as begin:
+            largest, found = largest_batch(lambda r: report_for(target, r), request, limit, begin)
         if found is None:
             out.print(f"Not even a batch of one fits into {size(limit)}.")
             raise typer.Exit(1)
         out.print(f"The largest batch that fits into {size(limit)} is {largest}.")
         _show_attempts(out, [found], limit)
         return
-    now = attempt("as it is", report_for(target, request))
+    now = attempt("as it is", planned(target, request))
     _show_attempts(out, [now], limit)
     if now.total <= limit:
         out.print(Text(f"It fits: {size(limit - now.total)} to spare.", style="green"))
@@ -204,8 +200,8 @@ def fit(
         def plan(asked: Request) -> Report:
             return report_for(target, asked)
 
-        with working("trying changes"):
-            tried = changes(plan, request, limit, now.held, lambda text: told(out, text))
+        with working("planning within the budget") as begin:
+            tried = changes(plan, request, limit, now.held, lambda text: told(out, text), begin)
         _show_attempts(out, tried, limit)
     raise typer.Exit(1)
 
@@ -255,7 +251,7 @@ def verify(
     tolerance: Annotated[float, typer.Option(help="Largest difference in percent.", min=0)] = TOLERANCE,
 ) -> None:
     """Run the step with poisoned memory, then as it is, and hold measurement against plan."""
-    from .measure import measured, worst_difference
+    from .measure import STAGES, measured, worst_difference
 
     if is_saved(target):
         raise OptionError(f"{target!r} is a saved report: verify runs a MODULE:FACTORY")
@@ -267,8 +263,8 @@ def verify(
     mark = Text("pass ", style="green") if right else Text("FAIL ", style="bold red")
     detail = f"poison on: results and gradients differ from eager by at most {difference:.3g} of their size"
     out.print(mark.append(detail, style="none"))
-    with working("measuring"):
-        report = measured(make(target), request, target)
+    with working("measuring", parts=STAGES) as begin:
+        report = measured(make(target), request, target, begin)
     if not _holds(out, report, tolerance) or not right:
         raise typer.Exit(1)
 
@@ -284,15 +280,3 @@ def _holds(out: Console, report: Report, tolerance: float) -> bool:
         detail = f"{m.device}: predicted {size(predicted)}, measured {size(m.peak_allocated)} ({off:.2f}% apart)"
         out.print(mark.append(detail, style="none"))
     return holds
-
-
-@contextmanager
-def working(what: str) -> Iterator[None]:
-    """A spinner on standard error while something takes long; nothing where that is not a terminal."""
-    err = Console(stderr=True)
-    if not err.is_terminal:
-        yield
-        return
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=err, transient=True) as progress:
-        progress.add_task(what, total=None)
-        yield

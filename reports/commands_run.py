@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
 def run(
     context: typer.Context,
     script: Annotated[Path, typer.Argument(help="The script; what follows it is passed on.", show_default=False)],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Save the report as JSON here.")] = None,
+    output: given.Output = None,
     backend_override: Annotated[
         bool, typer.Option("--backend-override", help="Send every torch.compile in it to memplan.")
     ] = False,

@@ -15,8 +15,9 @@ from . import tables, terminal
 from .activations import table as activation_table
 from .model import Report, dump_report, schema, write_report
 from .query import selected
-from .target import Request, make, report_for
+from .target import Request, make
 from .text import size
+from .working import planned, working
 
 
 def register(app: typer.Typer) -> None:
@@ -34,7 +35,7 @@ def register(app: typer.Typer) -> None:
 
 def report(
     target: given.Target,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Save the report as JSON here, too.")] = None,
+    output: given.Output = None,
     fake: given.Fake = True,
     measure: Annotated[bool, typer.Option("--measure", help="Run one step as well, and measure its peak.")] = False,
     backward: given.Backward = None,
@@ -46,7 +47,7 @@ def report(
 ) -> None:
     """Where the memory of a step goes: its peak, the lines of your code that hold it, and how near the bound it is."""
     request = given.request(fake and not measure, backward, dynamic, option)
-    found = measured_report(target, request) if measure else report_for(target, request)
+    found = measured_report(target, request) if measure else planned(target, request)
     if output is not None:
         write_report(found, output)
     match format:
@@ -62,12 +63,13 @@ def report(
 
 def measured_report(target: str, request: Request) -> Report:
     """Compile, run one step, and report plan and measurement."""
-    from .measure import measured
+    from .measure import STAGES, measured
     from .target import is_saved
 
     if is_saved(target):
         raise OptionError(f"{target!r} is a saved report: only a MODULE:FACTORY can be run and measured")
-    return measured(make(target, request.batch), request, target)
+    with working(f"compiling {target}", parts=STAGES) as begin:
+        return measured(make(target, request.batch), request, target, begin)
 
 
 def peak(
@@ -79,7 +81,7 @@ def peak(
     option: given.Options = None,
 ) -> None:
     """Every buffer alive at the peak, largest first, with the line of your code that made it."""
-    chosen = report_for(target, given.request(backward=backward, options=option)).graph(graph)
+    chosen = planned(target, given.request(backward=backward, options=option)).graph(graph)
     if at is not None and at >= len(chosen.steps):
         raise OptionError(f"no step {at}; steps are 0 to {len(chosen.steps) - 1}")
     terminal.console().print(terminal.peak(chosen, step=at, top=top))
@@ -100,7 +102,7 @@ def buffers(
     option: given.Options = None,
 ) -> None:
     """The buffers of a step: size, life, place, what made them, and your line."""
-    chosen = report_for(target, given.request(backward=backward, options=option)).graph(graph)
+    chosen = planned(target, given.request(backward=backward, options=option)).graph(graph)
     rows = selected(chosen, where=where or (), live_at=live_at, sort=sort.value)
     match format:
         case given.Format.rich:
@@ -117,7 +119,7 @@ def activations(
     target: given.Target, top: given.Top = 40, backward: given.Backward = None, option: given.Options = None
 ) -> None:
     """What the backward needs of the forward: saved, narrowed, made in slices, or recomputed, by your lines."""
-    found = report_for(target, given.request(backward=backward, options=option))
+    found = planned(target, given.request(backward=backward, options=option))
     out = terminal.console()
     if not found.activations:
         out.print("This report knows of no activations: nothing in it has a backward.")
@@ -127,7 +129,7 @@ def activations(
 
 def waterfall(target: given.Target, backward: given.Backward = None, option: given.Options = None) -> None:
     """What each stage of the compiler does to the peak, from eager on."""
-    found = report_for(target, given.request(backward=backward, options=option))
+    found = planned(target, given.request(backward=backward, options=option))
     stages = terminal.waterfalls(found)
     out = terminal.console()
     if not stages:
@@ -154,9 +156,7 @@ SUFFIX = {"memviz": ".pickle", "perfetto": ".perfetto.json"}
 def export(
     target: given.Target,
     to: Annotated[To, typer.Option("--to", help="Format.")],
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="File to write; '-' for standard output.")
-    ] = None,
+    output: given.OutputFile = None,
     graph: given.GraphName = "step",
     backward: given.Backward = None,
     option: given.Options = None,
@@ -164,7 +164,7 @@ def export(
     """Write the step for another tool: torch's MemoryViz, Perfetto, a browser, a picture, a pull request, Graphviz."""
     from .export import exported
 
-    found = report_for(target, given.request(backward=backward, options=option))
+    found = planned(target, given.request(backward=backward, options=option))
     data = exported(found, found.graph(graph), to.value)
     path = output or Path(f"memplan{SUFFIX.get(to.value, '.' + to.value)}")
     if str(path) == "-":

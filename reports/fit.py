@@ -33,10 +33,17 @@ def attempt(title: str, report: Report) -> Attempt:
     return Attempt(title, sum(report.step.held_by_caller.values()), report.step.peak)
 
 
-def changes(plan: Planner, request: Request, budget: int, held: int, tell: Callable[[str], None]) -> list[Attempt]:
+def changes(
+    plan: Planner,
+    request: Request,
+    budget: int,
+    held: int,
+    tell: Callable[[str], None],
+    begin: Callable[[str], None] = lambda what: None,
+) -> list[Attempt]:
     """Known changes in order of their price, until one fits: recomputation first, then smaller batches.
 
-    A change that cannot be planned is left out, after ``tell`` was told why.
+    A change that cannot be planned is left out, after ``tell`` was told why; ``begin`` is told of each that is tried.
 
     Parameters
     ----------
@@ -60,6 +67,7 @@ def changes(plan: Planner, request: Request, budget: int, held: int, tell: Calla
     batch = request.batch
     while batch is not None and batch > 1:
         batch //= 2
+        begin(f"planning batch size {batch}")
         found.append(attempt(f"batch size {batch}", plan(replace(request, batch=batch))))
         if found[-1].total <= budget:
             break
@@ -103,14 +111,18 @@ def _frontier(points: list[Point]) -> list[Point]:
     return out
 
 
-def largest_batch(plan: Planner, request: Request, budget: int) -> tuple[int, Attempt | None]:
+def largest_batch(
+    plan: Planner, request: Request, budget: int, begin: Callable[[str], None] = lambda what: None
+) -> tuple[int, Attempt | None]:
     """The largest batch size whose plan fits, by doubling and halving the interval, and its bytes.
 
-    Supposes that a larger batch needs no less memory. (0, None) if not even a batch of one fits.
+    ``begin`` is told of each that is planned. Supposes that a larger batch needs no less memory. (0, None) if not even
+    a batch of one fits.
     """
     tried: dict[int, Attempt] = {}
 
     def fits(batch: int) -> bool:
+        begin(f"planning batch size {batch}")
         tried[batch] = attempt(f"batch size {batch}", plan(replace(request, batch=batch)))
         return tried[batch].total <= budget
 

@@ -17,10 +17,16 @@ from .target import Made, Request, TargetError, report_from, wants_backward
 
 #: What a step can be measured with, beside memplan itself.
 BACKENDS = ("eager", "inductor")
+#: Stages of `measured`.
+STAGES = 3
 
 
-def measured(made: Made, request: Request, target: str, *, warm_up: int = 2) -> Report:
+def measured(
+    made: Made, request: Request, target: str, begin: Callable[[str], None] = lambda stage: None, *, warm_up: int = 2
+) -> Report:
     """Compile with this backend, run ``warm_up`` steps and a measured one, and report plan and measurement.
+
+    ``begin`` is told of each of the `STAGES`.
 
     Raises
     ------
@@ -29,13 +35,16 @@ def measured(made: Made, request: Request, target: str, *, warm_up: int = 2) -> 
     """
     import memplan
 
+    begin("compiling, and running the first steps")
     step = _step(made, _compiled(made, request, "memplan"), _backward(made, request))
     with failures(target), memplan.record() as recording:
         for _ in range(max(1, warm_up)):
             step()
+    begin("measuring the peak")
     with failures(target):
         measurement = measure(step, _device(made))
     report = report_from(recording.graphs, target=target, measured=measurement)
+    begin("measuring step by step of the plan")
     timeline = _timeline(made, request, target, report, [g.plan.program.name for g in recording.graphs])
     return report.model_copy(update={"measured": (measurement.model_copy(update={"timeline": timeline}),)})
 
@@ -199,6 +208,9 @@ def _measure_cuda(step: Callable[[], None], device: torch.device) -> Measurement
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     baseline, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    step()  # the first step after that fills the allocator's cache, beforehand in one piece: no tensor of the step's
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
     step()
     torch.cuda.synchronize(device)
     index = torch.cuda.current_device() if device.index is None else device.index

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .model import Graph
+from .model import Graph, once
 
 #: Before a step's number in the profiler's events.
 _MARK = "memplan step "
-#: (graph, step in it) -> the most bytes held while it ran, above those before the whole step.
-Series = dict[tuple[str, int], int]
+#: (graph, its run in the order of the runs, step in it) -> the most bytes held while it ran, above those before all.
+Series = dict[tuple[str, int, int], int]
 
 
 def sampled_cpu(step: Callable[[], None]) -> Series:
@@ -27,13 +27,16 @@ def sampled_cpu(step: Callable[[], None]) -> Series:
     with sampling(mark), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         step()
     series: Series = {}
+    runs: dict[str, int] = {}
     live, now = 0, None
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
         if event.name() == "[memory]":
             live += event.nbytes()
         elif event.name().startswith(_MARK):
             number, _, name = event.name().removeprefix(_MARK).partition(" ")
-            now = (name, int(number)) if number != "None" else None
+            now = (name, runs.setdefault(name, 0), int(number)) if number != "None" else None
+            if now is None:
+                runs[name] = runs.get(name, 0) + 1
         if now is not None:
             series[now] = max(series.get(now, 0), live)
     return series
@@ -46,14 +49,18 @@ class _CudaMarks:
     device: torch.device
     baseline: int
     series: Series = field(default_factory=dict)
-    running: tuple[str, int] | None = None
+    running: tuple[str, int, int] | None = None
+    runs: dict[str, int] = field(default_factory=dict)
 
     def __call__(self, name: str, number: int | None) -> None:
         if self.running is not None:
             most = torch.cuda.max_memory_allocated(self.device) - self.baseline
             self.series[self.running] = max(self.series.get(self.running, 0), most)
         torch.cuda.reset_peak_memory_stats(self.device)
-        self.running = None if number is None else (name, number)
+        run = self.runs.setdefault(name, 0)
+        self.running = None if number is None else (name, run, number)
+        if number is None:
+            self.runs[name] = run + 1
 
 
 def sampled_cuda(step: Callable[[], None], device: torch.device) -> Series:
@@ -76,11 +83,16 @@ def on_timeline(series: Series, names: Mapping[str, str], graph: Graph) -> tuple
     names:
         What a graph of the run is called in the report.
     """
-    known = {(names.get(name, name), step): value for (name, step), value in series.items()}
+    known = {(names.get(name, name), run, step): value for (name, run, step), value in series.items()}
+    runs: dict[str, list[str]] = {}
     seen: dict[str, int] = {}
     out: list[int | None] = []
     for step in graph.steps:
         number = seen.get(step.graph, 0)
         seen[step.graph] = number + 1
-        out.append(known.get((step.graph, number)))
+        name = once(step.graph)
+        labels = runs.setdefault(name, [])
+        if not number:
+            labels.append(step.graph)
+        out.append(known.get((name, labels.index(step.graph), number)))
     return tuple(out) if any(v is not None for v in out) else ()

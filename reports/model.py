@@ -370,6 +370,17 @@ class StepRecord:
     #: (frame, how often it was compiled before): of records of one frame a step runs one
     compilation: tuple[int, int] | None = None
     eager: EagerMemory | None = None
+    #: (step, place in it) of its calls; empty where none were seen
+    runs: tuple[tuple[int, int], ...] = ()
+
+
+#: Between the name of a graph and the number of its run, in a step that runs it more than once.
+RUN = "@"
+
+
+def once(name: str) -> str:
+    """The name of a graph, of whichever run."""
+    return name.partition(RUN)[0]
 
 
 def attribution(storages: Sequence[Storage], steps: int) -> list[int]:

@@ -2,58 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..ir.plan import Plan
+from ..out_of_memory import Remedy, Shortage
+from .activations import milliseconds
+from .allocation import rounded
 from .build import graph_of
-from .fit import Attempt
 from .model import Graph
 from .terminal import peak_groups, rendered
 from .text import clean, code, line, size, step_title, whereabouts
 
 
-def explain_oom(
-    plan: Plan,
-    step: int | None,
-    *,
-    requested: int = 0,
-    attempts: Sequence[Attempt] = (),
-    alternatives: Sequence[tuple[str, Plan]] = (),
-) -> str:
-    """The message for a device that ran out of memory while ``step`` of ``plan`` ran, as plain text.
+def explain_oom(plan: Plan, shortage: Shortage, remedies: Callable[[int], Sequence[Remedy]] = lambda had: ()) -> str:
+    """The message for a device that ran out of memory while a plan ran, as plain text.
 
     Parameters
     ----------
-    step:
-        None if it is not known: the plan's peak is shown then.
-    requested:
-        Bytes that were asked for and not given; 0 if not known.
-    attempts:
-        Changes whose plans are known (see `memplan.reports.fit.changes`); the one that saves most is named.
-    alternatives:
-        The same for plans of this graph: (what to change, its plan).
+    shortage:
+        Where its step is None, the plan's peak is shown.
+    remedies:
+        Known changes, planned, given the bytes that the step could have had (0: not known). What would have made it
+        fit is told, or how much the nearest of them lacks.
 
     Raises
     ------
     ValueError
         If the plan has no such step.
     """
+    step = shortage.step
     if step is not None and not 0 <= step < max(1, len(plan.order)):
         raise ValueError(f"no step {step} in a plan of {len(plan.order)} steps")
     graph = graph_of(plan)
     at = graph.peak_step if step is None else step
-    lines = [_headline(graph, at, requested, known=step is not None)]
+    had = there_was(graph, shortage)
+    lines = [_headline(graph, at, shortage.requested, known=step is not None)]
     if graph.steps:
+        if had is not None:
+            lines.append(f"  there were about {size(had)} for it, what it held itself and what was free")
         if plan.program.hints:
             lines.append("  (sizes are symbols in this graph: bytes are those of the sizes it was compiled for)")
+        shown = at
         if 2 * graph.live[at] < graph.allocated[at]:  # a pool was asked for: what it is for tells more
-            at = max(range(len(graph.live)), key=lambda k: (graph.live[k], -k))
+            shown = max(range(len(graph.live)), key=lambda k: (graph.live[k], -k))
             lines.append("  A pool is mostly empty then; this is what it will hold:")
-        lines.append(_table(graph, at))
-        lines.append(_peak(graph, at))
-    others = [Attempt(title, 0, graph_of(other).peak) for title, other in alternatives]
-    lines.append(advice(graph, at, [*attempts, *others]))
+        lines.append(_table(graph, shown))
+        lines.append(_peak(graph, shown))
+        lines += [*advice(remedies(had or 0), had), _largest(graph, shown)]
     return "\n".join(filter(None, lines))
+
+
+def there_was(graph: Graph, shortage: Shortage) -> int | None:
+    """Bytes that a graph could have had: those free when it failed, and those that it held; None if not known.
+
+    What the failing step itself makes is taken to be lacking whole, so that they are never too many.
+    """
+    if shortage.free is None or shortage.step is None or not graph.steps:
+        return None
+    device = "cuda" if shortage.on_gpu else "cpu"
+    if any(not b.device.startswith(device) for b in graph.buffers if b.counted):
+        return None
+    if shortage.released:
+        return shortage.free
+    k = shortage.step
+    held = [
+        rounded(s.nbytes, s.device)
+        for s in graph.storages
+        if s.counted
+        and s.pool is None
+        and k < s.death
+        and (s.birth < k or graph.by_name[s.name].placement == "external")
+    ]
+    held += [rounded(p.nbytes, p.device) for p in graph.pools if p.birth < k < p.death]
+    return shortage.free + sum(held)
 
 
 def _headline(graph: Graph, step: int, requested: int, *, known: bool = True) -> str:
@@ -90,24 +111,30 @@ def _peak(graph: Graph, step: int) -> str:
     return f"  The peak of the graph would have been {size(graph.peak)}, at step {at}: {step_title(graph.steps[at])}."
 
 
-def advice(graph: Graph, step: int, attempts: Sequence[Attempt] = ()) -> str:
-    """The largest known change: of the plans given the one with the least bytes, else what is largest at the step."""
-    better = [a for a in attempts if a.peak < graph.peak]
-    if better:
-        best = min(better, key=lambda a: a.peak)
-        return f"  What would help most: {clean(best.title)} needs {size(best.peak)} instead of {size(graph.peak)}."
+def advice(remedies: Sequence[Remedy], had: int | None) -> list[str]:
+    """Known changes: all that would have made it fit, that which needs least first; else the nearest, and its lack."""
+    better = sorted((r for r in remedies if r.peak < r.before), key=lambda r: r.peak)
+    if not better:
+        return ["  No known change would have made it fit; a smaller batch needs less."]
+    if had is None:
+        return ["  What would help most:", *_change(better[0])]
+    fitting = [r for r in better if r.peak <= had]
+    if fitting:
+        changes = (_change(r, f", {size(had - r.peak)} less than there were") for r in fitting)
+        return ["  What would have made it fit:", *(line for lines in changes for line in lines)]
+    nearest = _change(better[0], f", still {size(better[0].peak - had)} more than there were")
+    return ["  No known change would have made it fit; a smaller batch needs less. The nearest:", *nearest]
+
+
+def _change(r: Remedy, against: str = "") -> list[str]:
+    slower = f"; about {milliseconds(r.microseconds)} a step slower" if r.microseconds else ""
+    needs = f"{clean(r.what)} needs {size(r.peak)} instead of {size(r.before)}"
+    return [f"    {clean(r.title)}", f"      {needs}{against}{slower}"]
+
+
+def _largest(graph: Graph, step: int) -> str:
     alive = graph.alive_at(step)
-    saved = sum(s.nbytes for s in alive if graph.shown_at(s, step).kind == "saved")
-    if saved and 2 * saved > graph.live[step]:
-        return (
-            f"  What would help most: {size(saved)} are kept for the backward pass. Recompute more of it with "
-            'options={"recompute_time": 0.3}, or use a smaller batch.\n'
-            "  `memplan fit MODULE:FACTORY --budget BYTES` tries such changes without running them."
-        )
-    if alive:
-        b = graph.shown_at(alive[0], step)
-        return (
-            f"  The largest buffer is {clean(b.name)}, {size(alive[0].nbytes)}, made at {whereabouts(b.origin)}.\n"
-            "  `memplan fit MODULE:FACTORY --budget BYTES` tries smaller batches and options without running them."
-        )
-    return "  None of this graph's own buffers is alive there: the memory is held by something else."
+    if not alive:
+        return "  None of this graph's own buffers is alive there: the memory is held by something else."
+    b = graph.shown_at(alive[0], step)
+    return f"  The largest buffer is {clean(b.name)}, {size(alive[0].nbytes)}, made at {whereabouts(b.origin)}."

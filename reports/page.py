@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from .model import Graph, Report
-from .payload import payload
+from .payload import pair, payload
 from .text import clean, size
 
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
@@ -25,27 +25,22 @@ _PAGE = """<!doctype html>
 <script type="module">
 {module}
 const headers = JSON.parse(document.getElementById("headers").textContent);
-globalThis.memplan = headers.map((header, k) =>
-  mount(document.getElementById("view"), header, decode(document.getElementById("data" + k).textContent)));
+const parts = headers.map((header, k) => decode(document.getElementById("data" + k).textContent));
+globalThis.memplan = mount(document.getElementById("view"), headers, parts);
 </script></body></html>
 """
 
 
 def module_source() -> str:
-    """The canvas module's text."""
-    return Path(__file__).with_name("view.js").read_text(encoding="utf-8")
+    """The canvas module's text: two files that make one module, since a page and a widget take one."""
+    here = Path(__file__).parent
+    return "".join((here / name).read_text(encoding="utf-8") for name in ("drawing.js", "view.js"))
 
 
 def html(report: Report, graph: Graph | None = None, other: Report | None = None) -> str:
-    """The page of a report's step (or of one of its graphs); with ``other``, both under one another."""
-    payloads = [payload(report, graph or report.step)]
-    if other is not None:
-        payloads.append(payload(other, other.step))
+    """The page of a report's step (or of one of its graphs); with ``other``, both side by side."""
+    payloads = [payload(report, graph or report.step)] if other is None else pair(report, other)
     headers = [p.header for p in payloads]
-    for header, name in zip(headers, ("before: ", "after: ") if other is not None else (), strict=False):
-        header["title"] = f"{name}{header['title']}"
-        # one scale for both, or the eye compares nothing
-        header["highest"] = max(report.step.peak, (other or report).step.peak)
     blocks = "\n".join(
         f'<script type="application/octet-stream" id="data{k}">{base64.b64encode(p.data).decode()}</script>'
         for k, p in enumerate(payloads)

@@ -74,6 +74,12 @@ def payload(report: Report, graph: Graph) -> Payload:
     return Payload(header, data)
 
 
+def pair(before: Report, after: Report) -> list[Payload]:
+    """Two reports to be drawn side by side (the module draws both on one scale)."""
+    both = [("before", payload(before, before.step)), ("after", payload(after, after.step))]
+    return [Payload({**p.header, "title": f"{name}: {p.header['title']}"}, p.data) for name, p in both]
+
+
 def _boundaries(graph: Graph) -> list[dict[str, object]]:
     """The first step of each graph of a whole step."""
     found: list[dict[str, object]] = []

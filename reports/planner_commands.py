@@ -17,6 +17,7 @@ import typer
 
 from .. import planner
 from ..ir.errors import MemplanError, PlanningError
+from . import terminal
 from .planner_files import BufferTable, read_buffers, read_json, write_buffers, write_json
 
 EXIT_DOES_NOT_FIT = 1
@@ -45,7 +46,7 @@ def _positive(value: float) -> float:
 
 
 def _print(table: dict[str, int | float | bool], as_json: bool, lines: list[str]) -> None:
-    typer.echo(json.dumps(table) if as_json else "\n".join(lines))
+    terminal.write((json.dumps(table) if as_json else "\n".join(lines)) + "\n")
 
 
 def _too_large(table: BufferTable, path: Path, capacity: int) -> str | None:

@@ -15,7 +15,7 @@ from ..ir.plan import Plan
 from . import png, tables, terminal
 from .model import Report, dump_report, read_report, write_report
 from .page import html
-from .payload import payload
+from .payload import pair, payload
 from .target import CompiledGraph, report_from
 
 
@@ -25,6 +25,16 @@ class Recorded(Protocol):
 
     @property
     def graphs(self) -> Iterable[CompiledGraph]: ...
+
+
+@dataclass(frozen=True)
+class Still:
+    """The picture of a report alone."""
+
+    report: Report
+
+    def _repr_png_(self) -> bytes:
+        return png.picture(self.report.step)
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,10 @@ class ShownReport:
             bundle |= widget_bundle(self.widget())
         return bundle, {}
 
+    def _display_(self) -> object:
+        """What marimo shows: the view (with anywidget), else the picture."""
+        return self.widget() if importlib.util.find_spec("anywidget") is not None else Still(self.report)
+
     def widget(self) -> object:
         """The interactive view as an anywidget.
 
@@ -65,7 +79,8 @@ class ShownReport:
         """
         from .widget import view
 
-        return view([payload(r, r.step) for r in (self.report, self.other) if r is not None])
+        shown = [payload(self.report, self.report.step)] if self.other is None else pair(self.report, self.other)
+        return view(shown)
 
     def save(self, path: Path | str) -> None:
         """Write the report: ``.json`` to be read again, ``.html``, ``.png`` or ``.md`` to be looked at."""

@@ -44,6 +44,8 @@ class CompiledGraph(Protocol):
     def compilation(self) -> tuple[int, int] | None: ...
     @property
     def eager(self) -> EagerMemory | None: ...
+    @property
+    def runs(self) -> tuple[tuple[int, int], ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +227,7 @@ def _record(members: Sequence[CompiledGraph | Plan]) -> StepRecord:
         activations=tuple(a for m in told for a in m.activations),
         compilation=next((m.compilation for m in told), None),
         eager=next((m.eager for m in told if m.eager is not None), None),
+        runs=next((m.runs for m in told if m.runs), ()),
     )
 
 

@@ -6,6 +6,7 @@ import io
 import itertools
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 
 from rich.console import Console, Group, RenderableType
@@ -15,7 +16,7 @@ from rich.text import Text
 from . import activations
 from .cells import Place
 from .measured import farthest
-from .model import Buffer, Graph, Measurement, Report, WaterfallStep
+from .model import Buffer, Graph, Measurement, Report, WaterfallStep, once
 from .query import GroupBy, grouped, room
 from .text import clean, code, line, percent, shape, short, signed, size, step_title, whereabouts
 
@@ -295,15 +296,18 @@ def measured_curve(graph: Graph, measured: Measurement, width: int = 72) -> Text
 
 
 def graph_table(report: Report) -> RenderableType:
-    """One row per compiled graph; those that the step does not run (compiled again for other sizes) say so."""
-    inside = {s.graph for s in report.step.steps}
+    """One row per compiled graph; those that the step does not run (compiled again for other sizes), or runs more than
+    once (layers of one class share a graph), say so."""
+    times = Counter(map(once, dict.fromkeys(s.graph for s in report.step.steps)))
     table = _table(
         "graph", "phase", "steps", "buffers", "in place", "pools", "peak", justify=dict.fromkeys(range(2, 7), "right")
     )
     for g in (*report.graphs, *([report.whole] if report.whole is not None else [])):
         in_place = sum(b.placement == "in_place" for b in g.buffers)
         counts = [str(n) for n in (len(g.steps), len(g.buffers), in_place, len(g.pools))]
-        apart = " (another compilation)" if g.steps and g.phase != "step" and g.name not in inside else ""
+        apart = ""
+        if g.steps and g.phase != "step" and times[g.name] != 1:
+            apart = f" ({times[g.name]} times)" if times[g.name] else " (another compilation)"
         table.add_row(clean(g.name), PHASES[g.phase] + apart, *counts, size(g.peak))
     return table
 

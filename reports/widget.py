@@ -13,7 +13,7 @@ from .payload import Payload
 
 
 class MemoryView(anywidget.AnyWidget):
-    """One or more graphs under one another; ``data`` holds their columns, ``headers`` says where each begins."""
+    """One graph, or two side by side; ``data`` holds their columns, ``headers`` says where each begins."""
 
     _esm = module_source()
     headers = traitlets.Unicode("[]").tag(sync=True)

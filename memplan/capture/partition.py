@@ -56,6 +56,15 @@ class Chooser:
     search: Callable[[Cutter, int, frozenset[int]], Modules] | None = None
 
 
+@dataclass(frozen=True)
+class Recut:
+    """The means to cut a region's joint graph again; the number of the forward's results, parameters by position."""
+
+    cut: Cutter
+    forward_outputs: int
+    parameters: frozenset[int]
+
+
 @dataclass
 class Partitioned:
     """What the partitioner learned, for the compilers that AOTAutograd calls next."""
@@ -68,6 +77,8 @@ class Partitioned:
     offloaded: tuple[str, ...] = ()
     #: the step as eager mode would run it
     eager: EagerMemory | None = None
+    #: how it can be cut again, where what is kept is ours to choose
+    recut: Recut | None = None
 
 
 def partitioner(config: Config, found: Partitioned, chooser: Chooser) -> Callable[..., Modules]:
@@ -84,8 +95,8 @@ def partitioner(config: Config, found: Partitioned, chooser: Chooser) -> Callabl
         own = config.enabled("rematerialize")
 
         def cut(choose: Choose) -> Modules:
-            # torch's partitioner changes the graph that it is given
-            given = torch.fx.GraphModule(joint, copied(joint.graph)) if chooser.search else joint
+            # torch's partitioner changes the graph that it is given (cut again, what it made of it is cut)
+            given = torch.fx.GraphModule(joint, copied(joint.graph)) if chooser.search or found.recut else joint
             fates: list[tuple[Activation, ...]] = []
             choosing = _choosing(replace(chooser, choose=choose) if own else None, fates)
             with functorch_config.patch(recompute_views=True), choosing:
@@ -95,11 +106,12 @@ def partitioner(config: Config, found: Partitioned, chooser: Chooser) -> Callabl
             modules[0].meta[_FATES] = fates[-1] if fates else ()
             return modules
 
+        parameters = frozenset(kwargs.get("static_lifetime_input_indices") or ())  # type: ignore[call-overload]
         if chooser.search is not None and own:
-            parameters = kwargs.get("static_lifetime_input_indices") or ()
-            forward, backward = chooser.search(cut, num_fwd_outputs, frozenset(parameters))  # type: ignore[call-overload]
+            forward, backward = chooser.search(cut, num_fwd_outputs, parameters)
         else:
             forward, backward = cut(chooser.choose)
+        found.recut = Recut(cut, num_fwd_outputs, parameters) if own else None
         found.forward_outputs = num_fwd_outputs
         found.forward, found.backward = forward, backward
         found.activations = forward.meta.pop(_FATES, ())

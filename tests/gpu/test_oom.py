@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -39,4 +40,32 @@ def test_the_error_shows_the_plan(train: bool) -> None:
     assert "Tried to allocate" in text, "torch's own words come first"
     assert "memplan: memory ran out at step" in text
     assert "test_oom.py:" in text, "the user's line"
-    assert "What would help most" in text or "The largest buffer is" in text
+    assert "there were about" in text
+    assert "The largest buffer is" in text
+
+
+def layers(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+    for up, down in zip(weights[::2], weights[1::2], strict=True):
+        x = x + torch.nn.functional.gelu(x @ up) @ down  # 156 MiB are kept for the backward of each layer
+    return x.square().mean()
+
+
+@pytest.mark.usefixtures("small_gpu")
+@pytest.mark.parametrize("wrapper", ["python", "cpp"])
+def test_the_budget_that_it_names_does_make_it_fit(wrapper: str) -> None:
+    x = torch.randn(80_000, 128, device="cuda")
+    weights = [torch.randn(s, device="cuda", requires_grad=True) for s in [(128, 512), (512, 128)] * 8]
+
+    def step(options: dict[str, object]) -> None:
+        torch.compiler.reset()
+        torch.compile(layers, backend="memplan", options={"wrapper": wrapper, **options})(x, weights).backward()
+        for w in weights:
+            w.grad = None
+
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        step({})
+    text = str(caught.value)
+    found = re.search(r'What would have made it fit:\n    options=\{"budget": (\d+)\}', text)
+    assert found, text
+    del caught
+    step({"budget": int(found[1])})

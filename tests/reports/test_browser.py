@@ -39,10 +39,10 @@ document.body.append(out);
 </script></body>"""
 
 
-def seen(report: Report, script: str, folder: Path) -> dict[str, object]:
-    """What a script, run in the page of a report, noted in ``seen``."""
+def seen(report: Report, script: str, folder: Path, other: Report | None = None) -> dict[str, object]:
+    """What a script, run in the page of a report (or two), noted in ``seen``."""
     file = folder / "page.html"
-    file.write_text(page(report).replace("</body>", DRIVER % script))
+    file.write_text(page(report, other=other).replace("</body>", DRIVER % script))
     command = [
         str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,900",
         f"--user-data-dir={folder}/profile", "--virtual-time-budget=20000", "--dump-dom", file.as_uri(),
@@ -102,6 +102,27 @@ def test_the_pointer_and_the_keys(tmp_path: Path) -> None:
     assert "1.00 MiB (1048576)" in str(found["largest"])
     assert 0 < int(str(found["matched"])) < int(str(found["count"]))
     assert found["rows"] == 1, "the click chose step 0, where one buffer is alive"
+
+
+def test_two_reports_side_by_side(tmp_path: Path) -> None:
+    found = seen(
+        training(),
+        """const [before, after] = globalThis.memplan;
+        const boxes = [before, after].map((v) => v.canvas.getBoundingClientRect());
+        seen.beside = boxes[0].right <= boxes[1].left && boxes[0].top === boxes[1].top;
+        seen.titles = [before, after].map((v) => v.root.querySelector(".title").textContent);
+        seen.scales = [before, after].map((v) => [v.total, v.highest]);
+        before.look(1, 4, 0, before.total / 2); await settle();
+        seen.parts = [before, after].map((v) => [v.x0 / v.steps, v.x1 / v.steps, v.y1]);
+        seen.redrawn = after.timings.length;""",
+        tmp_path,
+        build_report([plans.inference()], target="small"),
+    )
+    assert found["beside"]
+    assert found["titles"] == ["before: train.py:make: peak 1.81 MiB", "after: small: peak 48.0 KiB"]
+    (left, right), (one, two) = found["scales"], found["parts"]  # type: ignore[misc]
+    assert left == right, "one scale for both"
+    assert one == pytest.approx(two), "they show the same part"
 
 
 def test_nothing_of_a_name_becomes_markup(tmp_path: Path) -> None:

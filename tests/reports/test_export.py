@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.cuda import _memory_viz
 
+from memplan.out_of_memory import Remedy, Shortage
 from memplan.reports import memviz, structured
 from memplan.reports.build import build_report
 from memplan.reports.model import Graph
@@ -108,13 +109,31 @@ def test_the_drawn_boxes_cover_every_live_byte() -> None:
 
 def test_out_of_memory_names_the_line_and_a_change(golden: object) -> None:
     forward, _, _ = plans.training()
-    text = explain_oom(forward, 2, requested=1 << 30)
+    planned = [
+        Remedy('options={"budget": 900000}', "the whole step", 800_000, 1_900_000, 12.0),
+        Remedy("leaving 'fusion' out of disable", "forward0", 1_700_000, 1_800_000),
+    ]
+    told: list[int] = []
+
+    def remedies(had: int) -> list[Remedy]:
+        told.append(had)
+        return planned
+
+    text = explain_oom(forward, Shortage(2, 1 << 30, free=300_000, on_gpu=True), remedies)
     assert "your line: /home/ann/train.py:14    h = F.gelu(self.up(x))" in text
     assert "asking for 1.00 GiB" in text
-    assert "kept for the backward pass" in text
+    # free, buf0 and pool0: what the step itself makes is not counted
+    assert told == [300_000 + 1_048_576 + 786_432]
+    assert "What would have made it fit" in text
     golden("oom.txt", text + "\n")  # type: ignore[operator]
+    nearest = explain_oom(forward, Shortage(2, 1 << 30, free=0, released=True, on_gpu=True), remedies)
+    assert "No known change would have made it fit" in nearest
+    assert "still 781 KiB more than there were" in nearest
+    assert told[-1] == 0
+    unknown = explain_oom(forward, Shortage(2), remedies)
+    assert 'What would help most:\n    options={"budget": 900000}' in unknown
     with pytest.raises(ValueError, match="no step 9"):
-        explain_oom(forward, 9)
+        explain_oom(forward, Shortage(9))
 
 
 def test_the_widget_holds_what_the_page_holds() -> None:

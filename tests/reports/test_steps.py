@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 import memplan
 from memplan.ir.eager import EagerMemory
 from memplan.ir.errors import ReportError
+from memplan.ir.program import Phase
+from memplan.recording import CompiledGraph, Recording
 from memplan.reports.build import compilations
 from memplan.reports.cells import cropped
 from memplan.reports.measure import measured
@@ -21,6 +23,7 @@ from memplan.reports.shown import report
 from memplan.reports.step_waterfall import eager_peak
 from memplan.reports.target import Made, Request, report_from
 from memplan.reports.terminal import rendered, summary
+from tests.reports import plans
 
 
 class Broken(torch.nn.Module):
@@ -61,6 +64,75 @@ def test_a_step_runs_one_compilation_of_each_frame(run: Report) -> None:
     assert inside[:2] == [g.name for g in forwards[2:]], "the larger batch needs more"
     assert run.step.peak < sum(g.peak for g in run.graphs)
     assert rendered(summary(run)).count("(another compilation)") == 4
+
+
+class Layer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.linear(x))
+
+
+class Layered(torch.nn.Module):
+    """Layers of one class, each a graph of its own: Dynamo compiles the second and uses it for the third and fourth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Layer() for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            torch._dynamo.graph_break()
+            x = layer(x)
+        return x
+
+
+def test_a_graph_that_runs_more_than_once_counts_as_often() -> None:
+    made = Made(Layered(), (torch.randn(512, 64, requires_grad=True),), {})
+    found = measured(made, Request(fake=False), "layers", warm_up=1)
+    phases = [g.phase for g in found.graphs]
+    assert phases.count("forward") < 4, "layers share a graph"
+    ran = list(dict.fromkeys(s.graph for s in found.step.steps))
+    assert len(ran) == 8, "four forwards and four backwards"
+    (m,) = found.measured
+    assert m.peak_allocated >= 4 * 512 * 64 * 4, "each layer keeps its result"
+    assert m.peak_allocated <= found.step.peak <= 1.35 * m.peak_allocated
+    assert sum(v is not None for v in m.timeline) > 0.9 * len(m.timeline), "every run of a graph is measured apart"
+    first = [k for k, s in enumerate(found.step.steps) if s.graph == ran[0]]
+    last = [k for k, s in enumerate(found.step.steps) if s.graph == ran[3]]
+    assert max(m.timeline[k] or 0 for k in last) > max(m.timeline[k] or 0 for k in first)
+    assert " times)" in rendered(summary(found))
+    assert sum(a.nbytes for a in found.activations if a.fate == "saved") >= 4 * 512 * 64 * 4
+    planned = report_from(memplan.analyze(made.model, made.args))
+    assert len(dict.fromkeys(s.graph for s in planned.step.steps)) == 8, "the same without running it"
+
+
+def test_calls_are_parted_into_steps() -> None:
+    def steps(calls: str, **how: bool) -> list[str]:
+        """``F`` and ``B`` with the number of their region; regions of each step that differs."""
+        recording = Recording(**how)
+        plan = plans.inference()
+        groups = sorted({int(n) for n in calls[1::2]})
+        for group in groups:
+            recording.add(CompiledGraph(plan, group))
+        phases = {"F": Phase.FORWARD, "B": Phase.BACKWARD, "I": Phase.INFERENCE}
+        for phase, group in zip(calls[::2], calls[1::2], strict=True):
+            recording.called(int(group), phases[phase])
+        rows: dict[int, dict[int, int]] = {}
+        for g in recording.graphs:
+            for number, place in g.runs:
+                rows.setdefault(number, {})[place] = g.group
+        return ["".join(str(row[k]) for k in sorted(row)) for _, row in sorted(rows.items())]
+
+    assert steps("F0B0F0B0") == ["0"], "two steps that are alike"
+    assert steps("F0F1F1B1B1B0") == ["011"], "layers of one class"
+    assert steps("F0B0F1B1") == ["0", "1"], "two sizes, one after the other"
+    assert steps("F0F0F0") == ["0"], "without a backward these may be three steps"
+    assert steps("F0F0F0", one_step=True) == ["000"]
+    assert steps("I0I1I0I1F2B2") == ["012"]
+    assert steps("") == []
 
 
 def test_compilations_side_by_side() -> None:

@@ -40,6 +40,7 @@ class Compiled:
     activations: tuple[Activation, ...] = ()
     compilation: tuple[int, int] | None = None
     eager: EagerMemory | None = None
+    runs: tuple[tuple[int, int], ...] = ()
 
 
 def planned(model: object, args: Sequence[object], kwargs: object = None, **how: object) -> list[Compiled]:
