@@ -49,6 +49,9 @@ EXPENSIVE = frozenset(
     ]
 )
 
+#: those, and operations that a vector unit takes many cycles for
+DEAR = EXPENSIVE | {"sqrt", "rsqrt", "div", "reciprocal", "truncdiv"}
+
 
 def point_cost(kernel: Kernel) -> int:
     """What a point costs, in units of a simple operation on memory."""

@@ -23,8 +23,10 @@ from .cpp_values import SPECIAL, Texts, storage_type
 
 __all__ = ["BUILD_FLAGS", "emit_cpp", "emit_cpp_library", "pointer_types", "prelude", "safe_in_place"]
 
-#: Flags that the text needs: one storage may be read under one dtype and written under another (in-place reuse).
-BUILD_FLAGS = ("-fno-strict-aliasing",)
+#: Flags that the text needs: one storage may be read under one dtype and written under another (in-place reuse). Off
+#: are two passes of g++ that move a comparison across the selections before it, into a form that does not vectorise
+#: (measured: relu and max pooling in one kernel, channels last, 1.40 ms with them and 0.044 ms without).
+BUILD_FLAGS = ("-fno-strict-aliasing", "-fno-tree-pre", "-fno-thread-jumps")
 
 
 def emit_cpp(

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import sympy
+import torch
 
-from memplan.ir.loops import Level, Range, Reduce, Size, Store, StoreMode, operands
+from memplan.ir.loops import Call, Level, Load, Range, Reduce, Size, Store, StoreMode, operands
 
 from .cpp_loops import dependencies, store_operands
 from .cpp_schedule import MOST_CHUNKS, OWNED_ELEMENTS, PARALLEL_WORK, Form, Pass, Schedule, Threads
@@ -153,6 +154,7 @@ class Printer:
     def pointwise(self) -> None:
         outer = self.kernel.outer
         order = [r.symbol for r in outer]
+        self.columns()
         needed = self.needed(self.roots())
         if self.schedule.tiles is not None:
             print_tiled(self)
@@ -178,6 +180,22 @@ class Printer:
             else:
                 self.innermost(name, "0", high, needed, order)
 
+    def columns(self) -> None:
+        """Values of the vectorised range alone, into arrays that all loops read."""
+        wanted = self.schedule.columns
+        if not wanted:
+            return
+        symbol, size = self.schedule.vector.symbol.name, cexpr(self.schedule.vector.size)
+        for k in wanted:
+            self.line(f"alignas(64) {compute_type(self.texts.dtype(k))} t{k}[{size}];")
+        self.vectorise()
+        with self.loop(symbol, "0", size):
+            for k in self.needed(wanted):
+                self.define(k)
+            for k in wanted:
+                self.line(f"t{k}[{symbol}] = v{k};")
+        self.stored.update({k: f"t{k}[{symbol}]" for k in wanted})
+
     def owners(self, needed: list[int], order: list[sympy.Symbol]) -> None:
         """A parallel loop over parts of the innermost range; each part walks over all the outer ranges in order."""
         outer = self.kernel.outer
@@ -190,9 +208,33 @@ class Printer:
                 self.innermost(name, f"{name}_", f"{name}_end", needed, order)
 
     def innermost(self, name: str, low: str, high: str, needed: list[int], order: list[sympy.Symbol]) -> None:
+        inner = [k for k in needed if self.level(k, order) == len(order)]
+        switches = self.switches(inner)
+        if switches:
+            # g++ neither unswitches a loop on several conditions nor vectorises a selection by one that stays the
+            # same; where all hold (away from a border), the compiler sees that they do
+            with self.braces(f"if ({' & '.join(f'v{k}' for k in switches)})"):
+                self.line(f"constexpr bool {', '.join(f'v{k} = true' for k in switches)};")
+                self.vector_loop(name, low, high, inner)
+            with self.braces("else"):
+                self.vector_loop(name, low, high, inner)
+            return
+        self.vector_loop(name, low, high, inner)
+
+    def vector_loop(self, name: str, low: str, high: str, inner: list[int]) -> None:
         self.vectorise()
         with self.loop(name, low, high):
-            self.body([k for k in needed if self.level(k, order) == len(order)], self.kernel.stores)
+            self.body(inner, self.kernel.stores)
+
+    def switches(self, inner: list[int]) -> list[int]:
+        """Conditions that stay the same in the vectorised loop and that masks and selections in it depend on."""
+        found: set[int] = set()
+        for k in inner:
+            node = self.kernel.nodes[k]
+            used = operands(node) if isinstance(node, (Load, Call)) else ()
+            found.update(o for o in used if self.kernel.nodes[o].dtype is torch.bool)
+        found.update(s.mask for s in self.kernel.stores if s.mask is not None)
+        return sorted(k for k in found - set(inner) if self.dependencies[k] and k not in self.stored)
 
     def hoisted(self, needed: list[int], order: list[sympy.Symbol], most: int) -> None:
         for k in needed:

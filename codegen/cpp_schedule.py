@@ -21,9 +21,9 @@ from functools import lru_cache
 
 import sympy
 
-from memplan.ir.loops import Call, Kernel, Level, Load, Random, Range, Reduce, Store, operands
+from memplan.ir.loops import CHECKED_INDEX, Call, Kernel, Level, Load, Random, Range, Reduce, Store, operands
 
-from .cpp_costs import EXPENSIVE, point_cost
+from .cpp_costs import DEAR, EXPENSIVE, point_cost
 from .cpp_loops import (
     Access,
     Hints,
@@ -47,6 +47,10 @@ PARALLEL_WORK = 32768
 WANTED_TASKS = 16
 #: elements of a row in the arrays that keep values from one pass to the next: 128 KiB of stack, half a usual L2 cache
 MOST_KEPT = 32768
+#: elements of the vectorised range in the arrays of values that depend on it alone: 16 KiB of stack, half an L1 cache
+MOST_COLUMNS = 4096
+#: times that such a value is used again, from which an array pays
+LEAST_REUSE = 16
 #: a row is cut into at most this many chunks
 MOST_CHUNKS = 64
 #: elements that one thread owns at least: a cache line of float32, so that threads do not write to one another's
@@ -86,7 +90,8 @@ class Schedule:
     (points; 0: whole). ``work`` is the number of points, for the run-time threshold where sizes are dynamic.
     ``kept`` are point values that a row form computes in one pass and reads in later ones from an array of the row;
     ``tiles`` says which loads of a pointwise kernel are transposed through tiles. ``apart``: no two values of the
-    vectorised range ever write to the same element.
+    vectorised range ever write to the same element. ``columns`` are values of a pointwise kernel that depend on the
+    vectorised range alone and are worth computing once, before the loops, into arrays over it.
     """
 
     kernel: Kernel
@@ -102,6 +107,7 @@ class Schedule:
     kept: tuple[int, ...] = ()
     tiles: Tiles | None = None
     apart: bool = False
+    columns: tuple[int, ...] = ()
 
     @property
     def vector(self) -> Range:
@@ -167,8 +173,26 @@ def _pointwise(kernel: Kernel, found: list[Access], hints: Hints, threads: bool,
         elif tasks < 2:
             parallel, collapse = False, 0
     chosen = Threads.OUTER if parallel else Threads.NONE
-    passes = (Pass((), kernel.stores),)
-    return Schedule(kernel, Form.POINTWISE, chosen, 1, collapse, block, 0, passes, cost, (0,) * len(kernel.nodes))
+    passes, stage, columns = (Pass((), kernel.stores),), (0,) * len(kernel.nodes), _columns(kernel, sizes)
+    return Schedule(kernel, Form.POINTWISE, chosen, 1, collapse, block, 0, passes, cost, stage, columns=columns)
+
+
+def _columns(kernel: Kernel, sizes: list[int]) -> tuple[int, ...]:
+    """Values of the vectorised range alone, as a channel's reciprocal deviation in channels-last layout, that have a
+    root, a division or worse in them and that values of other ranges use."""
+    if len(sizes) < 2 or math.prod(sizes[:-1]) < LEAST_REUSE or not isinstance(kernel.outer[-1].size, int):
+        return ()
+    depends, alone = dependencies(kernel), {kernel.outer[-1].symbol}
+    dear: set[int] = set()
+    leaving = {k for s in kernel.stores for k in store_operands(s)}
+    for k, node in enumerate(kernel.nodes):
+        if depends[k] != alone:
+            leaving.update(operands(node))
+        elif isinstance(node, Call) and (node.op in DEAR or any(o in dear for o in operands(node))):
+            dear.add(k)
+    checked = any(isinstance(n, Call) and n.op == CHECKED_INDEX for n in kernel.nodes)
+    found = tuple(sorted(dear & leaving))
+    return () if checked or len(found) * int(kernel.outer[-1].size) > MOST_COLUMNS else found
 
 
 def _owned(kernel: Kernel, hints: Hints, threads: bool) -> Schedule:

@@ -22,6 +22,7 @@ from .codegen.wrapper_lines import WrapperProgram, wrapper_lines
 from .communicating import Communicating, facts_of
 from .convolutions import plan_convolutions
 from .cpp_wrapping import load_in_cpp
+from .cpu_scratch import count_cpu_scratch
 from .fallback import with_fallback
 from .ir.canonical import canonicalize
 from .ir.config import Config
@@ -112,7 +113,9 @@ class Lowering:
         if self.config.enabled("padding") and not self.kept.devices:
             program = pad_rows(program, LOWERINGS.__contains__)
         program = with_contracts(lower_program(program, self.config, self.kept))
-        return plan_convolutions(program, self.config) if self.config.enabled("convolutions") else program
+        if self.config.enabled("convolutions"):
+            program = plan_convolutions(program, self.config)
+        return count_cpu_scratch(program, self.config) if self.config.enabled("cpu_scratch") else program
 
 
 PASSES: tuple[type[Pass], ...] = (Lowering, *PIPELINE, SplitReductions, Templates, Communication)
@@ -124,6 +127,7 @@ PASS_NAMES = (
     "rematerialize",
     "padding",
     "convolutions",
+    "cpu_scratch",
     *(p.name for p in PASSES),
     "reorder",
     "overlap",

@@ -25,10 +25,10 @@ import torch.distributed
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .ir.config import Config
-from .ir.errors import CacheError
-from .ir.program import Argument, Contract, Extern, Literal, Operation, Program, Tuple, View
-from .runtime.cache import Cache, cache_key
+from .ir.program import Contract, Extern, Operation, Program, View
+from .runtime.cache import cache_key
 from .runtime.convolution import cudnn_flags
+from .sampled_calls import is_static, keep, nbytes, plain, sample, stored
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def plan_convolutions(
     unknown: list[tuple[str, str]] = []
     for op in program.operations:
         if isinstance(op, Extern) and op.target in (FORWARD, BACKWARD) and op.device.startswith("cuda"):
-            facts = find(op, config) if _is_static(op) else None
+            facts = find(op, config) if is_static(op) and not op.kwargs else None
             if facts is None:
                 unknown.append((op.name, f"{op.target}: its scratch on {op.device} is not known and not counted"))
             else:
@@ -97,30 +97,6 @@ def _torch_version() -> tuple[int, ...]:
     return tuple(int(p) for p in torch.__version__.split("+")[0].split(".")[:2])
 
 
-def _is_static(op: Extern) -> bool:
-    views = [v for v in (*op.args, *op.results) if isinstance(v, View)]
-    numbers = [n for v in views for n in (*v.sizes, *v.strides)]
-    return not op.kwargs and all(isinstance(n, int) for n in numbers) and _plain(op.args) is not None
-
-
-def _plain(args: tuple[Argument, ...]) -> list[object] | None:
-    """The arguments as data: tensors by shape, strides and dtype; None if there are symbols among them."""
-    found: list[object] = []
-    for a in args:
-        if isinstance(a, View):
-            found.append([list(a.sizes), list(a.strides), str(a.dtype)])
-        elif isinstance(a, Literal) and (a.value is None or isinstance(a.value, (bool, int))):
-            found.append(a.value)
-        elif isinstance(a, Tuple):
-            inner = _plain(a.items)
-            if inner is None:
-                return None
-            found.append(inner)
-        else:
-            return None
-    return found
-
-
 # -- what is known ---------------------------------------------------------------------------------------------------
 
 
@@ -131,7 +107,7 @@ def facts_of(op: Extern, config: Config) -> Facts | None:
     name = torch.cuda.get_device_name(op.device)
     results = [None if v is None else [list(v.sizes), list(v.strides)] for v in op.results]
     flags = (torch._C._get_cudnn_enabled(), *cudnn_flags())
-    about = json.dumps([op.target, _plain(op.args), results, flags], separators=(",", ":"))
+    about = json.dumps([op.target, plain(op.args), results, flags], separators=(",", ":"))
     with _lock:
         key = (name, about)
         if key not in _known:
@@ -152,29 +128,18 @@ def _key(name: str, about: str) -> str:
     return cache_key("convolution", _VERSION, name, *versions, about)
 
 
-def _store(config: Config) -> Cache:
-    return Cache(config.cache_dir) if config.cache_dir else Cache()
-
-
 def _stored(name: str, about: str, config: Config) -> Facts | None:
-    data = _store(config).get_bytes(_key(name, about))
-    if data is None:
+    content = stored(_key(name, about), config)
+    if not isinstance(content, dict):
         return None
-    try:
-        content = json.loads(data)
-        backend, scratch, as_planned = (content[n] for n in ("backend", "scratch", "as_planned"))
-    except (ValueError, KeyError, TypeError):
-        return None
+    backend, scratch, as_planned = (content.get(n) for n in ("backend", "scratch", "as_planned"))
     if not (isinstance(backend, str) and isinstance(scratch, int) and scratch >= 0 and isinstance(as_planned, bool)):
         return None
     return Facts(backend, scratch, as_planned)
 
 
 def _keep(name: str, about: str, facts: Facts, config: Config) -> None:
-    try:
-        _store(config).put(_key(name, about), json.dumps(asdict(facts)).encode(), suffix=".json")
-    except CacheError as error:
-        log.warning("what a convolution needs on %s cannot be stored, and will be measured again: %s", name, error)
+    keep(_key(name, about), asdict(facts), f"what a convolution needs on {name}", config)
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------
@@ -190,7 +155,7 @@ def _measured(op: Extern, config: Config) -> Facts | None:
     device = torch.device(op.device)
     free, _ = torch.cuda.mem_get_info(device)
     views = [v for v in (*op.args, *op.results) if isinstance(v, View)]
-    if 2 * sum(map(_nbytes, views)) + _ALLOWANCE > free:
+    if 2 * sum(map(nbytes, views)) + _ALLOWANCE > free:
         log.info("%s (%s) is not measured: %s has %d bytes left", op.target, op.name, op.device, free)
         return None
     with torch.no_grad(), _disable_current_modes(), torch._C._DisableAutocast(), torch.cuda.device(device):
@@ -203,13 +168,8 @@ def _measured(op: Extern, config: Config) -> Facts | None:
             return None
 
 
-def _nbytes(view: View) -> int:
-    reach = sum((int(n) - 1) * int(s) for n, s in zip(view.sizes, view.strides, strict=True) if int(n) > 0)
-    return (reach + 1) * view.dtype.itemsize
-
-
 def _run(op: Extern, device: torch.device) -> Facts:
-    args = [_value(a, device) for a in op.args]
+    args = [sample(a, device) for a in op.args]
     backend = _backend(args, op.target == BACKWARD)
     summed = backend in _SUMMED
     if op.target == FORWARD:
@@ -226,20 +186,6 @@ def _run(op: Extern, device: torch.device) -> Facts:
 def _as_planned(result: torch.Tensor, view: View | None) -> bool:
     laid_out = None if view is None else (tuple(view.sizes), tuple(view.strides), view.offset)
     return laid_out == (tuple(result.shape), result.stride(), 0)
-
-
-def _value(argument: Argument, device: torch.device) -> object:
-    match argument:
-        case View():
-            sizes, strides = [int(n) for n in argument.sizes], [int(s) for s in argument.strides]
-            # numbers that are none slow nothing down, but what is timed should be ordinary
-            return torch.empty_strided(sizes, strides, dtype=argument.dtype, device=device).zero_()
-        case Tuple(items):
-            return [_value(i, device) for i in items]
-        case Literal(value):
-            return value
-        case _:
-            raise TypeError(f"{argument} is no argument of a convolution of known sizes")
 
 
 def _backend(args: Sequence[object], backward: bool) -> str:

@@ -28,6 +28,7 @@ import torch
 from .artifact import Artifact
 from .capture.fx import HigherOrderCall
 from .communicating import group_of
+from .cpu_scratch import decides
 from .ir.config import Config
 from .ir.errors import CacheError, CompilerError, SavedModelError
 from .ir.plan import Plan
@@ -204,7 +205,7 @@ def _settings() -> KeyPart:
 
 def _machine(program: Program, store: Cache) -> KeyPart:
     """The devices of the program as far as code depends on them, and the compiler."""
-    found: list[KeyPart] = [find_toolchain(cache=store).fingerprint()]
+    found: list[KeyPart] = [find_toolchain(cache=store).fingerprint(), decides(program)]
     for device in sorted({b.device for b in program.buffers.values()}):
         if device.startswith("cuda") and torch.cuda.is_available():
             about = torch.cuda.get_device_properties(device)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import sympy
 import torch
+from reference_kernel import run_reference
 
 from memplan.codegen.cpp_kernel import BUILD_FLAGS, emit_cpp_library
 from memplan.ir.canonical import CanonicalKernel, canonicalize
@@ -33,6 +34,15 @@ def run_cpp(
     arguments += [ctypes.c_int64(values[s]) for s in canonical.symbols]
     library.kernel(*arguments)
     return source
+
+
+def compare(kernel: Kernel, buffers: dict[str, torch.Tensor], hints: dict[sympy.Symbol, int] | None = None) -> None:
+    """Run a kernel on the buffers (changed in place), and its reference on copies; both must give the same."""
+    expected = {n: t.clone() for n, t in buffers.items()}
+    run_reference(kernel, expected, hints)
+    run_cpp(kernel, buffers, hints)
+    for name, value in buffers.items():
+        torch.testing.assert_close(value, expected[name], equal_nan=True, msg=lambda t, n=name: f"{n}: {t}")
 
 
 def build_and_load(

@@ -7,7 +7,7 @@ import math
 import pytest
 import sympy
 import torch
-from cpp_running import run_cpp
+from cpp_running import compare, run_cpp
 from reference_kernel import run_reference
 
 from memplan.codegen.cpp_kernel import emit_cpp, safe_in_place
@@ -52,14 +52,6 @@ def row_kernel(rows: Size, columns: Size, *nodes: Node, point: int | None = None
 def softmax(rows: Size, columns: Size) -> Kernel:
     nodes = (Reduce("max", (0,), f32), Call("sub", (0, 1), f32), Call("exp", (2,), f32))
     return row_kernel(rows, columns, *nodes, Reduce("sum", (3,), f32), Call("div", (3, 4), f32), point=5)
-
-
-def compare(kernel: Kernel, buffers: dict[str, torch.Tensor], hints: dict[sympy.Symbol, int] | None = None) -> None:
-    expected = {n: t.clone() for n, t in buffers.items()}
-    run_reference(kernel, expected, hints)
-    run_cpp(kernel, buffers, hints)
-    for name, value in buffers.items():
-        torch.testing.assert_close(value, expected[name], equal_nan=True, msg=lambda t, n=name: f"{n}: {t}")
 
 
 @pytest.mark.parametrize("columns", [1, 3, 49, 1000])
