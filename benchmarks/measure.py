@@ -35,7 +35,7 @@ def measure(
         Bytes of a GPU that this process holds, or None where nobody can say.
     """
     step()
-    found = _cuda_memory(step, used) if device == "cuda" else _cpu_memory(step)
+    found = _cuda_memory(step, used) if device == "cuda" else cpu_memory(step)
     found |= _cuda_time(step, repeats, seconds) if device == "cuda" else _cpu_time(step, repeats, seconds)
     return found
 
@@ -78,13 +78,14 @@ def _cuda_time(step: Step, repeats: int, seconds: float) -> dict[str, float]:
     return _summary(times)
 
 
-def _cpu_memory(step: Step) -> dict[str, float]:
+def cpu_memory(step: Step) -> dict[str, float]:
+    """Live bytes of one step at its peak, from the allocator's events, and the resident set at its peak in another."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    resident_before = _status("VmRSS")
+    resident_before = status_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is resident now
     step()
-    resident = _status("VmHWM")
+    resident = status_bytes("VmHWM")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as p:
         step()
     events = p.profiler.kineto_results.events()  # type: ignore[union-attr]
@@ -118,7 +119,7 @@ def _summary(times: list[float]) -> dict[str, float]:
     return {"ms": statistics.median(times), "ms_least": min(times), "ms_most": max(times), "repeats": len(times)}
 
 
-def _status(name: str) -> int:
+def status_bytes(name: str) -> int:
     """A line of /proc/self/status in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):

@@ -241,7 +241,7 @@ def _small_swin() -> nn.Module:
 
     return SwinForImageClassification(
         SwinConfig(
-            image_size=112, patch_size=4, embed_dim=48, depths=[2, 2, 2, 2], num_heads=[2, 4, 8, 16], window_size=7,
+            image_size=128, patch_size=4, embed_dim=48, depths=[2, 2, 2, 2], num_heads=[2, 4, 8, 16], window_size=4,
             drop_path_rate=0.0, num_labels=100,
         )
     )  # fmt: skip
@@ -291,7 +291,7 @@ _CASES = (
     Case("resnet", "cpu", True, small_images("resnet", channels_last=True), images(8, 112, 100, channels_last=True)),
     Case("convnext", "cpu", True, small_images("convnext"), images(8, 112, 100)),
     Case("efficientnet", "cpu", True, small_images("efficientnet"), images(8, 112, 100)),
-    Case("swin", "cpu", True, small_images("swin"), images(8, 112, 100)),
+    Case("swin", "cpu", True, small_images("swin"), images(8, 128, 100)),
     Case("llama-prefill", "cpu", False, llama(F32, loss=False, **SMALL_LLAMA), tokens(4096, 8, 256, labels=False)),
     Case(
         "resnet-inference", "cpu", False, small_images("resnet", loss=False, channels_last=True),
