@@ -234,11 +234,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help='rows whose name contains this: "cpp" for both C++ wrappers')
     parser.add_argument("--write", action="store_true", help="keep the table in benchmarks/results")
     given = parser.parse_args(arguments)
-    floor = ""
-    if given.device == "cuda":
-        floor = "\n" + empty_graph.table(empty_graph.measure(given.links, given.repeats)) + "\n"
-        print(floor, flush=True)
+    bare = empty_graph.measure(given.links, given.repeats) if given.device == "cuda" else []
+    print(empty_graph.table(bare), flush=True)
     rows, failed = measure(given.links, given.device, given.rounds, given.repeats, given.seconds, given.only)
+    if bare:
+        bare += empty_graph.measure_early(given.links, given.repeats)
+    floor = "\n" + empty_graph.table(bare) + "\n" if bare else ""
     if rows:
         text = table(rows, given.device, given.links) + floor
         print("\n" + text)

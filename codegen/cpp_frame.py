@@ -77,6 +77,7 @@ class Frame:
 
     program: WrapperProgram
     grids: Mapping[str, GridKernel]
+    users: Mapping[str, tuple[int | None, ...]]
     poison: bool
     parts: list[list[str]] = field(default_factory=lambda: [[]])
     tensors: set[str] = field(default_factory=set)  # buffers that exist as handles

@@ -31,7 +31,7 @@ from ..ir.program import (
 from .cpp_frame import Frame, GridKernel, PythonLine, dtype_code, identifier
 from .cpp_frame_python import call_python, python_body
 from .cpp_wrapper_calls import copy, extern
-from .cpp_wrapper_launch import launch
+from .cpp_wrapper_launch import launch, launch_user
 from .cpp_wrapper_source import translation_unit
 from .python_wrapper import origin_text, python_line
 from .wrapper_lines import (
@@ -168,7 +168,12 @@ def _poisoned(frame: Frame, buffer: str) -> None:
 
 
 def _launch_user(frame: Frame, line: LaunchUser, op: UserKernel) -> None:
-    """Through Python: the user's grid is Python, and so is tuning on what it gets."""
+    """Straight to the driver where one variant of the kernel serves all calls, else through Python, which looks at the
+    arguments and times configurations on them."""
+    fixed = frame.users.get(line.kernel)
+    if fixed is not None:
+        launch_user(frame, line, fixed)
+        return
     python_body(frame, _on_stream(op.device) + python_line(frame.program, line).source, {}, (), op.mutates)
 
 
@@ -276,7 +281,11 @@ def _returns(frame: Frame, outputs: tuple[ProgramOutput, ...]) -> None:
 
 
 def print_cpp(
-    program: WrapperProgram, grids: Mapping[str, GridKernel] | None = None, *, poison: bool = False
+    program: WrapperProgram,
+    grids: Mapping[str, GridKernel] | None = None,
+    *,
+    users: Mapping[str, tuple[int | None, ...]] | None = None,
+    poison: bool = False,
 ) -> CppWrapper:
     """The wrapper as C++ source; deterministic.
 
@@ -284,13 +293,15 @@ def print_cpp(
     ----------
     grids:
         For each GPU kernel, what its grid is computed from.
+    users:
+        For each user's kernel that has one variant, the bits of its arguments, None for those that are addresses.
 
     Raises
     ------
     UnsupportedError
         For what only the Python wrapper can do, naming it.
     """
-    frame = Frame(program, grids or {}, poison)
+    frame = Frame(program, grids or {}, users or {}, poison)
     kinds = []
     for i in program.inputs:
         match i:

@@ -20,9 +20,9 @@ static int32_t driver_failed(Call& call, const char* where, int32_t status) {
 // `values`: pointers and sizes, all eight bytes wide, then room for two pointers to scratch memory, which are null.
 template <int count>
 static inline int32_t launch(Call& call, void* context, const Kernel& kernel, const char* name, int64_t grid, void* stream,
-                             uint64_t (&values)[count]) {
-    if (grid <= 0) return 0;
-    if (__builtin_expect(grid > 0x7fffffff, 0)) {
+                             uint64_t (&values)[count], int64_t grid_y = 1, int64_t grid_z = 1) {
+    if (grid <= 0 || grid_y <= 0 || grid_z <= 0) return 0;
+    if (__builtin_expect(grid > 0x7fffffff || grid_y > 0x7fffffff || grid_z > 0x7fffffff, 0)) {
         call.reason = "its grid has more than 2147483647 program instances";
         return call.failed = name, 1;
     }
@@ -32,8 +32,8 @@ static inline int32_t launch(Call& call, void* context, const Kernel& kernel, co
     const bool elsewhere = context != kernel.context;
     int32_t status = elsewhere ? cuCtxPushCurrent_v2(kernel.context) : 0;
     if (__builtin_expect(status != 0, 0)) return driver_failed(call, name, status);
-    status = cuLaunchKernel(kernel.function, uint32_t(grid), 1, 1, uint32_t(kernel.threads), 1, 1, uint32_t(kernel.shared),
-                            stream, parameters, nullptr);
+    status = cuLaunchKernel(kernel.function, uint32_t(grid), uint32_t(grid_y), uint32_t(grid_z), uint32_t(kernel.threads),
+                            1, 1, uint32_t(kernel.shared), stream, parameters, nullptr);
     if (elsewhere) cuCtxPopCurrent_v2(&context);
     return __builtin_expect(status != 0, 0) ? driver_failed(call, name, status) : 0;
 }
@@ -42,3 +42,5 @@ static inline int32_t launch(Call& call, void* context, const Kernel& kernel, co
 
 #define MP_LAUNCH(index, name, grid, stream, values) \
     MP_HOST(mp::launch(*f.call, f.context, kernels[index], name, grid, stream, values))
+#define MP_LAUNCH_USER(index, name, x, y, z, stream, values) \
+    MP_HOST(mp::launch(*f.call, f.context, kernels[index], name, x, stream, values, y, z))

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import sympy
 
+from ..ir.program import View
 from .cpp_frame import Frame, GridKernel
 from .cpp_frame_python import call_python
 from .printers import cexpr
-from .wrapper_lines import Launch
+from .wrapper_lines import Launch, LaunchUser
 
 _INT32_LIMIT = 2**31 - 1
 
@@ -58,6 +59,24 @@ def launch(frame: Frame, line: Launch) -> None:
     texts = [*(f"(int64_t)({a})" for a in args), *numbers]
     call_python(frame, text, given, [], texts, [], [], [])
     frame.line("}")
+
+
+def launch_user(frame: Frame, line: LaunchUser, fixed: tuple[int | None, ...]) -> None:
+    """Print the launch of a user's kernel of which the program fixes all but the addresses (None among ``fixed``)."""
+    op = line.operation
+    index = frame.kernels.setdefault(line.kernel, len(frame.kernels))
+    addresses = []
+    for _, value in op.arguments:
+        if isinstance(value, View):
+            offset = frame.size(value.offset * value.dtype.itemsize)
+            addresses.append(frame.address(value.buffer) + (f" + {offset}" if offset != "0L" else ""))
+    rest = iter(addresses)
+    values = [f"(uint64_t)({next(rest)})" if bits is None else f"{bits}UL" for bits in fixed] + ["0", "0"]
+    device = int(op.device.partition(":")[2] or 0)
+    frame.gpus[device] = None
+    array = frame.local("uint64_t[]", "{" + ", ".join(values) + "}")
+    x, y, z = (frame.size(n) for n in op.grids[0])
+    frame.line(f'MP_LAUNCH_USER({index}, "{line.kernel}", {x}, {y}, {z}, f.stream{device}, {array});')
 
 
 def grid(kernel: GridKernel, index: int, names: dict[sympy.Symbol, str]) -> str:

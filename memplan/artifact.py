@@ -17,6 +17,7 @@ from .runtime.cache import Cache, key_of
 from .runtime.cpp_launch import CpuLibrary, Signatures, load_kernels
 from .runtime.triton_build import Build, Compiled
 from .runtime.triton_launch import GridKernel, Launcher, make_launcher, widening
+from .runtime.user_kernel_direct import Direct, DirectLauncher
 from .saving_encoding import allow
 
 #: What the name of a kernel ends with that counts in 64 bits, where there is one beside it that does not.
@@ -37,7 +38,8 @@ class CachedLibrary:
 class GpuKernel:
     """A built kernel of a GPU: what its grid is made of, and its cubin.
 
-    ``index``: of the GPU that it runs on. ``entry``: the function's name in the cubin. The rest as in
+    ``index``: of the GPU that it runs on. ``entry``: the function that is in the cubin. ``fixed``: of a user kernel the
+    bits of its arguments, as `memplan.runtime.user_kernel_direct.Direct` has them; None for our own. The rest as in
     `memplan.codegen.triton_kernel.TritonKernel` and `memplan.runtime.triton_build.Compiled`.
     """
 
@@ -51,6 +53,7 @@ class GpuKernel:
     entry: str
     cubin: bytes
     shared_bytes: int
+    fixed: tuple[int | None, ...] | None = None
 
     @staticmethod
     def of(name: str, index: int, grid: GridKernel, compiled: Compiled) -> GpuKernel:
@@ -58,6 +61,14 @@ class GpuKernel:
         limits = tuple(grid.index_limit)
         given = (grid.arguments, grid.symbols, grid.axes, limits, compiled.build, entry)
         return GpuKernel(name, index, *given, compiled.cubin, compiled.shared_bytes)
+
+    @staticmethod
+    def of_user(name: str, index: int, user: Direct) -> GpuKernel:
+        """A user's kernel of one variant."""
+        entry = str(user.compiled.handle.name)  # type: ignore[attr-defined]
+        build = user.compiled.build
+        given = (build.arguments, (), (), (), build, entry, user.compiled.cubin, user.compiled.shared_bytes)
+        return GpuKernel(name, index, *given, user.fixed)
 
     def launcher(self) -> Launcher:
         """Its launcher; the cubin is not loaded yet."""
@@ -154,6 +165,9 @@ def load_gpu(
     for kernel in kernels:
         launcher = launchers[kernel.name]
         launcher.function()
+        if kernel.fixed is not None:
+            callables[kernel.name] = DirectLauncher(launcher, kernel.fixed)
+            continue
         wide = (lambda name: lambda: make_wide(name))(kernel.name)
         callables[kernel.name] = widening(launcher, wide) if kernel.index_limit else launcher.bound()
     return callables, launchers

@@ -61,7 +61,7 @@ from .runtime.reserve import reserves_of, reserving
 from .runtime.triton_launch import Launcher
 from .template_tuning import chooser
 from .templates import NO_TEMPLATES, TemplateSet, collect_templates, with_templates
-from .user_kernels import UserKernels, build_user_kernels
+from .user_kernels import UserKernels, build_user_kernels, named_user_kernels
 from .wrapper_choice import REASONS as CPP_REASONS
 from .wrapper_choice import build_ahead, choose_wrapper, say_python, seen_by_modes
 
@@ -391,8 +391,12 @@ def _from_cache(found: Found, program: Program, config: Config) -> CompiledProgr
         templates = collect_templates(plan.program)
         if not {*sets.sources, *templates.sources} <= kernels.keys():  # named after the operators they came from
             return None
-        lines = _lines(plan, sets, NO_USER_KERNELS, templates)
-        cpp = choose_wrapper(lines, {k.name: k for k in artifact.gpu}, config)
+        user = UserKernels(named_user_kernels(plan.program)[0], {})
+        if not set(user.names.values()) <= kernels.keys():
+            return None
+        lines = _lines(plan, sets, user, templates)
+        fixed = {k.name: k.fixed for k in artifact.gpu if k.fixed is not None}
+        cpp = choose_wrapper(lines, {k.name: k for k in artifact.gpu}, config, fixed)
         artifact = replace(artifact, python=print_python(lines, poison=config.poison), cpp=cpp)
     linked = Linked(kernels, launchers, found.callables(), found.constants())
     return _assemble(artifact, linked, found.plan, program, config, NOTHING_KEPT)
@@ -411,7 +415,7 @@ def _compile(planned: Planned, program: Program, config: Config, kept: Kept) -> 
     templates = collect_templates(plan.program)
     user = build_user_kernels(plan.program)
     lines = _lines(plan, found, user, templates)
-    on_cpu = not templates.sources and all(device == "cpu" for device, _ in found.sources.values())
+    on_cpu = not (templates.sources or user.direct) and all(device == "cpu" for device, _ in found.sources.values())
     ahead = choose_wrapper(lines, {}, config) if on_cpu else None
     if ahead is not None:
         build_ahead(ahead, program.name, config)
@@ -424,19 +428,20 @@ def _compile(planned: Planned, program: Program, config: Config, kept: Kept) -> 
     built = with_templates(kernel_sets.build(found, plan.program, config, *first), templates)
     built = replace(built, callables={**built.callables, **user.launchers})
     python = print_python(lines, poison=config.poison)
-    cpp = ahead if on_cpu else choose_wrapper(lines, built.emitted, config)
+    cpp = ahead if on_cpu else choose_wrapper(lines, built.emitted, config, user.fixed)
     _dump(config, f"{program.name}.py", python.source)
     _dump(config, f"{program.name}.kernels.txt", built.source)
     if cpp is not None:
         _dump(config, f"{program.name}.wrapper.cpp", cpp.source)
-    gpu = (
+    gpu = [
         GpuKernel.of(n, launcher.index, built.emitted[n], launcher.compiled) for n, launcher in built.launchers.items()
-    )
+    ]
+    gpu += [GpuKernel.of_user(n, index, found) for n, (index, found) in user.direct.items()]
     artifact = Artifact(python, cpp, cached(built.library), tuple(gpu), planned.waterfall, reserves_of(plan))
     held, communicating = plan.program, Communicating.of(plan, config)
-    linked = Linked(built.callables, built.launchers, held.callables, held.constants, communicating)
+    linked = Linked(built.callables, {**built.launchers, **user.loaders}, held.callables, held.constants, communicating)
     ready = _assemble(artifact, linked, lambda: plan, program, config, kept)
-    if user.launchers:  # these are compiled by Triton, for what their arguments turn out to be
+    if user.launchers.keys() - user.direct.keys():  # compiled by Triton, for what their arguments turn out to be
         return replace(ready, artifact=None), None
     return ready, artifact
 

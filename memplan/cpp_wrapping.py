@@ -14,15 +14,20 @@ from .runtime.cache import Cache
 from .runtime.cpp_wrapper import KernelRow, build_wrapper, load_wrapper
 
 
-def print_in_cpp(lines: WrapperProgram, grids: Mapping[str, GridKernel], config: Config) -> CppWrapper:
-    """The program's wrapper as C++.
+def print_in_cpp(
+    lines: WrapperProgram,
+    grids: Mapping[str, GridKernel],
+    config: Config,
+    users: Mapping[str, tuple[int | None, ...]] | None = None,
+) -> CppWrapper:
+    """The program's wrapper as C++; ``users`` as `print_cpp` has them.
 
     Raises
     ------
     UnsupportedError
         For what only the Python wrapper does, naming it.
     """
-    return print_cpp(lines, grids, poison=config.poison)
+    return print_cpp(lines, grids, users=users, poison=config.poison)
 
 
 def load_in_cpp(

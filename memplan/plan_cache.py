@@ -32,7 +32,7 @@ from .cpu_scratch import decides
 from .ir.config import Config
 from .ir.errors import CacheError, CompilerError, SavedModelError
 from .ir.plan import Plan
-from .ir.program import Origin, Program
+from .ir.program import Origin, Program, UserKernel
 from .passes.expose_clones import expose_clones
 from .program_identity import Identity, UnknownCallableError, carried_over, identify
 from .runtime.cache import Cache, KeyPart, cache_key
@@ -43,6 +43,8 @@ from .saving_encoding import allow, decode, encode
 log = logging.getLogger("memplan.cache")
 
 _FORMAT = "plan 1"
+#: packages that a user's kernel may import from: their versions are in the key, Python's with its own library
+_VERSIONED = frozenset({"triton", "torch", "math", "copy"})
 _PACKAGES = ("", ".ir", ".capture", ".lowering", ".runtime", ".passes", ".codegen")
 
 
@@ -161,6 +163,11 @@ def find_entry(program: Program, config: Config, beside: Beside | None = None) -
     programs = (program,) if beside is None else (program, beside.other)
     if any(group_of(op) is not None for p in programs for op in p.operations):
         return None  # what other ranks tell has a say in the plan
+    users = [op.kernel for p in programs for op in p.operations if isinstance(op, UserKernel)]
+    foreign = sorted({package for kernel in users for package in kernel.imported} - _VERSIONED)
+    if foreign:
+        log.info("the plan of %s is not cached: its kernels import from %s", program.name, ", ".join(foreign))
+        return None
     store = Cache(config.cache_dir) if config.cache_dir else Cache()
     try:
         identity = identify(program, _fingerprint)

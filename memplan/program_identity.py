@@ -24,6 +24,7 @@ _ROLES: Mapping[str, Mapping[str, str]] = {
     "KernelOp": {"name": "one", "mutates": "many"},
     "Extern": {"name": "one", "mutates": "many", "target": "target"},
     "Copy": {"name": "one", "mutates": "many"},
+    "UserKernel": {"name": "one", "mutates": "many"},
     "Load": {"buffer": "one"},
     "Store": {"buffer": "one"},
     "InPlaceOf": {"buffer": "one"},

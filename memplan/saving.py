@@ -49,8 +49,8 @@ def save(model: ExportedProgram, path: str | Path, *, options: Mapping[str, obje
     Raises
     ------
     SavedModelError
-        If something in the model is no data (a user's Triton kernel, a subgraph, a script object), or the file cannot
-        be written.
+        If something in the model is no data (a user's Triton kernel of several variants, a subgraph, a script object),
+        or the file cannot be written.
     OptionError, UnsupportedError
         As when compiling.
 
@@ -83,7 +83,11 @@ def save(model: ExportedProgram, path: str | Path, *, options: Mapping[str, obje
             )
         compiled = compile_program(exported.program, config)
     if compiled.artifact is None:
-        raise SavedModelError("the model launches Triton kernels of its own, which cannot be saved yet")
+        raise SavedModelError(
+            "the model launches Triton kernels of its own of which several variants may be needed (sizes that change, "
+            "configurations that are timed, TMA descriptors), which cannot be saved yet: give the kernel one "
+            "configuration and export the model with static sizes"
+        )
     artifact = compiled.artifact
     package.write(Path(path), lambda writer: _fill(writer, exported, compiled, artifact, config))
 

@@ -17,12 +17,12 @@ from enum import Enum
 import sympy
 import torch
 
-from .ir import in_flight, index, loops, plan, program, template
+from .ir import in_flight, index, loops, plan, program, template, user_kernel
 from .ir.errors import SavedModelError
 
 _CLASSES: dict[str, type] = {
     c.__name__: c
-    for module in (loops, program, in_flight, plan, template)
+    for module in (loops, program, in_flight, plan, template, user_kernel)
     for c in vars(module).values()
     if isinstance(c, type) and dataclasses.is_dataclass(c) and c.__module__ == module.__name__
 }

@@ -28,10 +28,16 @@ Call = Callable[..., object]
 REASONS = (UnsupportedError, CompilerError, CacheError)
 
 
-def choose_wrapper(lines: WrapperProgram, grids: Mapping[str, GridKernel], config: Config) -> CppWrapper | None:
+def choose_wrapper(
+    lines: WrapperProgram,
+    grids: Mapping[str, GridKernel],
+    config: Config,
+    users: Mapping[str, tuple[int | None, ...]] | None = None,
+) -> CppWrapper | None:
     """The wrapper in C++ where it is wanted and can be had; None where Python runs the plan.
 
-    ``grids``: GPU kernels by name, as they were emitted.
+    ``grids``: GPU kernels by name, as they were emitted. ``users``: users' kernels of one variant, as `print_cpp` has
+    them.
 
     Raises
     ------
@@ -46,10 +52,10 @@ def choose_wrapper(lines: WrapperProgram, grids: Mapping[str, GridKernel], confi
     if copies:
         return None
     if config.wrapper == "cpp":
-        return print_in_cpp(lines, grids, config)
+        return print_in_cpp(lines, grids, config, users)
     try:
         find_toolchain(cache=_cache(config))
-        return print_in_cpp(lines, grids, config)
+        return print_in_cpp(lines, grids, config, users)
     except REASONS as error:
         say_python(str(error))
         return None

@@ -129,6 +129,19 @@ class KernelSource:
         """``file:line`` of the ``def``."""
         return f"{self.function.file}:{self.function.line + self.function.head}"
 
+    @property
+    def imported(self) -> frozenset[str]:
+        """Packages of which something is imported, whose source is not here."""
+        pending = [known for f in self.functions for _, known in f.names]
+        found: set[str] = set()
+        while pending:
+            known = pending.pop()
+            if isinstance(known, Import):
+                found.add(known.module.partition(".")[0])
+            elif isinstance(known, Namespace):
+                pending.extend(member for _, member in known.members)
+        return frozenset(found)
+
     def digest(self) -> str:
         """A hash of everything here but where the files lie: equal kernels of two processes have equal digests."""
         functions = [(f.key, f.source, f.names, f.options, f.future_annotations) for f in self.functions]

@@ -39,6 +39,7 @@ constexpr int plain_shared = 48 * 1024;
 struct Kernel {
   void *function, *context;
   unsigned grid, threads, shared;
+  unsigned grid_y = 1, grid_z = 1;
 };
 
 PyObject* failed(const char* what, int status) {
@@ -56,7 +57,7 @@ int start(const Kernel& kernel, void* stream, void** parameters) {
   const bool elsewhere = context != kernel.context;
   if (!status && elsewhere) status = driver::cuCtxPushCurrent_v2(kernel.context);
   if (status) return status;
-  status = driver::cuLaunchKernel(kernel.function, kernel.grid, 1, 1, kernel.threads, 1, 1, kernel.shared, stream,
+  status = driver::cuLaunchKernel(kernel.function, kernel.grid, kernel.grid_y, kernel.grid_z, kernel.threads, 1, 1, kernel.shared, stream,
                                   parameters, nullptr);
   if (elsewhere) driver::cuCtxPopCurrent_v2(&context);
   return status;
@@ -130,6 +131,20 @@ PyObject* launch(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return launch_on(kernel, args + 5, count - 5);
 }
 
+// A grid along three axes, none of them zero.
+PyObject* launch_grid(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count < 8) {
+    PyErr_SetString(PyExc_TypeError, "launch_grid(function, context, x, y, z, threads, shared, stream, *arguments)");
+    return nullptr;
+  }
+  PyObject* const first[] = {args[0], args[1], args[2], args[5], args[6]};
+  PyObject* const second[] = {args[0], args[1], args[3], args[4], args[6]};
+  Kernel kernel, others;
+  if (!read_kernel(first, kernel) || !read_kernel(second, others)) return nullptr;
+  kernel.grid_y = others.grid, kernel.grid_z = others.threads;
+  return launch_on(kernel, args + 7, count - 7);
+}
+
 // load(cubin, entry, shared, device) -> (function, context). The module stays loaded until the process ends: CUDA graphs
 // may hold its function longer than anybody here knows.
 PyObject* load(PyObject*, PyObject* args) {
@@ -181,6 +196,7 @@ PyCFunction fast(PyObject* (*f)(PyObject*, PyObject* const*, Py_ssize_t)) {
 
 PyMethodDef methods[] = {{"bind", fast(bind), METH_FASTCALL, nullptr},
                          {"launch", fast(launch), METH_FASTCALL, nullptr},
+                         {"launch_grid", fast(launch_grid), METH_FASTCALL, nullptr},
                          {"load", load, METH_VARARGS, nullptr},
                          {"open_driver", open_driver, METH_O, nullptr},
                          {nullptr, nullptr, 0, nullptr}};

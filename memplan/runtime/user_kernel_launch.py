@@ -122,8 +122,10 @@ class UserLauncher:
 
     # -- compiling --------------------------------------------------------------------------------------------------
 
-    def prepare(self, hints: Mapping[sympy.Symbol, int]) -> None:
+    def prepare(self, hints: Mapping[sympy.Symbol, int]) -> Sequence[object]:
         """Compile every configuration for the hinted sizes; nothing is loaded onto a device.
+
+        Returns what Triton was shown in place of the arguments.
 
         Raises
         ------
@@ -140,6 +142,7 @@ class UserLauncher:
                 errors.append(error)
         if len(errors) == len(self.configs):
             raise errors[0]
+        return values
 
     def _hinted(self, k: int, hints: Mapping[sympy.Symbol, int]) -> object:
         kind = self.kinds[k]

@@ -64,8 +64,17 @@ def warm(folder: Path) -> str:
     return text
 
 
+class Doubling(nn.Module):
+    """A user's Triton kernel between kernels of ours."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        from tests.user_kernels.own_kernels import doubled
+
+        return torch.sin(doubled(torch.cos(x)))
+
+
 def save(folder: Path) -> str:
-    """Save a model of fixed and one of dynamic sizes, with what they give."""
+    """Save a model of fixed and one of dynamic sizes, and one with a user's kernel, with what they give."""
     model, args, kwargs = tied()
     model, args = model.cuda(), tuple(a.cuda() for a in args)
     kwargs = {k: v.cuda() for k, v in kwargs.items()}
@@ -78,6 +87,9 @@ def save(folder: Path) -> str:
     memplan.save(torch.export.export(counter, (x, torch.ones(6, device="cuda"))), folder / "counter.memplan")
     with torch.no_grad():
         torch.save((x, [counter(x, torch.ones(6, device="cuda")) for _ in range(2)]), folder / "counter.pt")
+    rows = torch.randn(7, 30, device="cuda")
+    memplan.save(torch.export.export(Doubling(), (rows,)), folder / "doubling.memplan")
+    torch.save((rows, Doubling()(rows)), folder / "doubling.pt")
     return f"{(folder / 'tied.memplan').stat().st_size} bytes"
 
 
@@ -98,6 +110,8 @@ def load(folder: Path) -> str:
     x, expected = torch.load(folder / "counter.pt")
     for wanted in expected:
         torch.testing.assert_close(counter(x, torch.ones(6, device="cuda")), wanted, rtol=1e-4, atol=1e-5)
+    rows, wanted = torch.load(folder / "doubling.pt")
+    torch.testing.assert_close(memplan.load(folder / "doubling.memplan")(rows), wanted, rtol=1e-4, atol=1e-5)
     return f"loaded in {seconds:.2f} s"
 
 
