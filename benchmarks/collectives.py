@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from memplan.runtime.communication_times import collective_call, operands
 from memplan.runtime.registered import register
 from memplan.runtime.symmetric import BACKENDS
 
@@ -40,39 +41,6 @@ WAYS = ("library", "one_shot", "two_shot", "symmetric", "registered", "window")
 SIZES = tuple(4096 * 4**k for k in range(9))  # 4 KiB to 256 MiB
 CALLS, ROUNDS = 20, 7
 Call = Callable[[], object]
-
-
-def library(kind: str, given: Tensor, out: Tensor, group: dist.ProcessGroup) -> Call:
-    """The call of `torch.distributed`; an all-reduce and a broadcast work in place on ``out``."""
-    match kind:
-        case "all_reduce":
-            return lambda: dist.all_reduce(out, group=group)
-        case "reduce_scatter":
-            return lambda: dist.reduce_scatter_tensor(out, given, group=group)
-        case "all_gather":
-            return lambda: dist.all_gather_into_tensor(out, given, group=group)
-        case "all_to_all":
-            return lambda: dist.all_to_all_single(out, given, group=group)
-    return lambda: dist.broadcast(out, 0, group=group)
-
-
-def symmetric(kind: str, way: str, given: Tensor, out: Tensor, group: dist.ProcessGroup) -> Call | None:
-    """The call on symmetric memory, in which ``given`` lies; None if there is none of this name."""
-    name, ours, torchs = group.group_name, torch.ops.memplan, torch.ops.symm_mem
-    match kind, way:
-        case "all_reduce", "one_shot":
-            return lambda: torchs.one_shot_all_reduce_out(given, "sum", name, out)
-        case "all_reduce", "two_shot":
-            return lambda: torchs.two_shot_all_reduce_(given, "sum", name)
-        case "reduce_scatter", "symmetric":
-            return lambda: torchs.reduce_scatter_out(given, name, False, out)
-        case "all_gather", "symmetric":
-            return lambda: ours.peer_all_gather.out(given, name, out=out)
-        case "all_to_all", "symmetric":
-            return lambda: ours.peer_all_to_all.out(given, name, out=out)
-        case "broadcast", "symmetric":
-            return lambda: ours.peer_broadcast_(given, 0, name)
-    return None
 
 
 class Run:
@@ -113,15 +81,9 @@ class Run:
             return
         for kind in KINDS:
             for nbytes in self.args.sizes:
-                count = nbytes // 2
-                part = count // self.ranks
-                sent = part if kind == "all_gather" else count
-                taken = part if kind == "reduce_scatter" else count
-                given, out = first.view(torch.bfloat16)[:sent], second.view(torch.bfloat16)[:taken]
-                if way in ("library", "registered", "window"):
-                    call: Call | None = library(kind, given, out, self.group)
-                else:
-                    call = symmetric(kind, way, given, out, self.group)
+                given, out = operands(kind, nbytes, self.ranks, first, second, torch.bfloat16)
+                name = "library" if way in ("registered", "window") else way
+                call = collective_call(kind, name, given, out, self.group)
                 if call is None:
                     continue
                 row: dict[str, object] = {"kind": kind, "bytes": nbytes, "way": way}
@@ -142,12 +104,15 @@ class Run:
             want.copy_(values[: want.numel()])
             out.copy_(values[: out.numel()])
         given.copy_(values[: given.numel()])
-        library(kind, values[: given.numel()], want, self.group)()
+        right = collective_call(kind, "library", values[: given.numel()], want, self.group)
+        assert right is not None
+        right()
         call()
         torch.cuda.synchronize()
-        right = bool(torch.equal(changed, want))
-        given.zero_(), out.zero_()
-        return {"right": right, "us": self.microseconds(call, CALLS), "graph_us": self.in_graph(call)}
+        equal = bool(torch.equal(changed, want))
+        given.zero_()
+        out.zero_()
+        return {"right": equal, "us": self.microseconds(call, CALLS), "graph_us": self.in_graph(call)}
 
     def microseconds(self, call: Call, calls: int) -> float:
         """Of one call; the median of some rounds, of that the slowest rank's."""

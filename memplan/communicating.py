@@ -26,7 +26,7 @@ from .runtime.symmetric import ArenaUse, resolve
 def facts_of(program: Program, config: Config) -> dict[str, GroupFacts]:
     """Facts of the groups in which a program communicates."""
     found: dict[str, GroupFacts] = {}
-    if config.communication.all_reduce == "library":
+    if not config.communication.asks_symmetric:
         return found  # nothing hangs on them
     for op in program.operations:
         if isinstance(op, Collective) and op.group not in found:
@@ -91,7 +91,7 @@ def group_of(op: Operation) -> str | None:
     if isinstance(op, Collective):
         return op.group
     if isinstance(op, Extern) and op.target in SYMMETRIC_FORMS:
-        return str(next(a.value for a in reversed(op.args) if isinstance(a, Literal)))
+        return str(next(a.value for a in reversed(op.args) if isinstance(a, Literal) and isinstance(a.value, str)))
     return None
 
 

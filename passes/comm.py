@@ -1,57 +1,59 @@
-"""Communication memory: which all-reduce runs how, which buffers lie in symmetric memory, and where.
+"""Communication memory: which collective runs how, which buffers lie in symmetric memory, and where.
 
-`Communication` runs when kernels and calls are what they will be. An all-reduce whose size, dtype and group allow it
+`Communication` runs when kernels and calls are what they will be. A collective whose size, dtype and group allow it
 becomes an operation on symmetric memory, which peers read and write directly: nothing is copied in or out, since the
-operations that make its argument write into the arena, and those that use the result read from it. Two forms:
+operations that make its argument write into the arena, and those that use the result read from it. Three forms:
 
-* in place (two-shot): the buffer itself lies in the arena, before and after;
-* from the arena into another buffer (one-shot, and wherever the result may not stay in the arena since it outlives the
-  call): what holds the argument is a buffer of its own, in the arena, up to the all-reduce.
+* in place (two-shot all-reduce, broadcast): the buffer itself lies in the arena, before and after;
+* from the arena into another buffer (one-shot all-reduce, and wherever the result may not stay in the arena since it
+  outlives the call): what holds the argument is a buffer of its own, in the arena, up to the collective;
+* out of the arena (reduce-scatter, all-gather, all-to-all): the argument lies there and stays as it is, the result is
+  a buffer like any other.
 
-What cannot (a call allocates the argument itself, it is the caller's, its size is known only at the call) is left to
-the library, and the program's notes say why. `place_in_arenas` packs the buffers of each group into one arena.
+A coalesced call becomes one operation for each of its tensors, if all of them can. What cannot (a call allocates the
+argument itself, it is the caller's, its size is known only at the call) is left to the library, and the program's notes
+say why. `place_in_arenas` packs the buffers of each group into one arena.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
-from ..ir.communication import SYMMETRIC_DTYPES, GroupFacts, Memory
+from ..ir.communication import BUILT_SIZES, SYMMETRIC_DTYPES, GroupFacts, Memory, collective_form
 from ..ir.communication_options import CommunicationOptions
 from ..ir.config import Config
-from ..ir.in_flight import Collective, Wait
-from ..ir.loops import Kernel, Load
+from ..ir.in_flight import Collective
 from ..ir.plan import Lifetime, Pool
-from ..ir.program import (
-    EXTERNAL_KINDS,
-    Argument,
-    BufferKind,
-    Contract,
-    Copy,
-    Extern,
-    KernelOp,
-    Literal,
-    Operation,
-    Program,
-    Tuple,
-    UserKernel,
-    View,
-)
+from ..ir.program import Extern, Literal, Program, Tuple, View
+from .comm_rewriting import ALIGNMENT, Rewriting, singles
 from .pack import PackProblem, pack_buffers
 from .pack_search import PackSearch
 from .schedule import Storage, rounded
 
-_ALL_REDUCE = "_c10d_functional.all_reduce_.default"
-_IN_PLACE = "symm_mem.two_shot_all_reduce_.default"
-_INTO = {"one_shot": "symm_mem.one_shot_all_reduce_out.default", "two_shot": "symm_mem.two_shot_all_reduce_out.default"}
-#: ranks for which torch has built the two-shot form that writes elsewhere
-_TWO_SHOT_OUT_SIZES = (2, 4, 8)
-#: Offsets in an arena, and what the end of a message is rounded to, in bytes.
-ALIGNMENT = 256
-#: Messages have to be a whole number of these bytes.
+_TWO_SHOT_IN_PLACE = "symm_mem.two_shot_all_reduce_.default"
+_REDUCE_INTO = {
+    "one_shot": "symm_mem.one_shot_all_reduce_out.default",
+    "two_shot": "symm_mem.two_shot_all_reduce_out.default",
+}
+_SCATTER = "symm_mem.reduce_scatter_out.default"
+_BROADCAST_IN_PLACE, _BROADCAST_INTO = "memplan.peer_broadcast_.default", "memplan.peer_broadcast.out"
+_MOVES = {"all_gather": "memplan.peer_all_gather.out", "all_to_all": "memplan.peer_all_to_all.out"}
+#: calls of one tensor that have a form on symmetric memory
+_CALLS = frozenset(
+    f"_c10d_functional.{name}.default"
+    for name in (
+        "all_reduce_", "broadcast_", "all_to_all_single", "all_gather_into_tensor", "all_gather_into_tensor_out",
+        "reduce_scatter_tensor", "reduce_scatter_tensor_out",
+    )
+)  # fmt: skip
+#: What adds up takes messages of a whole number of these bytes.
 _GRANULE = 4
+
+#: Makes the operation in place of a collective, or says why there is none.
+Decision = str | Callable[[], Extern]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ class Communication:
         return cls({}, config.communication)
 
     def run(self, program: Program) -> Program:
-        rewriting = _Rewriting(program)
+        rewriting = Rewriting(program)
         for position, op in enumerate(program.operations):
             if isinstance(op, Collective):
                 reason = self.rewrite(rewriting, op, position)
@@ -78,181 +80,123 @@ class Communication:
                     rewriting.notes.append((op.name, f"{op.target} runs on unregistered memory: {reason}"))
         return rewriting.result()
 
-    def rewrite(self, rewriting: _Rewriting, op: Collective, position: int) -> str:
-        """Put an operation on symmetric memory in place of the collective, or say why not."""
-        if op.target != _ALL_REDUCE:
-            return "only all-reduce has a form on symmetric memory here"
+    def rewrite(self, rewriting: Rewriting, op: Collective, position: int) -> str:
+        """Put operations on symmetric memory in place of the collective, or say why not."""
+        parts = singles(op)
+        decisions = [self.decide(rewriting, part, position) for part in parts]
+        reason = next((d for d in decisions if isinstance(d, str)), "")
+        if not reason and len({b for part in parts for b in part.reads}) < len(parts):
+            reason = "it is given one buffer twice"
+        if not reason:
+            rewriting.replaced(position, [d() for d in decisions if not isinstance(d, str)])
+        return reason
+
+    def decide(self, rewriting: Rewriting, op: Collective, position: int) -> Decision:
+        """What becomes of a call of one tensor."""
+        form = collective_form(op.target)
+        if form is None or op.target not in _CALLS:
+            return "it has no form on symmetric memory"
         if self.refused:
             return self.refused
-        if self.options.all_reduce == "library":
+        if self.options.way(form.kind) == "library":
             return "the options ask for the library"
         facts = self.groups.get(op.group)
         if facts is None or facts.obstacle:
             return "nothing is known of its group" if facts is None else facts.obstacle
-        view, reduction = op.args[0], op.args[1]
+        view = op.args[0]
         assert isinstance(view, View)
-        if reduction != Literal("sum"):
-            return f"only sums can, not {reduction.value if isinstance(reduction, Literal) else reduction!r}"
-        if str(view.dtype) not in SYMMETRIC_DTYPES:
-            return f"only float32 and bfloat16 can, not {view.dtype}"
         nbytes = rewriting.whole_bytes(view)
-        if nbytes is None:
-            return "its size is known only at the call, or it is a part of a buffer"
-        if nbytes == 0 or nbytes % _GRANULE:
-            return f"{nbytes} bytes are no multiple of {_GRANULE}"
-        algorithm = self.algorithm(facts, nbytes)
+        if not nbytes:
+            return (
+                "its size is known only at the call, or it is a part of a buffer" if nbytes is None else "it is empty"
+            )
+        message = nbytes * facts.size if form.kind == "all_gather" else nbytes
+        algorithm = self.options.algorithm(form.kind, facts.thresholds, message)
         if algorithm == "library":
-            return f"the library is taken for {nbytes} bytes on {facts.size} ranks"
-        reason = rewriting.fixed(view.buffer, position)
+            return f"the library is taken for {message} bytes on {facts.size} ranks"
+        reason = rewriting.fixed(view.buffer, position, op.group)
         if reason:
             return reason
-        if algorithm == "two_shot" and rewriting.may_stay(view.buffer):
-            rewriting.in_place(op, view, position)
-        elif algorithm == "two_shot" and facts.size not in _TWO_SHOT_OUT_SIZES:
-            return f"its result is returned, and two-shot does not write elsewhere on {facts.size} ranks"
-        else:
-            rewriting.from_arena(op, view, position, _INTO[algorithm])
-        return ""
-
-    def algorithm(self, facts: GroupFacts, nbytes: int) -> str:
-        if self.options.all_reduce != "auto":
-            return self.options.all_reduce
-        one = self.options.one_shot_bytes
-        two = self.options.two_shot_bytes
-        if nbytes <= (facts.thresholds.one_shot_bytes if one is None else one):
-            return "one_shot"
-        return "two_shot" if nbytes <= (facts.thresholds.two_shot_bytes if two is None else two) else "library"
+        match form.kind:
+            case "all_reduce":
+                return _all_reduce(rewriting, op, position, view, facts, algorithm)
+            case "broadcast":
+                return _broadcast(rewriting, op, position, view)
+        return _moved(rewriting, op, view, facts)
 
 
-class _Rewriting:
-    """A program being changed; ``operations`` holds None where one has gone."""
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self.buffers = dict(program.buffers)
-        self.operations: list[Operation | None] = list(program.operations)
-        self.notes: list[tuple[str, str]] = []
-        self.changes = 0
-        self.uses: dict[str, list[int]] = {}
-        for position, op in enumerate(program.operations):
-            for name in dict.fromkeys((*op.reads, *op.writes, *op.mutates)):
-                self.uses.setdefault(name, []).append(position)
-
-    def result(self) -> Program:
-        program = self.program
-        if self.notes:
-            program = replace(program, notes=(*program.notes, *self.notes))
-        if not self.changes:
-            return program
-        operations = tuple(op for op in self.operations if op is not None)
-        return replace(program, buffers=self.buffers).with_operations(operations)
-
-    def whole_bytes(self, view: View) -> int | None:
-        """The bytes of a view that shows all of its buffer, in order; None for any other."""
-        b = self.buffers[view.buffer]
-        step = 1
-        for size, stride in zip(reversed(view.sizes), reversed(view.strides), strict=True):
-            if not isinstance(size, int) or (size != 1 and stride != step):
-                return None
-            step *= size
-        same = view.offset == 0 and b.nbytes == step * view.dtype.itemsize and b.dtype is view.dtype
-        return step * view.dtype.itemsize if same else None
-
-    def before(self, buffer: str, position: int) -> list[int]:
-        return [p for p in self.uses[buffer] if p < position and self.operations[p] is not None]
-
-    def fixed(self, buffer: str, position: int) -> str:
-        """Why what makes the argument cannot write into an arena."""
-        b = self.buffers[buffer]
-        if b.kind in EXTERNAL_KINDS:
-            return f"{buffer!r} is the caller's"
-        if b.memory is not Memory.PLAIN:
-            return f"{buffer!r} is in the {b.memory.value} memory of group {b.group!r} already"
-        for p in self.before(buffer, position):
-            op = self.operations[p]
-            fresh = isinstance(op, Extern) and op.contract in (Contract.FRESH, Contract.DYNAMIC)
-            if fresh and op is not None and buffer in op.writes:
-                return f"{getattr(op, 'target', op.name)} ({op.name!r}) allocates its argument itself"
-            if isinstance(op, (Collective, Wait)):
-                return f"{op.name!r} uses its argument as well"
-        return ""
-
-    def may_stay(self, buffer: str) -> bool:
-        """Whether the result may lie in the arena: it dies inside the program, and no other collective is given it."""
-        b = self.buffers[buffer]
-        leaves = b.kind is not BufferKind.TEMPORARY or buffer in self.program.output_buffers
-        given = [op for p in self.uses[buffer] if isinstance(op := self.operations[p], Collective)]
-        return not leaves and len(given) == 1
-
-    def in_place(self, op: Collective, view: View, position: int) -> None:
-        self.buffers[view.buffer] = replace(self.buffers[view.buffer], memory=Memory.SYMMETRIC, group=op.group)
-        args = (view, Literal("sum"), Literal(op.group))
-        self.operations[position] = Extern(
-            op.name, _IN_PLACE, args, (), (view,), Contract.MUTATE, op.device, op.origins, (view.buffer,), effect=True
-        )
-        self.land(view.buffer, position)
-
-    def from_arena(self, op: Collective, view: View, position: int, target: str) -> None:
-        """Up to the all-reduce the buffer is another one, in the arena."""
-        old = self.buffers[view.buffer]
-        there = replace(
-            old, name=f"{old.name}_comm", kind=BufferKind.COMM, memory=Memory.SYMMETRIC, group=op.group,
-            alignment=max(old.alignment, ALIGNMENT),
-        )  # fmt: skip
-        self.buffers[there.name] = there
-        self.buffers[old.name] = replace(old, zero_fill=False)
-        for p in self.before(old.name, position):
-            found = self.operations[p]
-            assert found is not None
-            self.operations[p] = renamed(found, old.name, there.name)
-        args = (replace(view, buffer=there.name), Literal("sum"), Literal(op.group))
-        self.operations[position] = Extern(
-            op.name, target, args, (), (view,), Contract.OUT, op.device, op.origins, effect=True,
-            mutates=(there.name,) if target == _INTO["two_shot"] else (),
-        )  # fmt: skip
-        self.land(old.name, position)
-
-    def land(self, buffer: str, position: int) -> None:
-        """The operation runs on the current stream: there is nothing to wait for."""
-        for p in (p for p in self.uses[buffer] if p > position):
-            if isinstance(self.operations[p], Wait):
-                self.operations[p] = None
-                break
-        self.changes += 1
+def _unsummable(op: Collective, view: View, facts: GroupFacts) -> str:
+    """Why torch's operations on symmetric memory cannot add this up, "" if they can."""
+    reduction, nbytes = op.args[1], _nbytes(view)
+    if reduction != Literal("sum"):
+        return f"only sums can, not {reduction.value if isinstance(reduction, Literal) else reduction!r}"
+    if str(view.dtype) not in SYMMETRIC_DTYPES:
+        return f"only float32 and bfloat16 can, not {view.dtype}"
+    if nbytes % _GRANULE:
+        return f"{nbytes} bytes are no multiple of {_GRANULE}"
+    return ""
 
 
-def renamed(op: Operation, old: str, new: str) -> Operation:
-    """The operation with another name for one buffer, of the same size and layout."""
-    mutates = tuple(new if b == old else b for b in op.mutates)
+def _nbytes(view: View) -> int:
+    assert isinstance(view.numel, int)
+    return view.numel * view.dtype.itemsize
 
-    def view(v: View) -> View:
-        return replace(v, buffer=new) if v.buffer == old else v
 
-    def argument(a: Argument) -> Argument:
-        if isinstance(a, View):
-            return view(a)
-        return Tuple(tuple(argument(i) for i in a.items)) if isinstance(a, Tuple) else a
+def _all_reduce(
+    rewriting: Rewriting, op: Collective, position: int, view: View, facts: GroupFacts, algorithm: str
+) -> Decision:
+    reason = _unsummable(op, view, facts)
+    if reason:
+        return reason
+    options = (Literal("sum"), Literal(op.group))
+    if algorithm == "two_shot" and rewriting.may_stay(view.buffer):
+        return partial(rewriting.in_place, op, _TWO_SHOT_IN_PLACE, view, options)
+    if algorithm == "two_shot" and facts.size not in BUILT_SIZES:
+        return f"its result is returned, and two-shot does not write elsewhere on {facts.size} ranks"
+    target, spoils = _REDUCE_INTO[algorithm], algorithm == "two_shot"
+    return partial(rewriting.from_arena, op, position, target, view, options, spoils=spoils)
 
-    match op:
-        case KernelOp():
-            nodes = tuple(
-                replace(n, buffer=new) if isinstance(n, Load) and n.buffer == old else n for n in op.kernel.nodes
-            )
-            stores = tuple(replace(s, buffer=new) if s.buffer == old else s for s in op.kernel.stores)
-            return replace(op, kernel=Kernel(op.kernel.outer, op.kernel.row, nodes, stores), mutates=mutates)
-        case Copy():
-            return replace(op, source=view(op.source), target=view(op.target), mutates=mutates)
-        case Extern():
-            return replace(
-                op,
-                args=tuple(argument(a) for a in op.args),
-                kwargs=tuple((k, argument(a)) for k, a in op.kwargs),
-                results=tuple(None if v is None else view(v) for v in op.results),
-                mutates=mutates,
-            )
-        case UserKernel():
-            given = tuple((name, view(a) if isinstance(a, View) else a) for name, a in op.arguments)
-            return replace(op, arguments=given, mutates=mutates)
+
+def _broadcast(rewriting: Rewriting, op: Collective, position: int, view: View) -> Decision:
+    source = op.args[1]
+    if not isinstance(source, Literal):
+        return "the rank that it comes from is known only at the call"
+    options = (source, Literal(op.group))
+    if rewriting.may_stay(view.buffer):
+        return partial(rewriting.in_place, op, _BROADCAST_IN_PLACE, view, options)
+    return partial(rewriting.from_arena, op, position, _BROADCAST_INTO, view, options, spoils=False)
+
+
+def _moved(rewriting: Rewriting, op: Collective, view: View, facts: GroupFacts) -> Decision:
+    """All-gather, all-to-all, reduce-scatter: from the arena into the result."""
+    form, result = collective_form(op.target), op.results[0]
+    assert form is not None
+    if result is None or rewriting.whole_bytes(result) is None:
+        return "its result is a part of a buffer"
+    if not rewriting.may_stay(view.buffer):
+        return f"{view.buffer!r} outlives the program, or other collectives use it"
+    if form.kind == "reduce_scatter":
+        # torch's kernel takes 4, 8 or 16 bytes at once, as many as divide the message, and each rank as many of them
+        step = next(n for n in (16, 8, 4, 1) if _nbytes(view) % n == 0)
+        reason = _unsummable(op, view, facts)
+        if reason or facts.size not in BUILT_SIZES:
+            return reason or f"it is not built for {facts.size} ranks"
+        if _nbytes(view) % (step * facts.size):
+            return f"{_nbytes(view)} bytes are not {facts.size} times a multiple of {step}"
+        return partial(rewriting.out_of_arena, op, _SCATTER, view, result, (Literal(op.group), Literal(False)))
+    if form.kind == "all_to_all" and not _even(op, facts.size):
+        return "ranks may give and take different numbers of elements"
+    return partial(rewriting.out_of_arena, op, _MOVES[form.kind], view, result, (Literal(op.group),))
+
+
+def _even(op: Collective, ranks: int) -> bool:
+    """Whether an all-to-all gives every rank as much, and takes as much from it."""
+    for given in op.args[1:3]:
+        if not isinstance(given, Tuple) or len(given.items) not in (0, ranks) or len(set(given.items)) > 1:
+            return False
+        if not all(isinstance(i, Literal) for i in given.items):
+            return False
+    return True
 
 
 def place_in_arenas(

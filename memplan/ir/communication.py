@@ -98,32 +98,51 @@ class SymmetricForm:
 
 
 #: Read off torch's ``CUDASymmetricMemoryOps.cu`` (2.5 to 2.13): each kernel synchronises its blocks with the blocks of
-#: the same number on all ranks when it starts and before it ends, and all ranks launch equally many.
+#: the same number on all ranks when it starts and before it ends, and all ranks launch equally many. Reduce-scatter
+#: leaves its argument as it is, whatever its schema says. Those of `memplan.runtime.peers` begin and end with barriers.
 SYMMETRIC_FORMS: Mapping[str, SymmetricForm] = {
     "symm_mem.one_shot_all_reduce_out.default": SymmetricForm("all_reduce"),
     "symm_mem.two_shot_all_reduce_.default": SymmetricForm("all_reduce"),
     "symm_mem.two_shot_all_reduce_out.default": SymmetricForm("all_reduce"),
     "symm_mem.reduce_scatter_out.default": SymmetricForm("reduce_scatter"),
+    "memplan.peer_all_gather.out": SymmetricForm("all_gather"),
+    "memplan.peer_all_to_all.out": SymmetricForm("all_to_all"),
+    "memplan.peer_broadcast.out": SymmetricForm("broadcast"),
+    "memplan.peer_broadcast_.default": SymmetricForm("broadcast"),
 }
 
 
-#: What the kernels of `SYMMETRIC_FORMS` add up.
+#: What torch's kernels of `SYMMETRIC_FORMS` add up.
 SYMMETRIC_DTYPES = frozenset({"torch.float32", "torch.bfloat16"})
+
+
+#: Ranks for which torch has built the kernels that add up and write elsewhere.
+BUILT_SIZES = (2, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """Up to how many bytes of a message an all-reduce runs by which algorithm; above both by the library."""
+    """Up to how many bytes of a message which way is the fastest; above all of them the library.
+
+    A message is what all ranks give together, or take: an all-gather's result, a reduce-scatter's argument.
+    """
 
     one_shot_bytes: int
     two_shot_bytes: int
+    reduce_scatter_bytes: int = 0
+    all_gather_bytes: int = 0
+    broadcast_bytes: int = 0
+
+    def of(self, kind: str) -> int:
+        """That of a kind of collective with one form on symmetric memory; 0 where there is no number."""
+        return int(getattr(self, f"{kind}_bytes", 0))
 
 
 def default_thresholds(size: int) -> Thresholds:
     """For a group of ``size`` ranks joined by NVLink.
 
-    Two ranks: measured on two H200s, where two-shot was faster than one-shot and the library at every size from 4 KB
-    (7.4 us, 8.2, 20.1) to 64 MB (215 us, 374, 248). More ranks: those of torch's own ``IntraNodeComm``.
+    Two ranks, all-reduce: measured on two H200s, where two-shot was faster than one-shot and the library at every size
+    from 4 KB (7.4 us, 8.2, 20.1) to 64 MB (215 us, 374, 248). More ranks: those of torch's own ``IntraNodeComm``.
     """
     return Thresholds(0, 128 * 2**20) if size == 2 else Thresholds(256 * 2**10, 10 * 2**20)
 

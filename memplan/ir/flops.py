@@ -13,9 +13,7 @@ def has_formula(target: object) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target.overloadpacket in flop_registry
 
 
-def flops(
-    target: torch._ops.OpOverload, args: Sequence[object], kwargs: Mapping[str, object], result: object
-) -> int:
+def flops(target: torch._ops.OpOverload, args: Sequence[object], kwargs: Mapping[str, object], result: object) -> int:
     """Operations of a call of an overload that `has_formula`.
 
     Parameters

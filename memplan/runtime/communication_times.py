@@ -1,4 +1,4 @@
-"""How long an all-reduce takes on this machine, by algorithm and bytes; kept in the cache, told to all by rank 0."""
+"""How long collectives take on this machine, by way and bytes; kept in the cache, told to all by rank 0."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 
 import torch
 import torch.distributed as dist
 
-from ..ir.communication import Thresholds, default_thresholds
+from ..ir.communication import BUILT_SIZES, Thresholds, default_thresholds
 from ..ir.errors import CacheError, CommunicationError
 from .agreement import exchange
 from .cache import Cache, cache_key
@@ -26,47 +27,110 @@ _ROUNDS = 5
 _CALLS = 20
 
 
-def thresholds_from(times: Mapping[int, Mapping[str, float]]) -> Thresholds:
-    """Up to which bytes which algorithm is the fastest, from times by bytes and algorithm.
+#: Kinds that ``"auto"`` chooses a way for, and their ways.
+WAYS: Mapping[str, tuple[str, ...]] = {
+    "all_reduce": ("one_shot", "two_shot", "library"),
+    "reduce_scatter": ("symmetric", "library"),
+    "all_gather": ("symmetric", "library"),
+    "broadcast": ("symmetric", "library"),
+}
+#: by kind, bytes of the message and way: microseconds
+Times = Mapping[str, Mapping[int, Mapping[str, float]]]
+
+
+def thresholds_from(times: Times) -> Thresholds:
+    """Up to which bytes which way is the fastest.
 
     One-shot up to the largest size at which it, and at which at all smaller sizes it, beats both others; two-shot from
-    there up to the largest before the library is faster.
+    there up to the largest before the library is faster. The other kinds likewise, against the library.
     """
-    one = two = 0
-    for nbytes in sorted(times):
-        found = times[nbytes]
-        if found["one_shot"] > min(found["two_shot"], found["library"]):
-            break
-        one = nbytes
-    for nbytes in sorted(n for n in times if n > one):
-        if times[nbytes]["two_shot"] > times[nbytes]["library"]:
-            break
-        two = nbytes
-    return Thresholds(one, two)
+    reduces = times["all_reduce"]
+    one = _up_to(reduces, 0, lambda t: t["one_shot"] <= min(t["two_shot"], t["library"]))
+    two = _up_to(reduces, one, lambda t: t["two_shot"] <= t["library"])
+    others = {
+        f"{kind}_bytes": _up_to(found, 0, lambda t: t.get("symmetric", math.inf) <= t["library"])
+        for kind, found in times.items()
+        if kind != "all_reduce"
+    }
+    return Thresholds(one, two if two > one else 0, **others)
 
 
-def measure(
-    group: dist.ProcessGroup, device: torch.device, sizes: Sequence[int] = SIZES
-) -> dict[int, dict[str, float]]:
-    """Microseconds of an all-reduce of float32, by bytes and algorithm; called on all ranks of the group.
+def _up_to(times: Mapping[int, Mapping[str, float]], above: int, best: Callable[[Mapping[str, float]], bool]) -> int:
+    most = above
+    for nbytes in sorted(n for n in times if n > above):
+        if not best(times[nbytes]):
+            break
+        most = nbytes
+    return most
+
+
+def collective_call(
+    kind: str, way: str, given: torch.Tensor, out: torch.Tensor, group: dist.ProcessGroup
+) -> Callable[[], object] | None:
+    """One collective on flat tensors, to be timed; None where there is no such way.
+
+    Of the library an all-reduce and a broadcast work in place on ``out``; on symmetric memory, in which ``given`` lies,
+    all but one-shot on ``given``.
+    """
+    name, ours, torchs = group.group_name, torch.ops.memplan, torch.ops.symm_mem
+    match kind, way:
+        case "all_reduce", "library":
+            return partial(dist.all_reduce, out, group=group)
+        case "reduce_scatter", "library":
+            return partial(dist.reduce_scatter_tensor, out, given, group=group)
+        case "all_gather", "library":
+            return partial(dist.all_gather_into_tensor, out, given, group=group)
+        case "all_to_all", "library":
+            return partial(dist.all_to_all_single, out, given, group=group)
+        case "broadcast", "library":
+            return partial(dist.broadcast, out, group_src=0, group=group)
+        case "all_reduce", "one_shot":
+            return partial(torchs.one_shot_all_reduce_out, given, "sum", name, out)
+        case "all_reduce", "two_shot":
+            return partial(torchs.two_shot_all_reduce_, given, "sum", name)
+        case "reduce_scatter", "symmetric" if group.size() in BUILT_SIZES:
+            return partial(torchs.reduce_scatter_out, given, name, False, out)
+        case "all_gather", "symmetric":
+            return partial(ours.peer_all_gather.out, given, name, out=out)
+        case "all_to_all", "symmetric":
+            return partial(ours.peer_all_to_all.out, given, name, out=out)
+        case "broadcast", "symmetric":
+            return partial(ours.peer_broadcast_, given, 0, name)
+    return None
+
+
+def operands(
+    kind: str, nbytes: int, ranks: int, first: torch.Tensor, second: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Argument and result of a collective of a message of ``nbytes`` bytes, in two memories of at least that many."""
+    part = nbytes // ranks // dtype.itemsize
+    given, out = first.view(dtype)[: part * ranks], second.view(dtype)[: part * ranks]
+    return given[:part] if kind == "all_gather" else given, out[:part] if kind == "reduce_scatter" else out
+
+
+def measure(group: dist.ProcessGroup, device: torch.device, sizes: Sequence[int] = SIZES) -> Times:
+    """Microseconds of collectives of float32, by kind, bytes and way; called on all ranks of the group.
 
     The median of some rounds on each rank, of that the slowest rank's.
     """
     memory = BACKENDS[device.type].allocate(max(sizes), group, device)
-    plain = torch.zeros(max(sizes) // 4, dtype=torch.float32, device=device)
-    name = group.group_name
-    mine: dict[int, dict[str, float]] = {}
-    for nbytes in sizes:
-        view, other = memory.own[:nbytes].view(torch.float32), plain[: nbytes // 4]
-        view.zero_()
-        calls: dict[str, Callable[[], object]] = {
-            "one_shot": partial(torch.ops.symm_mem.one_shot_all_reduce_out, view, "sum", name, other),
-            "two_shot": partial(torch.ops.symm_mem.two_shot_all_reduce_, view, "sum", name),
-            "library": partial(dist.all_reduce, other, group=group),
-        }
-        mine[nbytes] = {k: _microseconds(call, group, device) for k, call in calls.items()}
-    told = [json.loads(t) for t in exchange(group, "the timing of all-reduces", json.dumps(mine))]
-    return {n: {k: max(t[str(n)][k] for t in told) for k in found} for n, found in mine.items()}
+    other, plain = (torch.zeros(max(sizes), dtype=torch.uint8, device=device) for _ in range(2))
+    memory.own.zero_()
+    mine: dict[str, dict[int, dict[str, float]]] = {}
+    for kind, ways in WAYS.items():
+        for nbytes in sizes:
+            found = mine.setdefault(kind, {}).setdefault(nbytes, {})
+            for way in ways:
+                first = plain if way == "library" else memory.own
+                given, out = operands(kind, nbytes, group.size(), first, other, torch.float32)
+                call = collective_call(kind, way, given, out, group)
+                if call is not None:
+                    found[way] = _microseconds(call, group, device)
+    told = [json.loads(t) for t in exchange(group, "the timing of collectives", json.dumps(mine))]
+    return {
+        kind: {n: {way: max(t[kind][str(n)][way] for t in told) for way in found} for n, found in by_bytes.items()}
+        for kind, by_bytes in mine.items()
+    }
 
 
 def _microseconds(call: Callable[[], object], group: dist.ProcessGroup, device: torch.device) -> float:
@@ -89,7 +153,7 @@ def _microseconds(call: Callable[[], object], group: dist.ProcessGroup, device: 
 
 def _key(size: int, device: torch.device) -> str:
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return cache_key("all-reduce times 1", kind, size, torch.__version__)
+    return cache_key("collective times 1", kind, size, torch.__version__)
 
 
 def calibrate(group: dist.ProcessGroup, device: torch.device, cache: Cache, sizes: Sequence[int] = SIZES) -> Thresholds:
@@ -106,9 +170,8 @@ def calibrate(group: dist.ProcessGroup, device: torch.device, cache: Cache, size
         raise CommunicationError(f"group {group.group_name!r} has no symmetric memory: {obstacle}")
     times = measure(group, device, sizes)
     found = thresholds_from(times)
-    log.info("all-reduces in microseconds: %s; %s", times, found)
-    text = json.dumps({"one_shot_bytes": found.one_shot_bytes, "two_shot_bytes": found.two_shot_bytes})
-    cache.put(_key(group.size(), device), text.encode(), suffix=".json")
+    log.info("collectives in microseconds: %s; %s", times, found)
+    cache.put(_key(group.size(), device), json.dumps(asdict(found)).encode(), suffix=".json")
     return found
 
 
@@ -118,7 +181,7 @@ def kept_thresholds(size: int, device: torch.device, cache: Cache) -> Thresholds
         data = cache.get_bytes(_key(size, device))
         found = None if data is None else json.loads(data)
         if isinstance(found, dict) and all(isinstance(v, int) and 0 <= v < math.inf for v in found.values()):
-            return Thresholds(found["one_shot_bytes"], found["two_shot_bytes"])
-    except (CacheError, ValueError, KeyError) as error:
+            return Thresholds(**found)
+    except (CacheError, ValueError, TypeError) as error:
         log.info("no calibrated thresholds: %s", error)
     return default_thresholds(size)

@@ -6,6 +6,7 @@ import json
 import socket
 import weakref
 from collections.abc import Sequence
+from dataclasses import astuple
 
 import torch
 import torch.distributed as dist
@@ -67,7 +68,7 @@ def _common(
 ) -> tuple[str, Thresholds]:
     """One answer for all ranks: everybody's own obstacles, then one host, then a trial; rank 0's thresholds."""
     what = f"the comparison of hosts and devices of group {group.group_name!r}"
-    mine = [obstacle, socket.gethostname(), thresholds.one_shot_bytes, thresholds.two_shot_bytes]
+    mine = [obstacle, socket.gethostname(), *astuple(thresholds)]
     told = [json.loads(t) for t in exchange(group, what, json.dumps(mine), seconds)]
     thresholds = Thresholds(*told[0][2:])
     obstacle = _on_some_rank([text for text, *_ in told]) or _on_several_hosts({host for _, host, *_ in told})

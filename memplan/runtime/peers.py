@@ -5,8 +5,9 @@ its result. So the collectives that only move values are here: a barrier, copies
 rank's result, a barrier, all on the current stream. As with torch's, the first barrier shows that every rank has
 written its argument, and the second that it may be overwritten.
 
-``memplan.peer_all_gather.out(input, group, out=)``, ``peer_all_to_all.out`` and ``peer_broadcast.out`` take flat
-tensors; ``input`` lies in symmetric memory, at the same place on every rank.
+``memplan.peer_all_gather.out(input, group, out=)``, ``peer_all_to_all.out(input, group, out=)``,
+``peer_broadcast.out(input, source, group, out=)`` and ``peer_broadcast_(input, source, group)`` take dense tensors;
+``input`` lies in symmetric memory, at the same place on every rank.
 """
 
 from __future__ import annotations
@@ -91,14 +92,14 @@ def _all_to_all(input: Tensor, group_name: str, *, out: Tensor) -> Tensor:
 
 def _broadcast(input: Tensor, src: int, group_name: str, *, out: Tensor) -> Tensor:
     allocation, peers = _found(input, "a broadcast")
-    _fetch(allocation, [out], [peers[src]])
+    _fetch(allocation, [out.view(-1)], [peers[src]])
     return out
 
 
 def _broadcast_(input: Tensor, src: int, group_name: str) -> Tensor:
     allocation, peers = _found(input, "a broadcast")
     elsewhere = src != allocation.rank
-    _fetch(allocation, [input] if elsewhere else [], [peers[src]] if elsewhere else [])
+    _fetch(allocation, [input.view(-1)] if elsewhere else [], [peers[src]] if elsewhere else [])
     return input
 
 
