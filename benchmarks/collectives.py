@@ -33,7 +33,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from memplan.runtime.communication_times import collective_call, operands
-from memplan.runtime.registered import register
 from memplan.runtime.symmetric import BACKENDS
 
 KINDS = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast")
@@ -41,6 +40,32 @@ WAYS = ("library", "one_shot", "two_shot", "symmetric", "registered", "window")
 SIZES = tuple(4096 * 4**k for k in range(9))  # 4 KiB to 256 MiB
 CALLS, ROUNDS = 20, 7
 Call = Callable[[], object]
+
+
+def register(
+    nbytes: int, group: dist.ProcessGroup, device: torch.device, *, window: bool
+) -> tuple[torch.Tensor, object]:
+    """Bytes registered with NCCL, and what has to live as long as they do.
+
+    Parameters
+    ----------
+    window:
+        As a symmetric window (a collective call; NCCL 2.27), which has kernels of its own; otherwise as a user buffer.
+
+    Raises
+    ------
+    RuntimeError
+        If this torch or NCCL cannot.
+    """
+    backend = group._get_backend(device)
+    pool = torch.cuda.MemPool(backend.mem_allocator)  # type: ignore[attr-defined]
+    with torch.cuda.use_mem_pool(pool):
+        made = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    if window:
+        backend.register_mem_pool(pool, symm=True)  # type: ignore[attr-defined]
+    else:
+        backend.register_mem_pool(pool)  # type: ignore[attr-defined]
+    return made, (pool, backend)
 
 
 class Run:

@@ -15,7 +15,6 @@ class Memory(Enum):
     """Where the bytes of a buffer have to come from, beside what kind of buffer it is."""
 
     PLAIN = "plain"  # any allocation of its device
-    REGISTERED = "registered"  # an allocation that the communication library knows
     PINNED = "pinned"  # page-locked memory of the host: in no count of the device's bytes
     SYMMETRIC = "symmetric"  # the same allocation and offset on every rank of a group, which its peers read and write
 
@@ -122,29 +121,37 @@ BUILT_SIZES = (2, 4, 8)
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """Up to how many bytes of a message which way is the fastest; above all of them the library.
+    """From and up to how many bytes of a message which way is the fastest; everywhere else the library.
 
-    A message is what all ranks give together, or take: an all-gather's result, a reduce-scatter's argument.
+    A message is what all ranks give together, or take: an all-gather's result, a reduce-scatter's argument. An
+    all-reduce runs one-shot up to ``one_shot_bytes``, and two-shot from there up to ``two_shot_bytes``.
     """
 
     one_shot_bytes: int
     two_shot_bytes: int
+    reduce_scatter_least: int = 0
     reduce_scatter_bytes: int = 0
+    all_gather_least: int = 0
     all_gather_bytes: int = 0
+    broadcast_least: int = 0
     broadcast_bytes: int = 0
 
-    def of(self, kind: str) -> int:
-        """That of a kind of collective with one form on symmetric memory; 0 where there is no number."""
-        return int(getattr(self, f"{kind}_bytes", 0))
+    def on_symmetric(self, kind: str, nbytes: int) -> bool:
+        """Whether a collective of a kind with one form on symmetric memory is faster there than by the library."""
+        return int(getattr(self, f"{kind}_least")) <= nbytes <= int(getattr(self, f"{kind}_bytes"))
 
 
 def default_thresholds(size: int) -> Thresholds:
     """For a group of ``size`` ranks joined by NVLink.
 
-    Two ranks, all-reduce: measured on two H200s, where two-shot was faster than one-shot and the library at every size
-    from 4 KB (7.4 us, 8.2, 20.1) to 64 MB (215 us, 374, 248). More ranks: those of torch's own ``IntraNodeComm``.
+    Two ranks: measured on two H200s (``benchmarks/results/collectives.md``). More ranks: of all-reduce those of torch's
+    own ``IntraNodeComm``; of the others nothing is known, and the library is taken.
     """
-    return Thresholds(0, 128 * 2**20) if size == 2 else Thresholds(256 * 2**10, 10 * 2**20)
+    return TWO_RANKS if size == 2 else Thresholds(256 * 2**10, 10 * 2**20)
+
+
+#: Two-shot and reduce-scatter were faster than the library at every size from 4 KiB to 256 MiB.
+TWO_RANKS = Thresholds(0, 256 * 2**20, reduce_scatter_bytes=256 * 2**20)
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,8 +98,9 @@ class CommunicationOptions:
         if way != "auto":
             return way
         if kind != "all_reduce":
-            most = thresholds.of(kind) if self.symmetric_bytes is None else self.symmetric_bytes
-            return "symmetric" if nbytes <= most else "library"
+            most = self.symmetric_bytes
+            symmetric = thresholds.on_symmetric(kind, nbytes) if most is None else nbytes <= most
+            return "symmetric" if symmetric else "library"
         one = thresholds.one_shot_bytes if self.one_shot_bytes is None else self.one_shot_bytes
         two = thresholds.two_shot_bytes if self.two_shot_bytes is None else self.two_shot_bytes
         return "one_shot" if nbytes <= one else "two_shot" if nbytes <= two else "library"

@@ -42,17 +42,29 @@ def thresholds_from(times: Times) -> Thresholds:
     """Up to which bytes which way is the fastest.
 
     One-shot up to the largest size at which it, and at which at all smaller sizes it, beats both others; two-shot from
-    there up to the largest before the library is faster. The other kinds likewise, against the library.
+    there up to the largest before the library is faster. Of the other kinds: where the library is slower at most sizes
+    in a row.
     """
     reduces = times["all_reduce"]
     one = _up_to(reduces, 0, lambda t: t["one_shot"] <= min(t["two_shot"], t["library"]))
     two = _up_to(reduces, one, lambda t: t["two_shot"] <= t["library"])
-    others = {
-        f"{kind}_bytes": _up_to(found, 0, lambda t: t.get("symmetric", math.inf) <= t["library"])
-        for kind, found in times.items()
-        if kind != "all_reduce"
-    }
+    others: dict[str, int] = {}
+    for kind, found in times.items():
+        run = _longest_run(found)
+        if kind != "all_reduce" and run:
+            others |= {f"{kind}_least": run[0], f"{kind}_bytes": run[-1]}
     return Thresholds(one, two if two > one else 0, **others)
+
+
+def _longest_run(times: Mapping[int, Mapping[str, float]]) -> list[int]:
+    """The sizes in a row, as many as possible, at which symmetric memory is as fast as the library."""
+    best: list[int] = []
+    run: list[int] = []
+    for nbytes in sorted(times):
+        faster = times[nbytes].get("symmetric", math.inf) <= times[nbytes]["library"]
+        run = [*run, nbytes] if faster else []
+        best = max(best, run, key=len)
+    return best
 
 
 def _up_to(times: Mapping[int, Mapping[str, float]], above: int, best: Callable[[Mapping[str, float]], bool]) -> int:

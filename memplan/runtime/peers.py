@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..ir.errors import CommunicationError
+
 LIBRARY = torch.library.Library("memplan", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
@@ -67,39 +69,51 @@ def _found(view: Tensor, operation: str) -> tuple[Symmetric, list[Tensor]]:
         at = allocation.offset(view)
         if at is not None:
             return allocation, allocation.at_peers(view, at)
-    raise RuntimeError(f"{operation} was given a tensor that is not in symmetric memory")
+    raise CommunicationError(f"{operation} was given a tensor that is not in symmetric memory")
 
 
-def _fetch(allocation: Symmetric, targets: list[Tensor], sources: list[Tensor]) -> None:
-    allocation.barrier()
-    if targets:
-        torch._foreach_copy_(targets, sources)
-    allocation.barrier()
+def _check(operation: str, group: str, ranks: int, given: int, taken: int, expected: int) -> None:
+    if taken != expected:
+        raise CommunicationError(
+            f"{operation} of {given} elements in process group {group!r} has a result of {taken}, and on its {ranks} "
+            f"ranks that is {expected}: the program was compiled for a group of another size; compile again"
+        )
 
 
 def _all_gather(input: Tensor, group_name: str, *, out: Tensor) -> Tensor:
     allocation, peers = _found(input, "an all-gather")
-    _fetch(allocation, list(out.view(len(peers), -1).unbind()), peers)
+    ranks, count = len(peers), input.numel()
+    _check("an all-gather", group_name, ranks, count, out.numel(), ranks * count)
+    allocation.barrier()
+    torch.cat(peers, out=out.view(-1))  # one kernel
+    allocation.barrier()
     return out
 
 
 def _all_to_all(input: Tensor, group_name: str, *, out: Tensor) -> Tensor:
     allocation, peers = _found(input, "an all-to-all")
-    own = [p.view(len(peers), -1)[allocation.rank] for p in peers]
-    _fetch(allocation, list(out.view(len(peers), -1).unbind()), own)
+    ranks, count = len(peers), input.numel()
+    _check("an all-to-all", group_name, ranks, count, out.numel(), count // ranks * ranks)
+    allocation.barrier()
+    torch.cat([p.view(ranks, -1)[allocation.rank] for p in peers], out=out.view(-1))
+    allocation.barrier()
     return out
 
 
 def _broadcast(input: Tensor, src: int, group_name: str, *, out: Tensor) -> Tensor:
     allocation, peers = _found(input, "a broadcast")
-    _fetch(allocation, [out.view(-1)], [peers[src]])
+    allocation.barrier()
+    out.view(-1).copy_(peers[src])
+    allocation.barrier()
     return out
 
 
 def _broadcast_(input: Tensor, src: int, group_name: str) -> Tensor:
     allocation, peers = _found(input, "a broadcast")
-    elsewhere = src != allocation.rank
-    _fetch(allocation, [input.view(-1)] if elsewhere else [], [peers[src]] if elsewhere else [])
+    allocation.barrier()
+    if src != allocation.rank:
+        input.view(-1).copy_(peers[src])
+    allocation.barrier()
     return input
 
 

@@ -236,7 +236,8 @@ class ArenaUse:
         self.join()
 
     def __call__(self) -> torch.Tensor:
-        if self.arena.capacity < self.nbytes:
+        # a group that was destroyed and made anew has the same name, and other ranks maybe
+        if self.arena.capacity < self.nbytes or self.arena.process_group() is not resolve(self.group):
             self.renew()
         memory = self.arena.memory
         assert memory is not None

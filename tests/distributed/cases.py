@@ -1,4 +1,4 @@
-"""What both ranks run: functions with collectives, compiled and as they are."""
+"""What all ranks run: functions with collectives, compiled and as they are."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def gather_scatter(x: Tensor, w: Tensor) -> Tensor:
 
 def all_to_all(x: Tensor, w: Tensor) -> Tensor:
     h = x @ w
-    half = h.shape[0] // 2
-    return collectives.all_to_all_single(torch.sin(h), [half, half], [half, half], WORLD).cos()
+    parts = [h.shape[0] // dist.get_world_size()] * dist.get_world_size()
+    return collectives.all_to_all_single(torch.sin(h), parts, parts, WORLD).cos()
 
 
 def uneven(x: Tensor, w: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def hand_written(x: Tensor, w: Tensor) -> Tensor:
     """In-place calls of torch.distributed, as Dynamo rewrites them."""
     h = x @ w
     dist.all_reduce(h)
-    whole = torch.empty(2 * h.shape[0], h.shape[1])
+    whole = torch.empty(dist.get_world_size() * h.shape[0], h.shape[1])
     dist.all_gather_into_tensor(whole, h)
     part = torch.empty_like(h)
     dist.reduce_scatter_tensor(part, whole * 2)

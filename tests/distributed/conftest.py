@@ -1,4 +1,4 @@
-"""The two processes, for all tests of this folder."""
+"""The processes, for all tests of this folder."""
 
 from __future__ import annotations
 
@@ -12,5 +12,12 @@ from tests.distributed.ranks import Ranks
 @pytest.fixture(scope="package")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     made = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    made = Ranks(tmp_path_factory.mktemp("four"), 4)
     yield made
     made.close()

@@ -1,4 +1,4 @@
-"""Two processes joined by gloo that run what a test asks them to: started once, torch is slow to import."""
+"""Processes joined by gloo that run what a test asks them to: started once, torch is slow to import."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-WORLD = 2
 #: seconds until a collective without its peer is an error, and until a test gives up
 TIMEOUT = 60
 
 
-def run_rank(rank: int, store: str, requests: Connection) -> None:
+def run_rank(rank: int, world: int, store: str, requests: Connection) -> None:
     """Serve requests (module, function, arguments) until the pipe closes."""
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
@@ -24,7 +23,7 @@ def run_rank(rank: int, store: str, requests: Connection) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=TIMEOUT)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)
     )
     while True:
         try:
@@ -42,13 +41,13 @@ def run_rank(rank: int, store: str, requests: Connection) -> None:
 class Ranks:
     """The processes, by rank."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, world: int = 2) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipes: list[Connection] = []
         self.processes = []
-        for rank in range(WORLD):
+        for rank in range(world):
             mine, theirs = context.Pipe()
-            process = context.Process(target=run_rank, args=(rank, str(folder / "store"), theirs), daemon=True)
+            process = context.Process(target=run_rank, args=(rank, world, str(folder / "store"), theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(mine)

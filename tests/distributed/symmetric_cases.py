@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
 import memplan
+from memplan.communicating import group_of
 from memplan.ir.communication import Thresholds
 from memplan.ir.plan import Plan
 from memplan.ir.program import Copy, Extern
@@ -179,6 +182,14 @@ class Gated(nn.Module):
         return x + self.down(nn.functional.silu(self.gate(h)) * self.up(h))
 
 
+class Narrow(Gated):
+    """Without the sum at the end: sequences are in parts there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return self.down(nn.functional.silu(self.gate(h)) * self.up(h))
+
+
 def tensor_parallel(folder: str) -> list[tuple[list[str], int]]:
     """A model sharded by DTensor, training; targets and copies of forward and backward."""
     mesh = init_device_mesh("cpu", (2,))
@@ -232,6 +243,110 @@ def dynamic(folder: str) -> tuple[list[str], tuple[tuple[str, str], ...]]:
                 assert_near(compiled(x), net(x), "result")
         (plan,) = recording.plans
         return targets(plan), plan.notes
+
+
+def gathers(x: Tensor) -> Tensor:
+    """In the group that has this name when it is called."""
+    return collectives.all_gather_tensor(torch.sin(x), 0, "0").cos()  # type: ignore[arg-type]
+
+
+def starts_again(folder: str) -> tuple[list[int], str]:
+    """The world is destroyed and made anew, then anew with one rank; allocations alive, and the last call's error."""
+    with shared_files(folder) as backend, torch.no_grad():
+        rank, x = dist.get_rank(), torch.ones(4, 16)
+        options = {"communication": {"all_gather": "symmetric"}}
+        compiled = torch.compile(gathers, backend="memplan", options=options)
+        assert_near(compiled(x), gathers(x), "at first")
+        alive = [backend.alive]
+        dist.destroy_process_group()
+        wait_until(lambda: not backend.alive)
+        alive.append(backend.alive)
+        again(f"{folder}/again", rank, 2)
+        assert_near(compiled(x), gathers(x), "in the new world")
+        alive.append(backend.alive)
+        dist.destroy_process_group()  # and nothing is waited for
+        again(f"{folder}/alone{rank}", 0, 1)
+        try:
+            compiled(x)
+        except memplan.ir.errors.CommunicationError as error:
+            return alive, str(error)
+        return alive, "nothing"
+
+
+def again(path: str, rank: int, world: int) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    begun = time.monotonic()
+    while not condition() and time.monotonic() - begun < 60:
+        time.sleep(0.05)
+        gc.collect()
+
+
+class ShardedLinear(nn.Module):
+    """A weight of which every rank has some rows; gathered for the call, its gradient scattered, as FSDP does."""
+
+    def __init__(self, rows: int, columns: int, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(distribute_tensor(torch.randn(rows, columns), mesh, [Shard(0)]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = self.weight.redistribute(placements=[Replicate()])  # type: ignore[operator]
+        return nn.functional.linear(x, whole.to_local(grad_placements=[Partial()]))
+
+
+def sharded_in_the_graph(folder: str) -> list[str]:
+    """Training with weights sharded by DTensor inside of what is compiled: the collectives' targets."""
+    results = []
+    with shared_files(folder), memplan.record() as recording:
+        options = {"poison": True, "communication": {"all_gather": "symmetric", "reduce_scatter": "symmetric"}}
+        for compiled in (False, True):
+            torch.manual_seed(3)
+            mesh = init_device_mesh("cpu", (2,))
+            net = nn.Sequential(ShardedLinear(16, 8, mesh), nn.GELU(), ShardedLinear(8, 16, mesh))
+            run = torch.compile(net, backend="memplan", options=options) if compiled else net
+            x = torch.randn(4, 8, generator=torch.Generator().manual_seed(dist.get_rank())).requires_grad_()
+            out = run(x)
+            out.square().sum().backward()
+            grads = [p.grad.to_local() for p in net.parameters()]  # type: ignore[union-attr, operator]
+            results.append((out.detach(), x.grad, *grads))
+        for found, want in zip(results[1], results[0], strict=True):
+            assert_near(found, want, "sharded weights in the graph")
+    return [
+        op.target
+        for p in recording.plans
+        for op in p.program.operations
+        if group_of(op) is not None  # type: ignore[union-attr]
+    ]
+
+
+def sequence_parallel(folder: str) -> list[str]:
+    """A norm on parts of the sequence before a sharded MLP, training: the collectives' targets."""
+    mesh = init_device_mesh("cpu", (2,))
+    plan = {
+        "norm": SequenceParallel(), "gate": ColwiseParallel(), "up": ColwiseParallel(),
+        "down": RowwiseParallel(output_layouts=Shard(1)),
+    }  # fmt: skip
+    results = []
+    with shared_files(folder), memplan.record() as recording:
+        options = {"poison": True, "communication": {"all_gather": "symmetric", "reduce_scatter": "symmetric"}}
+        for compiled in (False, True):
+            torch.manual_seed(3)
+            net = parallelize_module(Narrow(), mesh, plan)
+            run = torch.compile(net, backend="memplan", options=options) if compiled else net
+            x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+            out = run(x)
+            out.square().sum().backward()
+            results.append((out.detach(), x.grad))
+        for found, want in zip(results[1], results[0], strict=True):
+            assert_near(found, want, "sequence parallel")
+    return [
+        op.target
+        for p in recording.plans
+        for op in p.program.operations
+        if group_of(op) is not None  # type: ignore[union-attr]
+    ]
 
 
 def group_that_goes(folder: str) -> str:

@@ -75,6 +75,20 @@ def test_sharded_weights_training(ranks: Ranks, tmp_path: Path) -> None:
         assert graphs
 
 
+def test_sharded_weights_in_the_graph(ranks: Ranks, tmp_path: Path) -> None:
+    for targets in ranks.run(CASES, "sharded_in_the_graph", str(tmp_path)):
+        gathers = [t for t in targets if "all_gather" in t]
+        scatters = [t for t in targets if "reduce_scatter" in t]
+        assert len(gathers) >= 2  # of the caller's own rows: by the library
+        assert scatters == ["symm_mem.reduce_scatter_out.default"] * 2
+
+
+def test_sequence_parallel_training(ranks: Ranks, tmp_path: Path) -> None:
+    for targets in ranks.run(CASES, "sequence_parallel", str(tmp_path)):
+        assert any("all_gather" in t for t in targets), targets
+        assert any("reduce_scatter" in t for t in targets), targets
+
+
 def test_dynamic_sizes_go_to_the_library(ranks: Ranks, tmp_path: Path) -> None:
     for targets, notes in ranks.run(CASES, "dynamic", str(tmp_path)):
         assert targets == ["_c10d_functional.all_reduce_.default"] * 3
@@ -84,6 +98,17 @@ def test_dynamic_sizes_go_to_the_library(ranks: Ranks, tmp_path: Path) -> None:
 def test_a_group_that_was_destroyed_is_named(ranks: Ranks, tmp_path: Path) -> None:
     for text in ranks.run(CASES, "group_that_goes", str(tmp_path)):
         assert "does not exist" in text
+
+
+def test_a_world_that_is_made_anew(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path)
+    try:
+        for alive, error in ranks.run(CASES, "starts_again", str(tmp_path)):
+            assert alive == [1, 0, 1]
+            assert "'0'" in error
+            assert "another size; compile again" in error
+    finally:
+        ranks.close()
 
 
 def test_calibration_is_kept_and_common(ranks: Ranks, tmp_path: Path) -> None:
@@ -102,8 +127,16 @@ def test_calibration_is_kept_and_common(ranks: Ranks, tmp_path: Path) -> None:
 )
 def test_thresholds_come_from_times(times: dict[int, tuple[float, ...]], thresholds: tuple[int, int]) -> None:
     named = {n: dict(zip(("one_shot", "two_shot", "library"), t, strict=True)) for n, t in times.items()}
-    found = thresholds_from(named)
+    found = thresholds_from({"all_reduce": named})
     assert (found.one_shot_bytes, found.two_shot_bytes) == thresholds
+
+
+def test_thresholds_of_the_other_kinds_come_from_times() -> None:
+    slower, faster = {"symmetric": 3.0, "library": 2.0}, {"symmetric": 1.0, "library": 2.0}
+    gathers = {1: faster, 4: slower, 16: faster, 64: faster, 256: slower}
+    found = thresholds_from({"all_reduce": {}, "all_gather": gathers, "reduce_scatter": {1: {"library": 2.0}}})
+    assert [n for n in (15, 16, 64, 65) if found.on_symmetric("all_gather", n)] == [16, 64]
+    assert not found.on_symmetric("reduce_scatter", 1)
 
 
 def test_a_model_that_communicates_is_not_saved(ranks: Ranks, tmp_path: Path) -> None:

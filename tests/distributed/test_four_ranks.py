@@ -1,0 +1,42 @@
+"""More than two ranks, and groups that are a part of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.ranks import Ranks
+from tests.distributed.symmetric_forms import ALL_SYMMETRIC
+
+FORMS = "tests.distributed.symmetric_forms"
+TWO_SHOT, TAKE = "symm_mem.two_shot_all_reduce_.default", "memplan.peer_broadcast_.default"
+GATHER, SCATTER = "memplan.peer_all_gather.out", "symm_mem.reduce_scatter_out.default"
+
+
+@pytest.mark.parametrize("name", ["coalesced", "all_to_all", "broadcast_returned", "gather_after_sum"])
+def test_four_ranks(four_ranks: Ranks, tmp_path: Path, name: str) -> None:
+    for targets, notes, copies, _ in four_ranks.run(FORMS, "run", str(tmp_path), name, ALL_SYMMETRIC, "python"):
+        assert all(t.startswith(("symm_mem.", "memplan.peer_")) for t in targets), notes
+        assert not copies
+
+
+def test_the_library_on_four_ranks(four_ranks: Ranks) -> None:
+    for name in ("reduce_scatter", "all_to_all"):
+        four_ranks.run("tests.distributed.cases", "form", name, {"poison": True, "pools": "always"})
+
+
+@pytest.mark.parametrize(
+    ("members", "scatter", "targets"),
+    [
+        ([1, 2, 3], False, [TWO_SHOT, GATHER, TAKE]),
+        # torch has built no reduce-scatter for three
+        ([0, 2, 3], True, [TWO_SHOT, GATHER, "_c10d_functional.reduce_scatter_tensor_out.default", TAKE]),
+        ([1, 3], True, [TWO_SHOT, GATHER, SCATTER, TAKE]),
+    ],
+)
+def test_a_part_of_the_ranks(
+    four_ranks: Ranks, tmp_path: Path, members: list[int], scatter: bool, targets: list[str]
+) -> None:
+    for rank, found in enumerate(four_ranks.run(FORMS, "in_part", str(tmp_path), members, scatter)):
+        assert found == (targets if rank in members else None)
