@@ -122,7 +122,7 @@ def _stride(expr: sympy.Expr, symbol: sympy.Symbol, zero: dict[sympy.Symbol, sym
         return 0
     form = affine(expr)
     if form is not None:
-        return dict(form[1])[symbol]
+        return int(dict(form[1])[symbol])
     at_one = expr.xreplace({**zero, symbol: sympy.Integer(1)})
     return int(at_one - expr.xreplace({**zero, symbol: _ZERO}))
 

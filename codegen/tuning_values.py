@@ -8,14 +8,14 @@ touch memory that is not its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import sympy
 
 from ..ir.loops import CHECKED_INDEX, Call, Cast, Constant, Index, Kernel, Load, Node, operands, value_references
 from ..ir.program import evaluate
 
-_INTEGERS = {
+_INTEGERS: Mapping[str, Callable[..., int]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
     "where": lambda c, a, b: a if c else b,
@@ -56,7 +56,7 @@ def index_limits(kernel: Kernel, hints: Mapping[sympy.Symbol, int]) -> dict[str,
             assert isinstance(load, Load)
             found[load.buffer] = min(found.get(load.buffer, limit), limit)
     known = set(checks) | {n.args[0] for n in checks.values()}
-    used = [e.index for e in (*kernel.loads, *kernel.stores)]
+    used = [e.index for e in kernel.loads] + [e.index for e in kernel.stores]
     used += [n.expr for n in nodes if isinstance(n, Index)]
     for reference in {r for expr in used for r in value_references(expr)}:
         if reference not in known and _loads(kernel, reference):

@@ -175,7 +175,7 @@ def _listen(op: Extern) -> int:
             results = call(*args, **kwargs)
         finally:
             records = _disable_profiler_legacy()
-    moves = [r.cpu_memory_usage() for thread in records for r in thread if r.kind() == "memory_alloc"]
+    moves = [r.cpu_memory_usage() for thread in records for r in thread if r.kind() == "memory_alloc"]  # type: ignore[comparison-overlap]  # the stub says int
     live = peak = 0
     for move in moves:
         live += move

@@ -320,7 +320,7 @@ class _Held:
             template()
         for n, tensor in wanted.items():
             device = self.tensors[n].device
-            pairs = list(zip(self.tensors[n].split(_SLICE), tensor.split(_SLICE), strict=True))
+            pairs = list(zip(torch.split(self.tensors[n], _SLICE), torch.split(tensor, _SLICE), strict=True))
             mean = sum(float(b.to(device).float().abs().nansum()) for _, b in pairs) / max(1, tensor.numel())
             for a, b in pairs:
                 worst = beyond_rounding(a, b.to(device), mean, half)

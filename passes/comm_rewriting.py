@@ -112,7 +112,7 @@ class Rewriting:
     def in_place(self, op: Collective, target: str, view: View, options: Sequence[Literal]) -> Extern:
         """The operation that changes the buffer where it lies, in the arena."""
         self.hold(view.buffer, op.group)
-        args = (view, *options)
+        args: tuple[Argument, ...] = (view, *options)
         return Extern(
             op.name, target, args, (), (view,), Contract.MUTATE, op.device, op.origins, (view.buffer,), effect=True
         )
@@ -120,7 +120,7 @@ class Rewriting:
     def out_of_arena(self, op: Collective, target: str, view: View, result: View, options: Sequence[Literal]) -> Extern:
         """The operation that leaves its argument, in the arena, as it is, and writes another buffer."""
         self.hold(view.buffer, op.group)
-        args = (flat(view), *options)
+        args: tuple[Argument, ...] = (flat(view), *options)
         return Extern(op.name, target, args, (), (flat(result),), Contract.OUT, op.device, op.origins, effect=True)
 
     def from_arena(
@@ -134,7 +134,7 @@ class Rewriting:
         self.buffers[old.name] = replace(old, zero_fill=False)
         for p in (p for p in self.uses[old.name] if p < position):
             self.operations[p] = tuple(renamed(found, old.name, there.name) for found in self.operations[p])
-        args = (replace(view, buffer=there.name), *options)
+        args: tuple[Argument, ...] = (replace(view, buffer=there.name), *options)
         return Extern(
             op.name, target, args, (), (view,), Contract.OUT, op.device, op.origins, effect=True,
             mutates=(there.name,) if spoils else (),

@@ -188,7 +188,8 @@ class _Walk:
         return self.restored[node]
 
     def copy_like(self, node: Node, old: torch.Tensor) -> Node:
-        order = sorted(range(old.dim()), key=lambda d: (-old.stride(d), d))
+        strides = old.stride()
+        order = sorted(range(old.dim()), key=lambda d: (-strides[d], d))
         back = sorted(range(old.dim()), key=order.__getitem__)
 
         def call(target: object, source: Node, *args: object, **kwargs: object) -> Node:
@@ -199,7 +200,7 @@ class _Walk:
         found = call(aten.clone.default, found, memory_format=torch.contiguous_format)
         found = found if straight else call(aten.permute.default, found, back)
         if _strides(found.meta["val"]) != _strides(old):
-            raise _NotRestorableError(f"{node.name} has strides {old.stride()} of sizes {tuple(old.shape)}")
+            raise _NotRestorableError(f"{node.name} has strides {strides} of sizes {tuple(old.shape)}")
         return found
 
 

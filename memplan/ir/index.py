@@ -241,8 +241,8 @@ def simplify(expr: sympy.Expr, ranges: Ranges) -> sympy.Expr:
         return _ZERO if expr in sizes and sizes[expr] == 1 else expr
     form = affine(expr)
     if form is not None:
-        ones = {s for s, n in ranges if n == 1}
-        left = tuple([t for t in form[1] if t[0] not in ones])
+        single = {s for s, n in ranges if n == 1}
+        left = tuple([t for t in form[1] if t[0] not in single])
         return expr if len(left) == len(form[1]) else affine_sum(form[0], left)
     if not expr.has(FloorDiv, Mod):
         ones = {s: _ZERO for s, n in ranges if n == 1}
@@ -263,9 +263,9 @@ def _split(base: sympy.Expr, divisor: sympy.Expr) -> tuple[sympy.Expr, sympy.Exp
     form = affine(base)
     if form is not None and divisor.is_Integer:
         d = int(divisor)
-        exact = form[0] // d if form[0] % d == 0 else 0
+        constant = form[0] // d if form[0] % d == 0 else 0
         return (
-            affine_sum(exact, tuple([(s, c // d) for s, c in form[1] if c % d == 0])),
+            affine_sum(constant, tuple([(s, c // d) for s, c in form[1] if c % d == 0])),
             affine_sum(0 if form[0] % d == 0 else form[0], tuple([t for t in form[1] if t[1] % d])),
         )
     quotient, rest = _ZERO, _ZERO
