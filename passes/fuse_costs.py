@@ -77,7 +77,8 @@ def inline_gain(
     evaluations = 0
     widened = False
     for c in consumers:
-        assert c.points is not None and c.rows is not None
+        assert c.points is not None
+        assert c.rows is not None
         indices = {n.index for n in c.op.kernel.loads if n.buffer == buffer}  # type: ignore[union-attr]
         evaluations += len(indices)
         widened = widened or evaluate(c.points * c.rows, limits.hints) > points
