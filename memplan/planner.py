@@ -33,7 +33,7 @@ from .ir.errors import CompilerError, PlanningError
 from .passes import allocator_replay, order_search, pack_search
 from .passes.allocator_replay import NativeReplay
 from .passes.order import OrderResult, order_ops
-from .passes.order_model import InPlacePair, OrderBuffer, OrderGraph, is_order, peak_bytes
+from .passes.order_model import LARGEST_TOTAL, InPlacePair, OrderBuffer, OrderGraph, is_order, peak_bytes
 from .passes.order_search import OrderSearch
 from .passes.pack import Packing, PackProblem, pack_buffers
 from .passes.pack_search import PackSearch
@@ -43,6 +43,8 @@ _UNLIMITED_WORK = 10**15
 _WIDEST_BEAM = 4096
 #: Update operations that `graph_from_data` appends consume outputs of more than this (a scalar loss has none).
 _SMALLEST_UPDATED = 4
+#: A graph file names its operations by a number alone: beyond this, lists of them do not fit a machine's memory.
+LARGEST_OPS = 4_000_000
 
 
 class Inputs(Enum):
@@ -186,32 +188,59 @@ def _integer(value: object, what: str) -> int:
     return value
 
 
+def _operation(value: object, what: str, ops: int, first: int = 0) -> int:
+    op = _integer(value, what)
+    if not first <= op < ops:
+        raise PlanningError(f"{what}: there is no operation {op}, they are numbered from 0 to {ops - 1}")
+    return op
+
+
 def _sequence(value: object, what: str) -> Sequence[object]:
     if not isinstance(value, list | tuple):
         raise PlanningError(f"{what} must be a list, found {type(value).__name__}")
     return value
 
 
-def _buffer(entry: object, index: int, inputs: Inputs) -> OrderBuffer:
+def _buffer(entry: object, index: int, ops: int, inputs: Inputs) -> OrderBuffer:
     what = f"bufs[{index}]"
     if not isinstance(entry, Mapping):
         raise PlanningError(f"{what} must be an object, found {type(entry).__name__}")
     missing = [key for key in ("size", "prod", "cons", "out") if key not in entry]
     if missing:
         raise PlanningError(f"{what} has no {missing[0]!r}")
-    size, producer = _integer(entry["size"], f"{what}.size"), _integer(entry["prod"], f"{what}.prod")
-    if size < 0:
-        raise PlanningError(f"{what}: negative size {size}")
+    size, producer = _integer(entry["size"], f"{what}.size"), _operation(entry["prod"], f"{what}.prod", ops, -1)
+    if not 0 <= size < LARGEST_TOTAL:
+        found = f"negative size {size}" if size < 0 else f"size {size} does not fit 64-bit sums (at most 2**61)"
+        raise PlanningError(f"{what}.size: {found}")
     if not isinstance(entry["out"], bool):
         raise PlanningError(f"{what}.out must be true or false, found {entry['out']!r}")
-    consumers = tuple(_integer(op, f"{what}.cons") for op in _sequence(entry["cons"], f"{what}.cons"))
+    consumers = _sequence(entry["cons"], f"{what}.cons")
     is_input = producer == -1
     return OrderBuffer(
         size=0 if is_input and inputs is Inputs.OUTSIDE else size,
         producer=producer,
-        consumers=consumers,
+        consumers=tuple(_operation(op, f"{what}.cons[{k}]", ops) for k, op in enumerate(consumers)),
         kept=entry["out"] or (is_input and inputs is Inputs.STAY),
     )
+
+
+def _buffers(entries: Sequence[object], ops: int, inputs: Inputs) -> list[OrderBuffer]:
+    found: list[OrderBuffer] = []
+    total = 0
+    for index, entry in enumerate(entries):
+        found.append(_buffer(entry, index, ops, inputs))
+        total += found[-1].size
+        if total >= LARGEST_TOTAL:
+            raise PlanningError(f"bufs[{index}].size: the sizes up to here add up to more than 64-bit sums can hold")
+    return found
+
+
+def _edge(entry: object, index: int, ops: int) -> tuple[int, int]:
+    ends = _sequence(entry, f"edges[{index}]")
+    if len(ends) != 2:
+        raise PlanningError(f"edges[{index}] must be a pair, found {len(ends)} entries")
+    earlier, later = (_operation(end, f"edges[{index}][{k}]", ops) for k, end in enumerate(ends))
+    return earlier, later
 
 
 def graph_from_data(data: object, *, optimizer: bool = False, inputs: Inputs = Inputs.OUTSIDE) -> OrderGraph:
@@ -231,22 +260,17 @@ def graph_from_data(data: object, *, optimizer: bool = False, inputs: Inputs = I
     if missing:
         raise PlanningError(f"the graph has no {missing[0]!r}")
     ops = _integer(data["n"], "n")
-    if ops < 0:
-        raise PlanningError(f"n must not be negative, found {ops}")
-    buffers = [_buffer(entry, index, inputs) for index, entry in enumerate(_sequence(data["bufs"], "bufs"))]
-    edges: list[tuple[int, int]] = []
-    for index, edge in enumerate(_sequence(data["edges"], "edges")):
-        ends = _sequence(edge, f"edges[{index}]")
-        if len(ends) != 2:
-            raise PlanningError(f"edges[{index}] must be a pair, found {len(ends)} entries")
-        edges.append((_integer(ends[0], f"edges[{index}]"), _integer(ends[1], f"edges[{index}]")))
+    if not 0 <= ops <= LARGEST_OPS:
+        found = "must not be negative" if ops < 0 else f"may be {LARGEST_OPS:,} operations at most"
+        raise PlanningError(f"n {found}, found {ops}")
+    buffers = _buffers(_sequence(data["bufs"], "bufs"), ops, inputs)
+    edges = [_edge(entry, index, ops) for index, entry in enumerate(_sequence(data["edges"], "edges"))]
     if optimizer:
         updated = ops
         for index, buffer in enumerate(buffers):
             if buffer.kept and buffer.producer >= 0 and buffer.size > _SMALLEST_UPDATED:
                 buffers[index] = replace(buffer, consumers=(*buffer.consumers, updated), kept=False)
                 updated += 1
-        OrderGraph(ops, (), tuple(edges))  # an edge may not name an update
         ops = updated
     return OrderGraph(ops, tuple(buffers), tuple(edges))
 

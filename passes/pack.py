@@ -60,8 +60,8 @@ class PackProblem:
     def __post_init__(self) -> None:
         if not len(self.lower) == len(self.upper) == len(self.size):
             raise PlanningError("lower, upper and size must have one entry for each buffer")
-        if self.alignment < 1:
-            raise PlanningError(f"alignment must be at least 1 byte, found {self.alignment}")
+        if not 1 <= self.alignment < LARGEST_TOTAL:
+            raise PlanningError(f"alignment must be at least 1 byte and below 2**61, found {self.alignment}")
         total = 0
         for index, (lower, upper, size) in enumerate(zip(self.lower, self.upper, self.size, strict=True)):
             if lower >= upper:
@@ -163,6 +163,8 @@ def _range_maximum(values: Int64, lower: Int32, upper: Int32) -> Int64:
 
 def _times(values: tuple[int, ...]) -> Int64:
     """Times as ranks: only their order matters, so that ends beyond 64 bits do too."""
+    if max(values, default=0) < 2**63 and min(values, default=0) >= -(2**63):
+        return np.unique(np.array(values, dtype=np.int64), return_inverse=True)[1].astype(np.int64)
     rank = {value: index for index, value in enumerate(sorted(set(values)))}
     return np.array([rank[value] for value in values], dtype=np.int64)
 
@@ -364,10 +366,14 @@ def pack_buffers(
     open_gap = best.arena > (best.bound if goal is None else goal) and not hopeless
     if native is not None and open_gap and len(units.size) <= LARGEST_SEARCH and not limits.spent():
         _search(units, orders, best, goal, limits, native)
-    offsets = np.zeros(len(problem), dtype=np.int64)
-    offsets[units.kept] = best.offsets * alignment
     size = np.array(problem.size, dtype=np.int64)
-    arena = int((offsets + size).max())
+    # What lies topmost needs no rounding: upside down, another buffer does, and the arena may end lower.
+    height = int((best.offsets + units.size).max())
+    placed = (best.offsets, height - best.offsets - units.size) if alignment > 1 else (best.offsets,)
+    ends = [int((at * alignment + size[units.kept]).max()) for at in placed]
+    arena = min(ends)
+    offsets = np.zeros(len(problem), dtype=np.int64)
+    offsets[units.kept] = placed[ends.index(arena)] * alignment
     # The topmost buffer needs no rounding, so the bound in units overstates by less than one unit.
     slack = int((units.size * alignment - size[units.kept]).max())
     bound = max(max_live, best.bound * alignment - slack)

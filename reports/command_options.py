@@ -32,7 +32,7 @@ Options = Annotated[
 ]
 
 
-def _writable(path: Path | None) -> Path | None:
+def writable(path: Path | None) -> Path | None:
     """Refuses, before the work is done, a file that cannot be written when it is."""
     if path is None or str(path) == "-":
         return path
@@ -46,14 +46,14 @@ def _writable(path: Path | None) -> Path | None:
 
 
 Output = Annotated[
-    Path | None, typer.Option("-o", "--output", help="Save the report as JSON here, too.", callback=_writable)
+    Path | None, typer.Option("-o", "--output", help="Save the report as JSON here, too.", callback=writable)
 ]
 OutputFile = Annotated[
-    Path | None, typer.Option("-o", "--output", help="File to write; '-' for standard output.", callback=_writable)
+    Path | None, typer.Option("-o", "--output", help="File to write; '-' for standard output.", callback=writable)
 ]
 OutputPage = Annotated[
     Path | None,
-    typer.Option("-o", "--output", help="Also both charts side by side, as an HTML page.", callback=_writable),
+    typer.Option("-o", "--output", help="Also both charts side by side, as an HTML page.", callback=writable),
 ]
 Top = Annotated[int, typer.Option(help="How many rows.", min=1, max=100_000)]
 GraphName = Annotated[str, typer.Option("--graph", help="Which graph; 'step' is all of them on one timeline.")]

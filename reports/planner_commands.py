@@ -18,6 +18,7 @@ import typer
 from .. import planner
 from ..ir.errors import MemplanError, PlanningError
 from . import terminal
+from .command_options import writable
 from .planner_files import BufferTable, read_buffers, read_json, write_buffers, write_json
 
 EXIT_DOES_NOT_FIT = 1
@@ -70,7 +71,8 @@ def pack(
     align: Annotated[int, typer.Option("--align", metavar="BYTES", min=1, help="Offsets are multiples of it.")] = 1,
     time_limit: TimeLimit = 15.0,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="OUT.csv", help="The same columns and offset.")
+        Path | None,
+        typer.Option("-o", "--output", metavar="OUT.csv", help="The same columns and offset.", callback=writable),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -131,7 +133,8 @@ def order(
     ] = planner.Inputs.OUTSIDE,
     time_limit: TimeLimit = 5.0,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="ORDER.json", help="A list of operation indices.")
+        Path | None,
+        typer.Option("-o", "--output", metavar="ORDER.json", help="A list of operation indices.", callback=writable),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

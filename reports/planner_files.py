@@ -132,7 +132,7 @@ def read_json(path: Path) -> object:
         content = path.read_bytes()
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
-        data: object = json.loads(content.decode("utf-8"))
+        data: object = json.loads(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise _fail(path, error.lineno, f"not JSON: {error.msg} (column {error.colno})") from error
     except UnicodeDecodeError as error:

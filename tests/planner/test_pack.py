@@ -115,11 +115,18 @@ def test_impossible_capacities_are_proved(native):
         (((0,), (1,), (-1,)), "negative size"),
         (((0,), (1,), (2**62,)), "64-bit"),
         (((0, 1), (1,), (1,)), "one entry"),
+        (((0,), (1,), (1,), 0), "alignment"),
+        (((0,), (1,), (1,), 2**61), "alignment"),
     ],
 )
 def test_bad_problems_are_refused(arguments, message):
     with pytest.raises(PlanningError, match=message):
         PackProblem(*arguments)
+
+
+def test_the_topmost_buffer_takes_no_rounding():
+    """4 bytes rounded to 6, and 8 rounded to 9: the short one on top ends at 13, the long one at 14."""
+    assert planner.pack([(0, 3, 4), (1, 2, 8)], align=3).arena == least_arena([(0, 3, 4), (1, 2, 8)], 3) == 13
 
 
 def test_empty_and_sizeless_problems():
