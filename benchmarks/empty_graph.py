@@ -107,7 +107,11 @@ def _measured(title: str, name: str, early: bool, links: int, repeats: int) -> R
         for _ in range(links):
             start(stream)
 
-    chain()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # the default one orders itself against others
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        chain()
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         chain()

@@ -232,20 +232,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=50, help="no further round after this long; two are measured")
     parser.add_argument("--only", default="", help='rows whose name contains this: "cpp" for both C++ wrappers')
-    parser.add_argument("--write", action="store_true", help="keep the table in benchmarks/results")
+    parser.add_argument("--write", action="store_true", help="keep the table in results/launch_overhead-{cpu,gpu}.md")
     given = parser.parse_args(arguments)
     bare = empty_graph.measure(given.links, given.repeats) if given.device == "cuda" else []
-    print(empty_graph.table(bare), flush=True)
-    rows, failed = measure(given.links, given.device, given.rounds, given.repeats, given.seconds, given.only)
     if bare:
-        bare += empty_graph.measure_early(given.links, given.repeats)
-    floor = "\n" + empty_graph.table(bare) + "\n" if bare else ""
-    if rows:
-        text = table(rows, given.device, given.links) + floor
-        print("\n" + text)
-        if given.write and not failed and not given.only:
-            (RESULTS / f"launch_overhead-{given.device}.md").write_text(text)
+        print(empty_graph.table(bare), flush=True)
+    rows, failed = measure(given.links, given.device, given.rounds, given.repeats, given.seconds, given.only)
+    report(rows, bare, given, failed)
+    if bare:  # last: whatever the driver makes of an early launch, everything else has been said and kept
+        try:
+            bare += empty_graph.measure_early(given.links, given.repeats)
+        except Exception:
+            traceback.print_exc(limit=-6)
+            return failed + 1
+        report(rows, bare, given, failed)
     return failed
+
+
+def report(rows: Sequence[Row], bare: list[empty_graph.Replayed], given: argparse.Namespace, failed: int) -> None:
+    """Print the table, and keep it where that is wanted and nothing is missing."""
+    if not rows:
+        return
+    text = table(rows, given.device, given.links) + ("\n" + empty_graph.table(bare) + "\n" if bare else "")
+    print("\n" + text, flush=True)
+    if given.write and not failed and not given.only:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"launch_overhead-{'gpu' if given.device == 'cuda' else 'cpu'}.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -240,6 +240,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     parser.add_argument("--only", default="", help="shapes whose name or epilogue contains this")
     given = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this needs an NVIDIA GPU")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; microseconds: ATen with kernel, template, ratio")
     rows = run([s for s in SHAPES if given.only in f"{s.name} {s.epilogue}"])
     print(summary(rows))

@@ -4,8 +4,9 @@ With ``max_autotune`` every candidate is timed once for each device and version;
 and is from then on an input of the plan like any other. The ATen call stays unless a template is shown to be faster.
 Without ``max_autotune`` nothing is measured and no product becomes a template.
 
-The buffers of a measurement are made for it and freed after it; a candidate that would need more than the program
-itself is left to ATen. Times are those of the device: each contender is recorded as a CUDA graph of several runs.
+The buffers of a measurement are made for it and freed after it, workspaces included, which all contenders share; what
+would need more than the program itself is left to ATen. Times are those of the device: each contender is recorded as a
+CUDA graph of several runs.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from .ir.canonical import canonicalize, hoist_offsets
 from .ir.config import Config
 from .ir.errors import CompilerError, LoweringError
 from .ir.program import Program, View, evaluate
-from .ir.template import Method, Product, ProductConfig, canonical_product
-from .kernel_tuning import ALLOWANCE, keep, tuning_wanted
+from .ir.template import Method, Product, ProductConfig, Workspace, canonical_product
+from .ir.verify_access import in_place_hazard
+from .kernel_tuning import keep, tuning_wanted
 from .lowering.lower import Kept
-from .passes.templates import Candidate, Choose, peak
+from .passes.templates import Candidate, Choose, least_peak
 from .runtime.cache import Cache, cache_key
 from .runtime.device_times import device_times
 from .runtime.python_runtime import find_operator, reinterpret_as
@@ -41,6 +43,9 @@ _log = logging.getLogger("memplan.triton")
 _VERSION = 2
 #: a template is taken if its time is at most this part of ATen's: less may be noise
 _MARGIN = 0.97
+#: bytes that a measurement may take above what the program itself needs; the library's own workspace (32 MiB on an
+#: H100, which a program of templates alone does without) and the comparison's slices come on top, in all within 64 MiB
+ALLOWANCE = 24 << 20
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,8 @@ class Measured:
     aten: float
     best: float
     fastest: ProductConfig | None = None
-    skipped: str = ""  # why nothing was measured
+    skipped: str = ""  # why nothing was measured, or what was found wrong
+    kept: bool = True  # False where it says nothing of another program with this product
 
 
 def chooser(config: Config, kept: Kept) -> Choose:
@@ -76,7 +82,8 @@ def measured_choices(
         elif (chosen := decode(data)) is not None:
             found[key] = chosen
     for key, measured in _without_modes(missing, program).items():
-        keep(store, _cache_key(key), encode(measured))
+        if measured.kept:
+            keep(store, _cache_key(key), encode(measured))
         if measured.config is not None:
             found[key] = measured.config
     return found
@@ -156,45 +163,76 @@ def measure_all(
 ) -> dict[Product, Measured]:
     """Each candidate measured; all that is to be timed is built first, in parallel.
 
-    ``limit``: most bytes that the buffers of one measurement may take; None for what the program itself needs.
+    ``limit``: most bytes that one measurement may take; None for what the program itself needs, and `ALLOWANCE`.
     """
     if not missing:
         return {}
-    processors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+    limit = least_peak(missing.values(), program) + ALLOWANCE if limit is None else limit
+    out: dict[Product, Measured] = {}
     kernels: dict[Product, list[tuple[ProductConfig, TritonKernel]]] = {}
-    for key in missing:
-        kernels[key] = []
-        for config in contenders(key, processors):
-            try:
-                kernels[key].append((config, emit_product(replace(key, config=config), name="product")))
-            except LoweringError as error:
-                _log.info("no template: %s", error)
-                break
+    for key, candidate in missing.items():
+        needed = held_bytes(candidate, program)
+        if needed <= limit:
+            kernels[key] = _emitted(key, limit - needed)
+            continue
+        reason = f"it would take {needed} bytes to time it, of {limit}"
+        _log.info("%s stays ATen's call: %s", candidate.call.name, reason)
+        out[key] = Measured(None, 0.0, math.inf, skipped=reason, kept=False)
     builds = [Build.of(k, k.configs[0]) for ks in kernels.values() for _, k in ks]
     built = dict(zip(builds, compile_builds(builds, Target.current()), strict=True))
-    limit = peak(program) + ALLOWANCE if limit is None else limit
-    out: dict[Product, Measured] = {}
-    for key, candidate in missing.items():
+    for key, contending in kernels.items():
         usable = [
             (config, kernel, found)
-            for config, kernel in kernels[key]
+            for config, kernel in contending
             if isinstance(found := built[Build.of(kernel, kernel.configs[0])], Compiled) and not found.scratch_bytes
         ]
-        needed = _bytes(candidate, program)
-        if usable and needed <= limit:
-            out[key] = measure(candidate, program, usable)
+        if usable:
+            out[key] = measure(missing[key], program, usable)
         else:
-            reason = f"it would take {needed} bytes to time it, of {limit}" if usable else "no template fits or builds"
-            _log.info("%s stays ATen's call: %s", candidate.call.name, reason)
-            out[key] = Measured(None, 0.0, math.inf, skipped=reason)
+            _log.info("%s stays ATen's call: no template fits or builds", missing[key].call.name)
+            out[key] = Measured(None, 0.0, math.inf, skipped="no template fits or builds")
     return out
 
 
-def _bytes(candidate: Candidate, program: Program) -> int:
-    names = set(candidate.call.reads) | set(candidate.call.writes)
-    if candidate.kernel is not None:
-        names |= set(candidate.kernel.reads) | set(candidate.kernel.writes)
+def _emitted(key: Product, room: int) -> list[tuple[ProductConfig, TritonKernel]]:
+    """What contends for a product, as text; ``room``: most bytes for workspaces."""
+    processors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+    found = []
+    for config in contenders(key, processors):
+        sized = replace(key, config=config)
+        if sum(w.count for w in sized.workspaces()) > room:
+            continue
+        try:
+            found.append((config, emit_product(sized, name="product")))
+        except LoweringError as error:
+            _log.info("no template: %s", error)
+            break
+    return found
+
+
+def held_bytes(candidate: Candidate, program: Program) -> int:
+    """Bytes of the buffers of a measurement, without the templates' workspaces."""
+    names = set(_buffers(candidate)) - set(reused(candidate, program))
     return sum(program.nbytes(n) for n in names)
+
+
+def _buffers(candidate: Candidate) -> list[str]:
+    call, kernel = candidate.call, candidate.kernel
+    return list(
+        dict.fromkeys([*call.reads, *call.writes, *(() if kernel is None else (*kernel.reads, *kernel.writes))])
+    )
+
+
+def reused(candidate: Candidate, program: Program) -> dict[str, str]:
+    """{what the kernel after the product writes: the product}, where it writes in its place, as it does in the plan."""
+    result = candidate.call.results[0]
+    if candidate.kernel is None or result is None or result.buffer in candidate.product.epilogue.written_buffers:
+        return {}
+    kernel, old = candidate.kernel.kernel, result.buffer
+    for new in kernel.written_buffers:
+        if program.nbytes(new) == program.nbytes(old) and not in_place_hazard(kernel, old, new):
+            return {new: old}
+    return {}
 
 
 def measure(
@@ -237,7 +275,7 @@ def compare(candidate: Candidate, program: Program) -> str:
 
 
 #: elements that are compared at once
-_SLICE = 1 << 20
+_SLICE = 1 << 18
 #: how far a result may be from ATen's: this part of the mean, and so many units in the last place
 _OF_MEAN, _LAST_PLACES = 0.1, 2.0
 #: part of truth values and integers that may differ, where what they were decided by was rounded
@@ -260,20 +298,29 @@ def beyond_rounding(found: torch.Tensor, wanted: torch.Tensor, mean: float, half
 
 
 class _Held:
-    """The buffers of one measurement: random numbers, and zeros where they may be indices."""
+    """The buffers of one measurement: random numbers, and zeros where they may be indices.
+
+    Contenders run one after another, and what a workspace holds before a run means nothing, but for counters, which
+    each has for itself: one that left them other than zero would spoil the next.
+    """
 
     def __init__(self, candidate: Candidate, program: Program) -> None:
         self.candidate, self.program = candidate, program
         self.tensors: dict[str, torch.Tensor] = {}
-        call, kernel = candidate.call, candidate.kernel
+        call = candidate.call
         generator = torch.Generator(call.device).manual_seed(0)
-        names = [*call.reads, *call.writes, *(() if kernel is None else (*kernel.reads, *kernel.writes))]
-        for name in dict.fromkeys(names):
+        taken = reused(candidate, program)
+        for name in _buffers(candidate):
             b = program.buffers[name]
+            if name in taken:
+                continue
             count = -(-program.nbytes(name) // b.dtype.itemsize)
             random = b.dtype.is_floating_point and b.dtype.itemsize > 1
             made = torch.zeros(count, dtype=b.dtype, device=call.device)
             self.tensors[name] = made.normal_(generator=generator) if random else made
+        for new, old in taken.items():
+            self.tensors[new] = self.tensors[old].view(program.buffers[new].dtype)
+        self.scratch: dict[str, torch.Tensor] = {}  # workspaces by role, as large as the largest contender's
         self.epilogue = self._epilogue()
 
     def _epilogue(self) -> Callable[[], None] | None:
@@ -336,18 +383,24 @@ class _Held:
 
     def template(self, config: ProductConfig, launcher: Launcher) -> Callable[[], None]:
         canonical = canonical_product(replace(self.candidate.product, config=config))
-        spaces = [
-            torch.zeros(w.count, dtype=torch.uint8, device=self.candidate.call.device)
-            for w in canonical.product.workspaces()
-        ]
         pairs = zip(canonical.buffers, canonical.offsets, strict=True)
-        addresses = [self.tensors[b].data_ptr() + o for b, o in pairs] + [s.data_ptr() for s in spaces]
+        addresses = [self.tensors[b].data_ptr() + o for b, o in pairs]
+        spaces = canonical.product.workspaces()
+        own = {w.role: self._space(w) for w in spaces if w.zero_fill}
+        for w in spaces:
+            if not w.zero_fill and (w.role not in self.scratch or self.scratch[w.role].nbytes < w.count):
+                self.scratch.pop(w.role, None)  # given back before more is asked for
+                self.scratch[w.role] = self._space(w)
 
         def run() -> None:
-            launcher(_stream(), *addresses)
+            made = ((own if w.zero_fill else self.scratch)[w.role] for w in spaces)
+            launcher(_stream(), *addresses, *(space.data_ptr() for space in made))
 
-        run.spaces = spaces  # type: ignore[attr-defined]  # they live as long as what launches into them
         return run
+
+    def _space(self, workspace: Workspace) -> torch.Tensor:
+        make = torch.zeros if workspace.zero_fill else torch.empty
+        return make(workspace.count, dtype=torch.uint8, device=self.candidate.call.device)
 
 
 def _stream() -> int:

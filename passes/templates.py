@@ -7,7 +7,7 @@ are added.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -21,6 +21,9 @@ from memplan.ir.program import Contract, Extern, KernelOp, Literal, Operation, P
 from memplan.ir.template import ACCUMULATOR, Product, ProductConfig, Template, canonical_product
 
 from .cleanup import with_ranges
+from .order_bound import forced_bound
+from .order_model import adjacency
+from .reorder import order_graph
 from .schedule import lifetimes, storages, timeline
 
 #: target -> position of the bias (or None) and of the factors
@@ -97,6 +100,14 @@ def peak(program: Program) -> int:
     order = [op.name for op in program.operations]
     stores = storages(program, lifetimes(program, order), {})
     return max(timeline(program, order, stores, (), frozenset()), default=0)
+
+
+def least_peak(found: Iterable[Candidate], program: Program) -> int:
+    """Bytes that the program holds at one of these products in whatever order it runs: its peak is no less."""
+    graph = order_graph(program, {})
+    near = adjacency(graph)
+    position = {op.name: k for k, op in enumerate(program.operations)}
+    return max((forced_bound(graph, near, position[c.call.name]) for c in found), default=0)
 
 
 def candidates(program: Program) -> list[Candidate]:
