@@ -32,6 +32,7 @@ from .capture.partition import Chooser, Cutter, Modules, Partitioned, partitione
 from .capture.traced import runnable
 from .compilation import (
     PASS_NAMES,
+    CompiledProgram,
     Together,
     compile_program,
     plan_prepared,
@@ -47,6 +48,7 @@ from .ir.program import BufferKind, Phase, Program, TensorInput, View
 from .lowering.decompositions import decomposition_table
 from .lowering.lower import NOTHING_KEPT
 from .offload_budget import OffloadBudget, check_offload, model_of, offload_device
+from .passes.donation import without_donation
 from .passes.offload import host_name, offload_saved, prefetch_received
 from .passes.offload_choice import OffloadModel
 from .passes.rematerialize import choose_within
@@ -203,12 +205,15 @@ class Region:
                 return self.finish_recorded(program, module, inputs)
             plain = self.finish(without_donation(program), module)  # what the forward saved is in its recording's pool
             return cuda_graphs.beside_recordings(plain, cuda_graphs.gpu_of(program) or 0)
-        donating = self.finish(program, module, self.planner.role(program) if foreseen and self.planner else None)
+        together = self.planner.role(program) if foreseen and self.planner else None
         if self.config.plan_only or not any(b.donated for b in program.buffers.values()):
-            return donating
-        return backward_call(
-            donating, lambda: compile_program(without_donation(program), self.config).call, lambda: self.hooked
-        )
+            return self.finish(program, module, together)
+        compiled = self.compiled(program, together)
+
+        def keeping() -> Callable[..., object]:
+            return true_elements(program, module, compiled.keeping().call)
+
+        return backward_call(true_elements(program, module, compiled.call), keeping, lambda: self.hooked)
 
     def capture_backward(self, module: torch.fx.GraphModule) -> Program:
         """Inputs that the forward made for this backward alone are donated: they die with their last use."""
@@ -298,6 +303,10 @@ class Region:
             trace(planned.plan)
             self.tell(program, planned.plan, planned.waterfall)
             return make_boxed_func(runnable(module).forward)  # type: ignore[no-any-return]
+        return true_elements(program, module, self.compiled(program, together).call)
+
+    def compiled(self, program: Program, together: Together | None = None) -> CompiledProgram:
+        """The program planned and built, told to who listens."""
         compiled = compile_program(program, self.config, together)
         if program.phase is Phase.FORWARD:
             self.forward_plan = lambda: compiled.plan
@@ -308,7 +317,7 @@ class Region:
             plan = compiled.plan
             trace(plan)
             self.tell(program, plan, compiled.waterfall, compiled.source)
-        return true_elements(program, module, compiled.call)
+        return compiled
 
     def tell(self, program: Program, plan: Plan, waterfall: tuple[tuple[str, int], ...], source: str = "") -> None:
         """Tell all that record."""
@@ -391,12 +400,6 @@ def trace(plan: Plan) -> None:
         from .reports.structured import trace_plan  # only then: reports bring pydantic and rich
 
         trace_plan(plan)
-
-
-def without_donation(program: Program) -> Program:
-    """The same program with every input left to its owner."""
-    buffers = {n: replace(b, donated=False) for n, b in program.buffers.items()}
-    return replace(program, buffers=buffers)
 
 
 def leave_donation_to_us() -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.fx
 
 from .ir.program import Program, TensorInput
+
+Made = TypeVar("Made")
 
 
 def true_elements(program: Program, module: torch.fx.GraphModule, call: Callable[..., object]) -> Callable[..., object]:
@@ -48,8 +51,7 @@ def backward_call(
     """The backward that frees and overwrites what the forward saved, unless somebody may still want it.
 
     Under ``retain_graph=True``, or where saved-tensor hooks gave us tensors that may be the user's, a variant of the
-    same program runs that leaves them alone, made when it is first needed. It is planned anew: where memory decides
-    what is fused, its kernels may round at other places.
+    same kernels and calls runs that leaves them alone, made when it is first needed.
     """
     keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
     plain = made_once(make_plain)
@@ -88,12 +90,12 @@ def forward_call(
     return forward
 
 
-def made_once(make: Callable[[], Callable[..., object]]) -> Callable[[], Callable[..., object]]:
+def made_once(make: Callable[[], Made]) -> Callable[[], Made]:
     """What ``make`` makes, made when it is first asked for, by whichever thread."""
-    made: list[Callable[..., object]] = []
+    made: list[Made] = []
     lock = threading.Lock()
 
-    def get() -> Callable[..., object]:
+    def get() -> Made:
         with lock:
             if not made:
                 made.append(make())

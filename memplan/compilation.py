@@ -3,46 +3,43 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import ClassVar, TypeGuard
 
 import torch
 
 from . import kernels as kernel_sets
 from .artifact import Artifact, GpuKernel, Linked, cached, load_cached, load_gpu
 from .calibration import figures_for
+from .calls import made_once
 from .codegen import cpp_kernel, triton_kernel
 from .codegen.cpp_wrapper import CppWrapper
 from .codegen.python_wrapper import print_python
 from .codegen.triton_kernel import TritonKernel
 from .codegen.wrapper_lines import WrapperProgram, wrapper_lines
 from .communicating import Communicating, facts_of
-from .convolutions import plan_convolutions
 from .cpp_wrapping import load_in_cpp
-from .cpu_scratch import count_cpu_scratch
 from .fallback import with_fallback
 from .ir.canonical import canonicalize
 from .ir.config import Config
 from .ir.errors import CompilerError
 from .ir.in_flight import HostCopy
-from .ir.loops import Kernel, Size
+from .ir.loops import Kernel
 from .ir.plan import Plan
-from .ir.program import Contract, Extern, KernelOp, Operation, Program
-from .ir.verify import ProgramVerifier
+from .ir.program import KernelOp, Program
+from .ir.verify import ProgramVerifier, verify_program
 from .ir.verify_plan import verify_plan
 from .kernel_tuning import tuned, tuning_wanted
-from .lowering.call_site import LOWERINGS
-from .lowering.contracts import contract
-from .lowering.lower import NOTHING_KEPT, Kept, lower_program
+from .lowering.lower import NOTHING_KEPT, Kept
+from .lowering_stage import Lowering
 from .out_of_memory import Remedy, Shortage, explained
 from .passes.comm import Communication, place_in_arenas
+from .passes.donation import keeping_inputs, without_donation
 from .passes.inplace import InPlace, Reuse
 from .passes.offload import WAIT, schedule_copies
 from .passes.overlap import overlap
-from .passes.padding import pad_rows
 from .passes.pipeline import PASSES as PIPELINE
 from .passes.pipeline import Pass, collector_paused, run_pipeline
 from .passes.reorder import reorder
@@ -68,9 +65,6 @@ from .wrapper_choice import build_ahead, choose_wrapper, say_python, seen_by_mod
 log = logging.getLogger(__name__)
 
 
-_PRODUCTS = ("aten.mm.default", "aten.addmm.default", "aten.mm.dtype")
-
-
 @dataclass(frozen=True)
 class CompiledProgram:
     """A program ready to run: ``call`` takes one boxed list of arguments and returns a tuple.
@@ -81,6 +75,8 @@ class CompiledProgram:
     make_plan: Callable[[], Plan]
     call: Callable[..., object]
     source: str
+    #: the same kernels and calls in a plan that leaves donated inputs to their owner
+    keeping: Callable[[], CompiledProgram]
     waterfall: tuple[tuple[str, int], ...] = ()
     #: all that runs it, as data; None where something in it is none
     artifact: Artifact | None = None
@@ -90,32 +86,6 @@ class CompiledProgram:
     @cached_property
     def plan(self) -> Plan:
         return self.make_plan()
-
-
-DEFAULTS = Config()
-
-
-@dataclass(frozen=True, slots=True)
-class Lowering:
-    """ATen calls become kernels where there is a lowering; what is left learns its extern contract."""
-
-    name: ClassVar[str] = "lowering"
-    requires: ClassVar[tuple[str, ...]] = ()
-    config: Config = DEFAULTS
-    #: what stays a call though there is a lowering
-    kept: Kept = NOTHING_KEPT
-
-    @classmethod
-    def configured(cls, config: Config) -> Lowering:
-        return cls(config)
-
-    def run(self, program: Program) -> Program:
-        if self.config.enabled("padding") and not self.kept.devices:
-            program = pad_rows(program, LOWERINGS.__contains__)
-        program = with_contracts(lower_program(program, self.config, self.kept))
-        if self.config.enabled("convolutions"):
-            program = plan_convolutions(program, self.config)
-        return count_cpu_scratch(program, self.config) if self.config.enabled("cpu_scratch") else program
 
 
 PASSES: tuple[type[Pass], ...] = (Lowering, *PIPELINE, SplitReductions, Templates, Communication)
@@ -181,6 +151,11 @@ def prepare_program(program: Program, config: Config, kept: Kept = NOTHING_KEPT)
     last = (Templates(chooser(config, kept)), communication)
     passes: tuple[type[Pass] | Pass, ...] = (Lowering(config, kept), *PASSES[1:-2], *last)
     program = run_pipeline(program, config, ProgramVerifier(), on_pass, passes=passes)
+    return _laid_out(program, config, stages)
+
+
+def _laid_out(program: Program, config: Config, stages: list[tuple[str, int]]) -> Prepared:
+    """Order and in-place reuse of a program that all passes have seen; ``stages`` are the peaks so far."""
     libraries = planner_libraries()
     order = _names(program)
     reuse = Reuse(program, _safe_in_place, config.enabled("inplace"))
@@ -269,46 +244,6 @@ def _unplanned_peak(program: Program, in_place: Mapping[str, str], order: Sequen
     return max(timeline(program, order, stores, (), frozenset()))
 
 
-def _is_undecided(op: Operation) -> TypeGuard[Extern]:
-    """Whether what a call does with memory is still to be looked up."""
-    if not isinstance(op, Extern) or isinstance(op, HostCopy):
-        return False
-    return op.contract is Contract.FRESH and not op.target.startswith("callable:")
-
-
-def with_contracts(program: Program) -> Program:
-    """What each remaining extern call does with memory: those that can write into planned buffers do."""
-    operations: list[Operation] = []
-    for op in program.operations:
-        if _is_undecided(op):
-            found = contract(op.target, op.device.partition(":")[0])
-            if found.contract is Contract.OUT and found.out_target and _takes_out(op):
-                op = replace(op, target=found.out_target, contract=Contract.OUT)
-        operations.append(op)
-    return program.with_operations(tuple(operations))
-
-
-def _takes_out(op: Extern) -> bool:
-    """Whether every result is laid out so that the call can write it: contiguous, or a matrix with padded rows."""
-    for view in op.results:
-        if view is None or view.offset != 0:
-            return False
-        stride: Size = 1
-        for k, (size, given) in enumerate(zip(reversed(view.sizes), reversed(view.strides), strict=True)):
-            padded_rows = (
-                k == 1
-                and len(view.sizes) == 2
-                and op.target in _PRODUCTS
-                and isinstance(given, int)
-                and isinstance(stride, int)
-                and given >= stride
-            )
-            if size != 1 and given != stride and not padded_rows:
-                return False
-            stride = stride * size
-    return True
-
-
 def _safe_in_place(op: KernelOp, old: str, new: str) -> bool:
     """Whether the kernel as emitted for its device may write ``new`` over ``old``."""
     canonical = canonicalize(op.kernel)
@@ -385,19 +320,11 @@ def _from_cache(found: Found, program: Program, config: Config) -> CompiledProgr
         log.warning("%s is compiled again: %s", program.name, error)
         return None
     kernels = {**cpu, **gpu}
-    if not found.same_origins:
-        plan = found.plan()
-        sets = kernel_sets.collect(plan.program)
-        templates = collect_templates(plan.program)
-        if not {*sets.sources, *templates.sources} <= kernels.keys():  # named after the operators they came from
+    if not found.same_origins:  # kernels are named after the operators they came from
+        printed = _printed(found.plan(), artifact, kernels, config)
+        if printed is None:
             return None
-        user = UserKernels(named_user_kernels(plan.program)[0], {})
-        if not set(user.names.values()) <= kernels.keys():
-            return None
-        lines = _lines(plan, sets, user, templates)
-        fixed = {k.name: k.fixed for k in artifact.gpu if k.fixed is not None}
-        cpp = choose_wrapper(lines, {k.name: k for k in artifact.gpu}, config, fixed)
-        artifact = replace(artifact, python=print_python(lines, poison=config.poison), cpp=cpp)
+        artifact = printed
     linked = Linked(kernels, launchers, found.callables(), found.constants())
     return _assemble(artifact, linked, found.plan, program, config, NOTHING_KEPT)
 
@@ -444,6 +371,39 @@ def _compile(planned: Planned, program: Program, config: Config, kept: Kept) -> 
     if user.launchers.keys() - user.direct.keys():  # compiled by Triton, for what their arguments turn out to be
         return replace(ready, artifact=None), None
     return ready, artifact
+
+
+def _printed(plan: Plan, artifact: Artifact, kernels: Container[str], config: Config) -> Artifact | None:
+    """The artifact with the wrappers of a plan that is to run on kernels which are there; None if it wants another."""
+    sets, templates = kernel_sets.collect(plan.program), collect_templates(plan.program)
+    user = UserKernels(named_user_kernels(plan.program)[0], {})
+    if not all(name in kernels for name in (*sets.sources, *templates.sources, *user.names.values())):
+        return None
+    lines = _lines(plan, sets, user, templates)
+    fixed = {k.name: k.fixed for k in artifact.gpu if k.fixed is not None}
+    cpp = choose_wrapper(lines, {k.name: k for k in artifact.gpu}, config, fixed)
+    return replace(artifact, python=print_python(lines, poison=config.poison), cpp=cpp)
+
+
+def _keeping(
+    plan: Plan, artifact: Artifact, linked: Linked, program: Program, config: Config, kept: Kept
+) -> CompiledProgram:
+    """What was compiled with this plan, in one that leaves donated inputs to their owner.
+
+    It is laid out anew, on the same kernels and calls: so it computes the same bits, and nothing is built for it but a
+    wrapper.
+    """
+    same = keeping_inputs(plan.program)
+    if config.verify:
+        verify_program(same)
+    prepared = _laid_out(same, config, [("captured", own_peak(same, _names(same)))])
+    planned = plan_prepared((prepared,), (), config)[0]
+    found = _printed(planned.plan, artifact, linked.kernels, config)
+    assert found is not None, "a plan of the same kernels wants others"
+    _dump(config, f"{program.name}.kept.py", found.python.source)
+    found = replace(found, waterfall=planned.waterfall, reserves=reserves_of(planned.plan))
+    linked = replace(linked, communicating=Communicating.of(planned.plan, config))
+    return _assemble(found, linked, lambda: planned.plan, without_donation(program), config, kept)
 
 
 def _dump(config: Config, name: str, text: str) -> None:
@@ -503,7 +463,8 @@ def _assemble(
                 raise
             say_python(str(error))
     call = in_python() if native is None else seen_by_modes(native, in_python)
-    made = CompiledProgram(make_plan, call, source, artifact.waterfall, artifact)
+    keeping = made_once(lambda: _keeping(made.plan, artifact, linked, program, config, kept))
+    made: CompiledProgram = CompiledProgram(make_plan, call, source, keeping, artifact.waterfall, artifact)
     starts = artifact.python.starts
     call = explained(reserving(call, artifact.reserves), lambda: made.plan, filename, starts, explain)
     call = settled(call) if WAIT in artifact.python.operators.values() else call

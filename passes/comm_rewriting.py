@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from ..ir.communication import Memory
 from ..ir.in_flight import Collective, Wait
-from ..ir.loops import Kernel, Load
 from ..ir.program import (
     EXTERNAL_KINDS,
     Argument,
@@ -23,6 +22,8 @@ from ..ir.program import (
     UserKernel,
     View,
 )
+from ..ir.template import Product, Template
+from .fuse_kernels import renamed_buffers
 
 #: Offsets in an arena, and what the end of a message is rounded to, in bytes.
 ALIGNMENT = 256
@@ -180,16 +181,18 @@ def renamed(op: Operation, old: str, new: str) -> Operation:
             return view(a)
         return Tuple(tuple(argument(i) for i in a.items)) if isinstance(a, Tuple) else a
 
+    def product(p: Product) -> Product:
+        bias = None if p.bias is None else view(p.bias)
+        return replace(p, a=view(p.a), b=view(p.b), bias=bias, epilogue=renamed_buffers(p.epilogue, {old: new}))
+
     match op:
         case KernelOp():
-            nodes = tuple(
-                replace(n, buffer=new) if isinstance(n, Load) and n.buffer == old else n for n in op.kernel.nodes
-            )
-            stores = tuple(replace(s, buffer=new) if s.buffer == old else s for s in op.kernel.stores)
-            return replace(op, kernel=Kernel(op.kernel.outer, op.kernel.row, nodes, stores), mutates=mutates)
+            return replace(op, kernel=renamed_buffers(op.kernel, {old: new}), mutates=mutates)
         case Copy():
             return replace(op, source=view(op.source), target=view(op.target), mutates=mutates)
         case Extern():
+            if isinstance(op, Template) and op.product is not None:
+                op = replace(op, product=product(op.product))
             return replace(
                 op,
                 args=tuple(argument(a) for a in op.args),

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import memplan
-from memplan.backend import without_donation
 from memplan.ir.plan import InPool
 from memplan.ir.program import Phase
+from memplan.passes.donation import without_donation
 from memplan.recompute_prices import cheap_again
 from tests.models.against_eager import check
 from tests.tolerances import assert_near
