@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import memplan
-from memplan import kernel_tuning
+from memplan import kernel_tuning, template_tuning
 from memplan.codegen.triton_kernel import TritonKernel
 from memplan.codegen.tuning_block import TuningBlock
 from memplan.codegen.wrapper_lines import WrapperProgram
 from memplan.runtime import cuda_launch
-from tests.fake_gpu import FakeGpu, make_fake_gpu
+from tests.fake_gpu import FakeGpu, Launched, make_fake_gpu
 
 
 class Tokens(nn.Module):
@@ -57,6 +57,7 @@ class Tuned:
 
     blocks: list[tuple[WrapperProgram, TuningBlock]] = field(default_factory=list)
     benches: list[OnCpu] = field(default_factory=list)
+    runs: list[tuple[range, TritonKernel, Launched]] = field(default_factory=list)  # with the arena's addresses
 
     @property
     def indices(self) -> list[Tensor]:
@@ -85,8 +86,11 @@ def tuned(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Tuned:
     def times(runs: Sequence[Callable[[], None]]) -> list[float]:
         arena = found.benches[-1].arena
         assert arena is not None
+        inside = range(arena.data_ptr(), arena.data_ptr() + arena.nbytes + 1)
         for run in runs:
+            before = len(gpu.launches())
             run()
+            found.runs += [(inside, gpu.kernel(launched), launched) for launched in gpu.launches()[before:]]
             once = arena.clone()
             run()
             assert torch.equal(arena, once)
@@ -189,6 +193,21 @@ def test_indices_are_in_range(tuned: Tuned, tmp_path: Path) -> None:
     assert tuned.indices
     for values in tuned.indices:
         assert 0 <= int(values.min()) < int(values.max()) < 50
+
+
+def test_nothing_but_the_arena_is_touched(tuned: Tuned, tmp_path: Path) -> None:
+    """No input of the model is cloned or written for tuning, and all that is taken is an arena as the plan allows."""
+    _, recording = step(tmp_path, wrapper="cpp", max_autotune=True)
+    assert len({kernel.name for _, kernel, _ in tuned.runs}) == len({n for _, b in tuned.blocks for n in b.kernels})
+    for inside, kernel, launched in tuned.runs:
+        addresses = launched.arguments[: len(launched.arguments) - len(kernel.symbols)]
+        assert addresses
+        assert all(address in inside for address in addresses)
+    for (_, block), graph in zip(tuned.blocks, recording.graphs, strict=True):
+        assert 0 < block.nbytes <= max(graph.plan.timeline) + kernel_tuning.ALLOWANCE
+    assert [b.arena for b in tuned.benches] == [None] * len(tuned.benches)
+    of_library = 32 << 20  # a workspace of cuBLAS on an H100, which a model that is all templates does not take
+    assert max(kernel_tuning.ALLOWANCE, template_tuning.ALLOWANCE + of_library) < 64 << 20
 
 
 def counted(x: Tensor, seen: Tensor) -> Tensor:
