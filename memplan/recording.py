@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +15,8 @@ from .ir.program import Phase
 
 _lock = threading.Lock()
 _active: list[Recording] = []
+#: Regions whose calls are counted, by number. They live as long as their calls, or a recording that was told of them.
+_regions: weakref.WeakValueDictionary[int, Region] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,19 @@ class CompiledGraph:
     runs: tuple[tuple[int, int], ...] = ()
 
 
+@dataclass(eq=False)
+class Region:
+    """The graphs of a region, for recordings that begin when it has been compiled already."""
+
+    graphs: list[CompiledGraph] = field(default_factory=list)
+
+
 @dataclass
 class Recording:
     """All graphs compiled while it was active, in order, and the steps in which their calls were seen.
+
+    Graphs that an earlier recording saw being compiled are in it too if they were called: a cell of a notebook that
+    runs again compiles nothing.
 
     A step is a row of forwards with the backwards that follow it. Where no backward follows, calls of one region may be
     steps of their own: they count once.
@@ -51,13 +64,17 @@ class Recording:
     #: a call runs the whole step (nothing calls a backward afterwards)
     one_step: bool = False
     _told: list[CompiledGraph] = field(default_factory=list)
+    _regions: list[Region] = field(default_factory=list)
     _steps: dict[tuple[int, ...], None] = field(default_factory=dict)
     _now: list[tuple[int, Phase]] = field(default_factory=list)
     _backward: bool = False
 
-    def add(self, graph: CompiledGraph) -> None:
-        """A graph has been compiled."""
-        self._told.append(graph)
+    def add(self, graph: CompiledGraph, region: Region) -> None:
+        """A graph has been compiled, or is known of a region that begins to run."""
+        if all(graph is not told for told in self._told):
+            self._told.append(graph)
+        if all(region is not known for known in self._regions):
+            self._regions.append(region)
 
     def called(self, group: int, phase: Phase) -> None:
         """A graph of a region begins to run."""
@@ -93,7 +110,8 @@ class Recording:
 
 @contextlib.contextmanager
 def record(*, one_step: bool = False) -> Iterator[Recording]:
-    """Collect the plans of everything that memplan compiles inside the block.
+    """Collect the plans of everything that memplan compiles inside the block, or compiled inside an earlier one and
+    runs inside this one.
 
     ``one_step``: all calls inside it are one step, though no backward follows them.
 
@@ -123,19 +141,34 @@ def listening() -> bool:
 def tell(graph: CompiledGraph) -> None:
     """Add a compiled graph to every active recording."""
     with _lock:
+        if not _active:
+            return
+        region = _region(graph.group)
+        region.graphs.append(graph)
         for recording in _active:
-            recording.add(graph)
+            recording.add(graph, region)
+
+
+def _region(group: int) -> Region:
+    region = _regions.get(group)
+    if region is None:
+        region = _regions[group] = Region()
+    return region
 
 
 def counted(call: Callable[..., object], group: int, phase: Phase) -> Callable[..., object]:
     """The call, of which every recording that is active when it runs is told; the call itself where none is active."""
     if not listening():
         return call
+    with _lock:
+        region = _region(group)
 
     def run(args: list[object]) -> object:
         if _active:
             with _lock:
                 for recording in _active:
+                    for graph in region.graphs:
+                        recording.add(graph, region)
                     recording.called(group, phase)
         return call(args)
 

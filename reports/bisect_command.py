@@ -82,8 +82,7 @@ def bisect(
 
     def fails(disabled: frozenset[str]) -> bool:
         failed = run_failed(script, context.args, (*already, *sorted(disabled)), timeout, verbose=verbose)
-        enabled = [p for p in passes if p not in disabled]
-        terminal.write(f"  {'fails ' if failed else 'passes'}  with {', '.join(enabled) or 'no pass at all'}\n")
+        terminal.write(f"  {'fails ' if failed else 'passes'}  with {enabled(passes, disabled)}\n")
         return failed
 
     found = halve(passes, fails)
@@ -100,6 +99,18 @@ def bisect(
     else:
         terminal.write("It also fails without this pass alone: another one has the same fault.\n")
     raise typer.Exit(1)
+
+
+def enabled(passes: Sequence[str], disabled: frozenset[str]) -> str:
+    """Which of the passes are on, in few words."""
+    left = [p for p in passes if p not in disabled]
+    if not left:
+        return "no pass at all"
+    if len(left) == len(passes):
+        return f"all {len(passes)} passes"
+    if left == list(passes[: len(left)]):
+        return f"the first {len(left)} of {len(passes)} passes, up to {left[-1]}"
+    return f"all but {', '.join(p for p in passes if p in disabled)}"
 
 
 def run_failed(

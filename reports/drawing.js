@@ -190,7 +190,9 @@ class Drawing {
       const x = xOf(step + 0.5);
       if (step === undefined || x < plot.x || x > plot.x + plot.w || (text !== "peak" && step === this.header.peak)) continue;
       context.fillStyle = colour; context.fillRect(x, 16, 1.5, floor - 16);
-      context.textAlign = x > plot.x + plot.w - 40 ? "right" : "left"; context.fillText(text, x + (context.textAlign === "left" ? 4 : -4), 26);
+      const wide = context.measureText(text).width, at = x > plot.x + plot.w - wide - 8 ? x - wide - 4 : x + 5;
+      context.fillStyle = this.paper; context.globalAlpha = 0.85; context.fillRect(at - 2, 16, wide + 4, 13);
+      context.fillStyle = colour; context.globalAlpha = 1; context.textAlign = "left"; context.fillText(text, at, 26);
     }
     if (this.selected >= 0) this.outline(context, xOf);
   }

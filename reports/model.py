@@ -236,8 +236,14 @@ class Graph(Model):
 
     @cached_property
     def peak_step(self) -> int:
-        """The step of the peak: most bytes allocated, among those most live, the first (0 if there are no steps)."""
-        return max(range(len(self.live)), key=lambda k: (self.allocated[k], self.live[k], -k), default=0)
+        """The step that shows the peak: the first of most live bytes that holds it to a 256th.
+
+        A pool holds its bytes as long as it stands, so that the very largest step may be one in which it is nearly
+        empty and a scalar came on top: that would tell nothing of what the pool is for. 0 if there are no steps.
+        """
+        near = self.peak - self.peak // 256
+        steps = (k for k, held in enumerate(self.allocated) if held >= near)
+        return max(steps, key=lambda k: (self.live[k], -k), default=0)
 
     @property
     def live_peak(self) -> int:

@@ -208,7 +208,8 @@ def report_from(
     if not groups:
         raise TargetError(
             'no graph was compiled: nothing called a model compiled with torch.compile(model, backend="memplan"). '
-            "Call the compiled model at least once; `memplan run --backend-override` sends every torch.compile here"
+            "Call the compiled model at least once while recording; what was compiled before is compiled anew after "
+            "torch.compiler.reset(). `memplan run --backend-override` sends every torch.compile here"
         )
     records = [_record(members) for members in groups.values()]
     if measured is not None:

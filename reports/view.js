@@ -20,7 +20,8 @@ border:1px solid var(--line);border-radius:4px;padding:2px 7px}
 border-radius:4px;box-shadow:0 2px 8px #0003;max-width:440px;overflow-wrap:anywhere;z-index:5}
 .memplan .below{display:grid;grid-template-columns:minmax(240px,1fr) 2fr;gap:14px;margin-top:6px}
 .memplan dl{display:grid;grid-template-columns:max-content 1fr;gap:1px 10px;margin:4px 0;overflow-wrap:anywhere}
-.memplan dt{color:var(--soft)}.memplan dd{margin:0}.memplan code{font-size:12px}
+.memplan dl dt,.memplan dl dd{float:none;width:auto;margin:0;padding:0}.memplan dl dt{color:var(--soft);font-weight:400;white-space:nowrap}
+.memplan code{font-size:12px}
 .memplan table{border-collapse:collapse;width:100%}.memplan td{padding:1px 8px 1px 0;overflow-wrap:anywhere}
 .memplan td.n{text-align:right;white-space:nowrap}.memplan td.place{white-space:nowrap}.memplan input{width:17em}.memplan tr[tabindex]{cursor:pointer}
 .memplan tr:hover{background:#8882}@media(max-width:700px){.memplan .below{grid-template-columns:1fr}}

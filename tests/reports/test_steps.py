@@ -13,7 +13,7 @@ import memplan
 from memplan.ir.eager import EagerMemory
 from memplan.ir.errors import ReportError
 from memplan.ir.program import Phase
-from memplan.recording import CompiledGraph, Recording
+from memplan.recording import CompiledGraph, Recording, Region
 from memplan.reports.build import compilations
 from memplan.reports.cells import cropped
 from memplan.reports.measure import measured
@@ -109,6 +109,26 @@ def test_a_graph_that_runs_more_than_once_counts_as_often() -> None:
     assert len(dict.fromkeys(s.graph for s in planned.step.steps)) == 8, "the same without running it"
 
 
+def test_what_runs_again_without_being_compiled_is_recorded_again() -> None:
+    """A cell of a notebook that is run a second time compiles nothing: Dynamo knows the code."""
+
+    def f(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return (x @ w).sin().sum()
+
+    def cell() -> Report:
+        step = torch.compile(f, backend="memplan")
+        with memplan.record() as recording:
+            step(torch.ones(16, 8), torch.ones(8, 8, requires_grad=True)).backward()
+        return report_from(recording.graphs)
+
+    first, second = cell(), cell()
+    assert [g.phase for g in second.graphs] == ["forward", "backward"]
+    assert second.step == first.step
+    with memplan.record() as nothing:
+        pass
+    assert nothing.graphs == []
+
+
 def test_calls_are_parted_into_steps() -> None:
     def steps(calls: str, **how: bool) -> list[str]:
         """``F`` and ``B`` with the number of their region; regions of each step that differs."""
@@ -116,7 +136,7 @@ def test_calls_are_parted_into_steps() -> None:
         plan = plans.inference()
         groups = sorted({int(n) for n in calls[1::2]})
         for group in groups:
-            recording.add(CompiledGraph(plan, group))
+            recording.add(CompiledGraph(plan, group), Region())
         phases = {"F": Phase.FORWARD, "B": Phase.BACKWARD, "I": Phase.INFERENCE}
         for phase, group in zip(calls[::2], calls[1::2], strict=True):
             recording.called(int(group), phases[phase])
