@@ -16,6 +16,9 @@ from enum import Enum
 
 import sympy
 import torch
+from sympy.functions.elementary.piecewise import ExprCondPair
+from torch.utils._sympy import functions as torch_functions
+from torch.utils._sympy.numbers import int_oo
 
 from .ir import in_flight, index, loops, plan, program, template, user_kernel
 from .ir.errors import SavedModelError
@@ -40,7 +43,35 @@ _FUNCTIONS: dict[str, Callable[..., sympy.Expr]] = {
     "Min": sympy.Min,
     "FloorDiv": index.FloorDiv,
     "Mod": index.Mod,
+    "Abs": sympy.Abs,
+    "floor": sympy.floor,
+    "ceiling": sympy.ceiling,
+    "Piecewise": sympy.Piecewise,
+    "ExprCondPair": ExprCondPair,
+    **{
+        name: getattr(torch_functions, name)
+        for name in (
+            *("PythonMod", "CleanDiv", "CeilDiv", "ModularIndexing", "Identity", "Where", "PowByNatural", "FloatPow"),
+            *("LShift", "RShift", "BitwiseFn_bitwise_and", "BitwiseFn_bitwise_or", "BitwiseFn_bitwise_xor"),
+            *("ToFloat", "IntTrueDiv", "FloatTrueDiv"),
+            *("TruncToInt", "TruncToFloat", "FloorToInt", "CeilToInt", "RoundToInt"),
+        )
+    },
 }
+#: What is made as it stands: sympy might find it true or false of symbols of which it is known elsewhere.
+_CONDITIONS: dict[str, Callable[..., sympy.Basic]] = {
+    c.__name__: c
+    for c in (
+        *(sympy.Eq, sympy.Ne, sympy.Ge, sympy.Gt, sympy.Le, sympy.Lt),
+        *(sympy.And, sympy.Or, sympy.Not),
+    )
+}
+_SINGLE: dict[str, sympy.Basic] = {
+    type(v).__name__: v for v in (sympy.oo, -sympy.oo, sympy.nan, sympy.true, sympy.false, int_oo, -int_oo)
+}
+#: bits of a double's mantissa
+_DOUBLE = 53
+_SIGNS = ("nonnegative", "positive", "negative", "zero")
 _TORCH = {str(v): v for v in vars(torch).values() if isinstance(v, (torch.dtype, torch.layout, torch.memory_format))}
 
 
@@ -108,12 +139,19 @@ class Writer:
 
     def expression(self, e: sympy.Basic) -> list[object]:
         if isinstance(e, sympy.Symbol):
-            given = sorted((k, v) for k, v in e.assumptions0.items() if k in ("integer", "nonnegative", "positive"))
+            told = ("integer", "nonnegative", "positive") if e.is_integer is not None else ("real", *_SIGNS)
+            given = sorted((k, v) for k, v in e.assumptions0.items() if k in told)
             return ["symbol", e.name, *(i for pair in given for i in pair)]
         if isinstance(e, sympy.Integer):
             return ["integer", str(int(e))]
         if isinstance(e, sympy.Rational):
             return ["rational", str(e.p), str(e.q)]
+        if isinstance(e, sympy.Float) and e._prec <= _DOUBLE:
+            return ["real", repr(float(e)), int(e._prec)]
+        if type(e).__name__ in _SINGLE:
+            return ["single", type(e).__name__]
+        if type(e).__name__ in _CONDITIONS:
+            return ["condition", type(e).__name__, *(self.value(a) for a in e.args)]
         if type(e).__name__ in _FUNCTIONS:
             return ["call", type(e).__name__, *(self.value(a) for a in e.args)]
         raise SavedModelError(f"a size with {type(e).__name__} in it cannot be saved: {e}")
@@ -193,6 +231,12 @@ def _make(entry: list[object], made: list[object]) -> object:
             return sympy.Integer(int(str(values[0])))
         case "rational":
             return sympy.Rational(int(str(values[0])), int(str(values[1])))
+        case "real":
+            return sympy.Float(float(str(values[0])), precision=values[1])
+        case "single":
+            return _SINGLE[str(values[0])]
+        case "condition":
+            return _CONDITIONS[str(values[0])](*values[1:], evaluate=False)
         case "call":
             return _FUNCTIONS[str(values[0])](*values[1:])
         case "data":

@@ -138,6 +138,22 @@ def test_changed_buffers_and_inputs(tmp_path: Path) -> None:
     assert memplan.load(tmp_path / "m").state_dict()["calls"].item() == 0
 
 
+class Chosen(nn.Module):
+    """Sizes and numbers that are known only when it runs."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[x > 0].sin() * 2, x + x.sum().item() * 1.5
+
+
+def test_sizes_and_numbers_known_only_when_it_runs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 6)
+    memplan.save(torch.export.export(Chosen(), (x,)), tmp_path / "m")
+    loaded = memplan.load(tmp_path / "m")
+    for given in (x, -x, x.abs(), -x.abs()):
+        torch.testing.assert_close(loaded(given), Chosen()(given))
+
+
 def test_plan_and_report_are_inside(saved: Path, tmp_path: Path) -> None:
     loaded = memplan.load(saved)
     verify_plan(loaded.plan, check_program=False)
