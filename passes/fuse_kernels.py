@@ -134,9 +134,9 @@ def _updates_once_a_row(kernel: Kernel) -> bool:
     both = set(kernel.read_buffers) & set(kernel.written_buffers)
     ranges = ranges_of((*kernel.outer, *kernel.row))
     for s in kernel.stores:
-        if s.buffer in both and (
-            s.mode is not StoreMode.SET or s.mask is not None or kernel.store_level(s) is Level.POINT
-        ):
+        if s.buffer in both and (s.mode is not StoreMode.SET or s.mask is not None or value_references(s.index)):
+            return False
+        if s.buffer in both and kernel.store_level(s) is Level.POINT:
             return False
     updated = [False] * len(kernel.nodes)
     for k, node in enumerate(kernel.nodes):
@@ -154,9 +154,12 @@ def _updates_once_a_row(kernel: Kernel) -> bool:
 
 
 def _forwarded(body: Body, load: Load, stores: list[Store]) -> int | None:
-    """The value that a load finds where the same point has just stored it, or None."""
+    """The value that a load finds where the same point has just stored it, or None.
+
+    At a computed index another point may have stored as well.
+    """
     for s in stores:
-        exact = s.mode is StoreMode.SET and s.mask is None and s.dtype == load.dtype
+        exact = s.mode is StoreMode.SET and s.mask is None and s.dtype == load.dtype and not value_references(s.index)
         if exact and same_index(s.index, load.index, body.ranges):
             value = body.rounded(s.value, s.dtype)
             if load.mask is None:
@@ -188,13 +191,16 @@ def _overwritten(body: Body, produced: list[Store], consumed: list[Store], rules
 
 
 def _reads_stay_before(body: Body, loads: list[Load], stores: list[Store]) -> bool:
-    """Whether what the producer reads is only overwritten by the very point that has read it."""
+    """Whether what the producer reads is only overwritten by the very point that has read it.
+
+    Two points may compute the same index, so that equal ones say nothing.
+    """
     written: dict[str, list[Store]] = {}
     for s in stores:
         written.setdefault(s.buffer, []).append(s)
     for load in loads:
         for s in written.get(load.buffer, ()):
-            if s.mode is not StoreMode.SET or s.dtype != load.dtype:
+            if s.mode is not StoreMode.SET or s.dtype != load.dtype or value_references(s.index):
                 return False
             if not same_index(s.index, load.index, body.ranges):
                 return False

@@ -327,6 +327,17 @@ def test_mixed_dtypes_promote_as_in_eager() -> None:
     check(function, [torch.randn(4), torch.arange(4), half, scalar], training=False)
 
 
+def test_what_a_scatter_overwrites_is_gathered_before() -> None:
+    """Reads and writes at one computed index are not those of one point: two points may compute the same."""
+
+    def f(x: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        y = x * 2 + 1
+        gathered = y.gather(-1, at)
+        return gathered * 3, y.scatter(-1, at, gathered * 2)
+
+    check(Function(f), [torch.randn(4, 9), torch.randint(0, 9, (4, 6))], training=False)
+
+
 def test_sorting_and_what_has_no_lowering() -> None:
     def function(x: Tensor) -> tuple[Tensor, ...]:
         values, order = x.sort(1)
