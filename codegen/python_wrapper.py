@@ -78,6 +78,12 @@ class _Printer:
     typed_pools: set[tuple[str, str]] = field(default_factory=set)
     views: dict[str, int] = field(default_factory=dict)  # numbers of buffers in arenas
     tensors: set[str] = field(default_factory=set)  # names that exist as tensor variables
+    makers: dict[str, str] = field(default_factory=dict)  # device -> what allocates there fastest
+
+    def __post_init__(self) -> None:
+        gpus = _gpus(self.program)
+        # the current GPU: the program's own where it has one
+        self.makers = {"cpu": "empty_cpu"} | ({gpus[0]: "empty_cuda"} if len(gpus) == 1 else {})
 
     def line(self, text: str) -> None:
         self.out.append("    " + text)
@@ -247,7 +253,7 @@ class _Printer:
         return repr(device)
 
     def allocate(self, buffer: Buffer, view: View) -> None:
-        maker = "empty_cpu" if buffer.device == "cpu" else "empty_cuda" if buffer.device.startswith("cuda") else None
+        maker = self.makers.get(buffer.device)
         sizes, strides = self.sizes(view.sizes), self.sizes(view.strides)
         if maker is None:
             self.line(
@@ -375,8 +381,7 @@ def print_python(program: WrapperProgram, *, poison: bool = False) -> PythonWrap
     if names:
         p.line(f"{', '.join(names)}, = args")
     p.line("args.clear()")
-    cuda = sorted({b.device for b in program.plan.program.buffers.values() if b.device.startswith("cuda")})
-    for device in cuda:
+    for device in _gpus(program):
         p.line(f"stream{_index(device)} = current_stream({_index(device)})")
     for b in program.plan.program.buffers.values():
         if b.kind is BufferKind.CONSTANT:
@@ -408,6 +413,10 @@ def literal(value: object) -> str:
             return f"torch.device({str(value)!r})"
         case _:
             return repr(value)
+
+
+def _gpus(program: WrapperProgram) -> list[str]:
+    return sorted({b.device for b in program.plan.program.buffers.values() if b.device.startswith("cuda")})
 
 
 def _index(device: str) -> int:

@@ -52,6 +52,7 @@ from .planner import planner_libraries
 from .pooling import StepChoice, choose, step_memories
 from .progress import working_on
 from .remedies import switched_on
+from .runtime.current_device import on_own_device
 from .runtime.host_copies import settled
 from .runtime.python_runtime import namespace
 from .runtime.reserve import reserves_of, reserving
@@ -463,6 +464,7 @@ def _assemble(
                 raise
             say_python(str(error))
     call = in_python() if native is None else seen_by_modes(native, in_python)
+    call = on_own_device(call, {b.device for b in program.buffers.values()})
     keeping = made_once(lambda: _keeping(made.plan, artifact, linked, program, config, kept))
     made: CompiledProgram = CompiledProgram(make_plan, call, source, keeping, artifact.waterfall, artifact)
     starts = artifact.python.starts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +17,10 @@ from .artifact import WIDE, Artifact, load_gpu
 from .interface import Interface, WeightSpec, checked, symbol_values
 from .ir.errors import CompilerError, SavedModelError
 from .ir.plan import Plan
+from .moved_model import gpus_of, moved
 from .runtime import cuda_launch
 from .runtime.cpp_launch import load_kernels
+from .runtime.current_device import on_own_device
 from .runtime.python_runtime import namespace
 from .runtime.toolchain import cpu_instructions
 from .runtime.triton_launch import Launcher
@@ -102,17 +104,25 @@ class LoadedModel:
         return report(self.path)
 
 
-def load(path: str | Path) -> LoadedModel:
+def load(path: str | Path, *, device: str | int | torch.device | None = None) -> LoadedModel:
     """Load a model that `memplan.save` wrote.
 
     Every byte of the file is checked against the digest that was saved before any code in it is loaded. Weights are
     read to where they stay, piece by piece. Load only files that you trust: they hold code.
 
+    Parameters
+    ----------
+    path:
+        What `memplan.save` wrote.
+    device:
+        The GPU to run on (``"cuda:1"`` or its index), of the architecture that the model was saved for; the one that
+        it was saved on if nothing is given. A model of the CPU stays there.
+
     Raises
     ------
     SavedModelError
         If the file is not there, damaged or no saved model; or was saved for another CPU, GPU, torch or version of the
-        format.
+        format; or cannot run on the device.
 
     Examples
     --------
@@ -120,13 +130,22 @@ def load(path: str | Path) -> LoadedModel:
     >>> model(inputs)  # doctest: +SKIP
     """
     path = Path(path)
+    wanted = None if device is None else wanted_gpu(path, device)
     with package.read(path) as reader:
-        check_machine(reader)
+        check_machine(reader, wanted)
         found = decode(reader.read("model.json"))
         if not isinstance(found, tuple) or len(found) != 3 or not isinstance(found[1], Artifact):
             raise SavedModelError(f"{path} is no model that this memplan can read")
         interface, artifact, about = found
         assert isinstance(interface, Interface)
+        gpus = gpus_of(interface, artifact, about)
+        if wanted is not None:
+            if len(gpus) != 1:
+                kind = f"{len(gpus)} GPUs" if gpus else "the CPU"
+                raise SavedModelError(f"{path} was saved for {kind}: only what runs on one GPU moves to cuda:{wanted}")
+            interface, artifact, about = moved(interface, artifact, about, wanted)
+            gpus = frozenset({wanted})
+        check_gpus(path, gpus)
         memories = {w.storage: _memory(reader, w.storage, w.device) for w in _one_of_each(interface)}
         constants = {name: _constant(reader, name, *given) for name, given in about.items()}
         for name in ("wrapper.py", "report.json", "wrapper.so", "cpp.txt"):
@@ -142,11 +161,44 @@ def load(path: str | Path) -> LoadedModel:
     names = namespace(artifact.python.operators, {}, constants, kernels)
     exec(compile(artifact.python.source, f"<memplan {path.name}>", "exec"), names)
     specs = (pytree.treespec_loads(interface.in_spec), pytree.treespec_loads(interface.out_spec))
-    return LoadedModel(path, names["call"], interface, weights, plan, *specs)  # type: ignore[arg-type]
+    run = on_own_device(names["call"], [f"cuda:{k}" for k in gpus])  # type: ignore[arg-type]
+    return LoadedModel(path, run, interface, weights, plan, *specs)
 
 
-def check_machine(reader: package.Reader) -> None:
+def wanted_gpu(path: Path, device: str | int | torch.device) -> int:
+    """The index of the GPU that a model is to run on instead of the one that it was saved on.
+
+    Raises
+    ------
+    SavedModelError
+        If the device is no GPU that is there.
+    """
+    found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if found.type != "cuda":
+        raise SavedModelError(f"{path} cannot be loaded for {found}: a model moves from one GPU to another only")
+    check_gpus(path, (found.index or 0,))
+    return torch.cuda.current_device() if found.index is None else found.index
+
+
+def check_gpus(path: Path, gpus: Iterable[int]) -> None:
+    """Refuse a model of GPUs that are not there.
+
+    Raises
+    ------
+    SavedModelError
+        Naming the GPU.
+    """
+    count = torch.cuda.device_count()
+    for index in gpus:
+        if index >= count:
+            here = f"there are {count} (device='cuda:0' would be the first)" if count else "there is none here"
+            raise SavedModelError(f"{path} is to run on the GPU cuda:{index}, and {here}")
+
+
+def check_machine(reader: package.Reader, gpu: int | None = None) -> None:
     """Refuse what was saved for something else than this machine and this torch.
+
+    ``gpu``: the one to run on, where another one is wanted than it was saved on.
 
     Raises
     ------
@@ -170,7 +222,9 @@ def check_machine(reader: package.Reader) -> None:
         wanted = tuple(needs["cuda"])
         if not torch.cuda.is_available():
             raise SavedModelError(f"{path} was saved for an NVIDIA GPU (sm_{wanted[0]}{wanted[1]}); there is none here")
-        found = torch.cuda.get_device_capability()
+        index = needs.get("gpu", 0) if gpu is None else gpu
+        check_gpus(path, (index,))
+        found = torch.cuda.get_device_capability(index)
         if found != wanted:
             raise SavedModelError(
                 f"{path} was saved for GPUs of architecture sm_{wanted[0]}{wanted[1]}, this one is "

@@ -192,4 +192,5 @@ def _needs(artifact: Artifact) -> dict[str, object]:
     if artifact.gpu:
         index = artifact.gpu[0].index
         found["cuda"] = list(torch.cuda.get_device_capability(index))
+        found["gpu"] = index
     return found

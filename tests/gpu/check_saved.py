@@ -115,7 +115,29 @@ def load(folder: Path) -> str:
     return f"loaded in {seconds:.2f} s"
 
 
-CHECKS: tuple[Callable[[Path], str], ...] = (training, warm, save, load)
+def elsewhere(folder: Path) -> str:
+    """On the second GPU while the first is the current one: a saved model, and both wrappers of a compiled one."""
+    if torch.cuda.device_count() < 2:
+        return "skipped: there is one GPU"
+    model = memplan.load(folder / "tied.memplan", device="cuda:1")
+    for args, kwargs, expected in torch.load(folder / "tied.pt", map_location="cuda:1"):
+        found = model(*args, **kwargs)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    torch.manual_seed(0)
+    layers, x = Model().to("cuda:1"), torch.randn(4, 32, 64, device="cuda:1")
+    wanted = layers(x)
+    for wrapper in ("python", "cpp"):
+        torch._dynamo.reset()
+        layers.zero_grad()
+        out = torch.compile(layers, backend="memplan", options={"wrapper": wrapper})(x)
+        out.square().mean().backward()
+        torch.testing.assert_close(out, wanted, rtol=1e-3, atol=1e-4)
+        assert all(p.grad is not None and p.grad.device == x.device == out.device for p in layers.parameters())
+    assert torch.cuda.memory_allocated(0) == 0, torch.cuda.memory_allocated(0)
+    return "on cuda:1, nothing on cuda:0"
+
+
+CHECKS: tuple[Callable[[Path], str], ...] = (training, warm, save, load, elsewhere)
 
 
 def main() -> int:
