@@ -1,127 +1,180 @@
-"""Budgets in bytes against Inductor's activation budget: time, measured and predicted peak.
+"""Budgets in bytes against Inductor's activation budget: peaks measured and predicted, and time.
 
-    python -m benchmarks.budget [--device cpu|cuda] [--models gpt2,resnet] [--budgets 1.5,0.8,0.6] [--time-limit 240]
+    python -m benchmarks.budget [--device cpu|cuda] [--models gpt2,resnet50] [--count 20] [--time-limit 240]
 
-A budget of memplan is given here as a part of the peak that it predicts with default options; memplan itself is given
-the bytes. Jobs compile in processes of their own, several at once, and are measured one at a time (`benchmarks.run`).
+For each model memplan is given ``--count`` budgets, at equal ratios from the least that a plan of the step needs to
+what the fastest one needs, and Inductor each of its ``--shares``. Several processes for each model compile at once and
+take turns at the device (`benchmarks.budget_worker`); each result is written when it is known. Times are measured while
+others compile: the step's kernels have the device to themselves, its launches share the machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import queue
+import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from .budget_table import Row, table
 from .models import cases
-from .run import ROOT, Bench, Job, describe
+from .run import ROOT, describe
+from .worker import MARK
 
-MODELS = {"cpu": "gpt2,llama,resnet", "cuda": "gpt2,llama-0.9b,vit-l16,resnet50"}
-BUDGETS = {"cpu": "1.5,0.85,0.65", "cuda": "1.3,0.8,0.65"}
-PEERS = {
-    "cpu": ("eager", "inductor", "inductor-budget=0.5"),
-    "cuda": ("eager", "inductor", "inductor-budget=0.5"),
-}
-HEAD = (
-    "| system | budget MB | predicted MB | live MB | reserved MB | held / budget | predicted off | ms | / Inductor "
-    "| / memplan | compile s |"
-)
-Result = Mapping[str, object]
+MODELS = {"cpu": "gpt2,resnet", "cuda": "gpt2,resnet50"}
+SHARES = "0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2,0.1"
+#: The largest budget over what the fastest plan needs: bytes planned without the device differ a little.
+ABOVE = 1.04
 
 
-def table(results: Mapping[str, Result], environment: Mapping[str, str]) -> str:
-    """Markdown, one section a model."""
-    lines = [", ".join(f"{k} {v}" for k, v in sorted(environment.items()))]
-    for model in dict.fromkeys(str(r["model"]) for r in results.values()):
-        rows = {str(r["system"]): r for r in results.values() if r["model"] == model}
-        base = rows.get("inductor", {}).get("ms")
-        own = rows.get("memplan", {}).get("ms")
-        lines += [
-            "", f"## {model}", "",
-            HEAD, "|---|---|---|---|---|---|---|---|---|---|---|",
-        ]  # fmt: skip
-        lines += [_row(system, r, base, own) for system, r in rows.items()]
-    return "\n".join(lines) + "\n"
+@dataclass
+class Sweep:
+    """One model: the jobs that are left, and what came out. ``bounds`` comes first: budgets hang on it."""
+
+    model: str
+    given: argparse.Namespace
+    scratch: Path
+    deadline: float
+    changed: threading.Condition
+    rows: list[Row] = field(default_factory=list)
+    #: by when they are to be done, the number of a job
+    jobs: queue.PriorityQueue[tuple[float, int]] = field(default_factory=queue.PriorityQueue)
+    known: list[dict[str, object]] = field(default_factory=list)
+    left: int = 0
+
+    def fill(self) -> None:
+        peers = [p for p in self.given.peers.split(",") if p]
+        for place, system in enumerate(("bounds", "memplan", *peers)):
+            self.add(place - 10, system)
+        if "inductor" in peers:
+            shares = [float(s) for s in self.given.shares.split(",") if s]
+            for k, share in enumerate(shares):
+                self.add(k / len(shares), "inductor", share)
+
+    def add(self, place: float, system: str, budget: float | None = None) -> None:
+        with self.changed:
+            self.left += 1
+            self.known.append({"system": system, "budget": budget})
+            self.jobs.put((place, len(self.known) - 1))
+
+    def work(self, number: int) -> None:
+        """Start one process and hand it jobs until there are none."""
+        log = self.scratch / f"{self.model}-{number}.txt"
+        command = [sys.executable, "-m", "benchmarks.budget_worker", "--device", self.given.device]
+        command += ["--model", self.model, "--lock", str(self.scratch / "turn")]
+        command += ["--repeats", str(self.given.repeats), "--seconds", str(self.given.seconds)]
+        command += ["--threads", str(self.given.threads)] if self.given.threads else []
+        environment = dict(os.environ) | {"TORCHINDUCTOR_COMPILE_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+        for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "MEMPLAN_CACHE_DIR"):
+            environment[name] = str(self.scratch / name.split("_")[0].lower())
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=log.open("w"),
+        )  # fmt: skip
+        cut = threading.Timer(max(0.0, self.deadline - time.monotonic()), process.kill)
+        cut.start()
+        try:
+            self.serve(process, log)
+        finally:
+            cut.cancel()
+            process.kill()
+            process.wait()
+
+    def serve(self, process: subprocess.Popen[str], log: Path) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        while self.left and time.monotonic() < self.deadline:
+            try:
+                job = self.known[self.jobs.get(timeout=0.5)[1]]
+            except queue.Empty:
+                continue
+            begin = time.monotonic()
+            said: dict[str, object] = {"error": "cut by the time limit"}
+            try:
+                process.stdin.write(json.dumps(job) + "\n")
+                process.stdin.flush()
+                line = next((text for text in process.stdout if text.startswith(MARK)), None)
+            except BrokenPipeError:
+                line = None
+            if line is not None:
+                said = json.loads(line.removeprefix(MARK))
+            elif time.monotonic() < self.deadline:
+                said = {"error": f"the process ended: {log.read_text(errors='replace').strip()[-400:]}"}
+            self.note(job, said, time.monotonic() - begin)
+            if line is None:
+                return
+
+    def note(self, job: dict[str, object], said: dict[str, object], seconds: float) -> None:
+        if job["system"] == "bounds" and "error" not in said:
+            for k, budget in enumerate(budgets(int(str(said["least"])), int(str(said["most"])), self.given.count)):
+                self.add(k / self.given.count, "memplan", budget)
+        with self.changed:
+            row = Row(self.model, job, said)
+            self.rows.append(row)
+            self.left -= 1
+            print(f"{time.strftime('%H:%M:%S')} {self.model} {row} ({seconds:.0f} s)", flush=True)
+            self.changed.notify_all()
 
 
-def _row(system: str, r: Result, base: object, own: object) -> str:
-    if "ms" not in r:
-        why = str(r.get("error", "not reached")).strip().splitlines() or ["not reached"]
-        return f"| {system} | {_mb(r.get('budget'))} | {why[0][:160]} |" + " |" * 8
-    peak, budget, predicted = r["peak"], r.get("budget"), r.get("predicted")
-    assert isinstance(peak, (int, float))
-    reserved = _reserved(r)
-    held = peak if reserved is None else max(peak, reserved)
-    cells = [system, _mb(budget), _mb(predicted), _mb(peak), _mb(reserved), _ratio(held, budget)]
-    cells.append(f"{100 * (predicted / peak - 1):+.1f} %" if isinstance(predicted, int) and peak else "")
-    ms = r["ms"]
-    assert isinstance(ms, float)
-    cells += [f"{ms:.1f}", _ratio(ms, base), _ratio(ms, own), f"{float(str(r['compile_s'])):.0f}"]
-    return "| " + " | ".join(cells) + " |"
-
-
-def _reserved(r: Result) -> int | None:
-    """Bytes that the caching allocator holds beyond what was alive before the step; None on a CPU."""
-    reserved, total, peak = r.get("reserved"), r.get("peak_total"), r.get("peak")
-    if isinstance(reserved, int) and isinstance(total, int) and isinstance(peak, int):
-        return reserved - (total - peak)
-    return None
-
-
-def _mb(value: object) -> str:
-    return f"{value / 1e6:.1f}" if isinstance(value, (int, float)) else ""
-
-
-def _ratio(value: float, base: object) -> str:
-    return f"{value / base:.3f}" if isinstance(base, (int, float)) and base else ""
-
-
-class _Bench(Bench):
-    """Writes the table of budgets instead of the main one, and every row as soon as it is measured."""
-
-    def measure(self, job: Job) -> None:
-        super().measure(job)
-        if job.said:
-            row = {"model": job.model, "system": job.system, **job.said}
-            print(f"{job.model} {_row(job.system, row, None, None)}", flush=True)
-
-    def write(self) -> None:
-        super().write()
-        results = {j.key: {"model": j.model, "system": j.system, **j.said} for j in self.jobs if j.said}
-        (self.out / f"{self.given.device}-budget.md").write_text(table(results, self.environment))
+def budgets(least: int, most: int, count: int) -> list[int]:
+    """At equal ratios, the first of them the least bytes that can be had, the last above the most."""
+    ratio = (ABOVE * most / least) ** (1 / max(1, count - 1))
+    found = [int(least * ratio**k) for k in range(count)]
+    return [least, *found[1:]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--models", default="")
-    parser.add_argument("--budgets", default="", help="parts of the default's predicted peak")
-    parser.add_argument("--systems", default="", help="instead of the peers: separated by commas")
+    parser.add_argument("--count", type=int, default=20, help="budgets of memplan")
+    parser.add_argument("--peers", default="inductor,eager", help="what else is measured")
+    parser.add_argument("--shares", default=SHARES, help="activation budgets of Inductor")
+    parser.add_argument("--processes", type=int, default=0, help="for each model")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--time-limit", type=float, default=3600.0)
-    parser.add_argument("--parallel", type=int, default=0)
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--time-limit", type=float, default=3600.0, help="seconds after which what runs is cut")
+    parser.add_argument("--repeats", type=int, default=20, help="timed steps, at most")
+    parser.add_argument("--seconds", type=float, default=1.0, help="no new timed step after so many")
     parser.add_argument("--threads", type=int, default=0)
     given = parser.parse_args()
-    given.label, given.profile, given.optimizer, given.scratch = "budget", False, False, None
-    given.parallel = given.parallel or (4 if given.device == "cuda" else max(1, (os.cpu_count() or 1) // 2))
-    given.batch = given.parallel  # measured as soon as so many are compiled: a budget takes several plans
-    budgets = [b for b in (given.budgets or BUDGETS[given.device]).split(",") if b]
-    peers = tuple(given.systems.split(",")) if given.systems else PEERS[given.device]
-    systems = ["memplan", *(f"memplan-budget={b}" for b in budgets), *peers]
+    deadline = time.monotonic() + given.time_limit
     found = cases(given.device, (given.models or MODELS[given.device]).split(","))
+    cores = len(os.sched_getaffinity(0))
+    processes = given.processes or max(1, (cores - 2) // len(found) if given.device == "cuda" else 1)
+    environment, _ = describe(given.device)
     given.out.mkdir(parents=True, exist_ok=True)
-    environment, free = describe(given.device)
-    jobs = [Job(c.name, s, c.gigabytes) for c in found for s in systems]  # whole tables first
-    print(HEAD, flush=True)
-    bench = _Bench(given, jobs, free, given.out, time.monotonic() + given.time_limit, environment)
-    bench.run()
-    results = {j.key: {"model": j.model, "system": j.system, **j.said} for j in jobs if j.said}
-    print(table(results, environment))
-    sys.exit(any("error" in r for r in results.values()))
+    path = given.out / f"budget-{given.device}.json"
+    changed = threading.Condition()
+    with tempfile.TemporaryDirectory(prefix="memplan-budget-", ignore_cleanup_errors=True) as scratch:
+        sweeps = [Sweep(c.name, given, Path(scratch), deadline, changed) for c in found]
+        threads = []
+        for sweep in sweeps:
+            sweep.fill()
+            threads += [threading.Thread(target=sweep.work, args=(k,)) for k in range(processes)]
+        for thread in threads:
+            thread.start()
+        while any(t.is_alive() for t in threads):
+            with changed:
+                changed.wait(timeout=1.0)
+                rows = [row for sweep in sweeps for row in sweep.rows]
+            write(path, environment, rows)
+    print(table(rows, environment))
+    sys.exit(any("error" in row.said for row in rows) or any(sweep.left for sweep in sweeps))
+
+
+def write(path: Path, environment: dict[str, str], rows: list[Row]) -> None:
+    """The results so far, as data and as a table."""
+    data = {"environment": environment, "rows": [{"model": r.model, "job": r.job, "said": r.said} for r in rows]}
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(data, indent=1))
+    partial.replace(path)
+    path.with_suffix(".md").write_text(table(rows, environment))
 
 
 if __name__ == "__main__":

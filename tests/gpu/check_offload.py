@@ -1,13 +1,16 @@
 """Offload on a GPU: ``python -m tests.gpu.check_offload [--goal 6.0] [--no-llama]``.
 
 Numbers with and without offload (the same cut of the step, so equal bit for bit), under random delays of the copies,
-with several forwards before a backward, with kept graphs and hooks; peaks as predicted; then a Llama-style model of
-0.9 B at 4 x 2048 within a total of ``--goal`` GB, against Inductor's default, in one run. About five minutes.
+with several forwards before a backward, with kept graphs and hooks; peaks as predicted; how much of the copies' time
+passes beside kernels. Plans are made for a bus ``--bus`` times as fast as it is, so that they have copies in flight
+while kernels run, whatever would pay. Then a Llama-style model of 0.9 B at 4 x 2048 within a total of ``--goal`` GB,
+against Inductor's default, in one run. About five minutes, two of them without that model.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import random
 import statistics
@@ -17,18 +20,24 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import memplan
+import memplan.backend
+import memplan.budget
 import memplan.offload_budget
 from benchmarks.models import cases
+from memplan.analysis import budget_curves
 from memplan.budget import RUNGS, Budget
 from memplan.calibration import copy_figures
 from memplan.ir.config import Config
-from memplan.ir.in_flight import HostCopy
+from memplan.ir.device import DeviceFigures
+from memplan.ir.in_flight import HostCopy, Wait
+from memplan.ir.plan import Plan
 from memplan.passes.remat_choice import Choice
 from memplan.passes.step_peak import step_peak
 from memplan.runtime import host_copies
@@ -51,34 +60,47 @@ def dearly(choice: Callable[[Budget, int], Choice]) -> Callable[[Budget, int], C
     return dear
 
 
+def on_a_bus(times: float) -> Callable[[str, Config], DeviceFigures]:
+    """The device's figures, with a bus so many times as fast as it is."""
+
+    def figures(device: str, config: Config) -> DeviceFigures:
+        found = copy_figures(device, config)
+        return replace(found, host_bandwidth=times * found.host_bandwidth)
+
+    return figures
+
+
 class Stack:
     """Blocks compiled with a budget, with offload or with the same cut and nothing on the host.
 
-    ``part``: the budget over the default's peak; above 1, since the cut that computes nothing again needs more.
+    ``part``: the budget over what the step needs that computes nothing again; ``bus``: how many times as fast as it is
+    the bus is taken for.
     """
 
-    def __init__(self, part: float, *, copies: bool) -> None:
+    def __init__(self, part: float, bus: float, *, copies: bool, device: str = "cuda") -> None:
         torch.manual_seed(0)
-        self.model = nn.Sequential(*(FeedForward(WIDTH) for _ in range(BLOCKS))).cuda().bfloat16()
-        self.x = torch.randn(ROWS, WIDTH, device="cuda", dtype=torch.bfloat16)
-        most = peak_of(memplan.analyze(lambda x: loss_of(self.model, x), (self.x,)))
+        self.model = nn.Sequential(*(FeedForward(WIDTH) for _ in range(BLOCKS))).to(device).bfloat16()
+        self.x = torch.randn(ROWS, WIDTH, device=device, dtype=torch.bfloat16)
         # (Dynamo takes equal options for one backend; with a budget this one decides nothing)
-        told = 0.2 if copies else 0.21
-        options = {"budget": int(part * most), "offload": True, "plan_cache": False, "recompute_time": told}
-        chosen, choice = memplan.offload_budget.chosen, Budget.choice
-        if not copies:
-            memplan.offload_budget.chosen = lambda taken: taken.modules
-        Budget.choice = dearly(choice)  # type: ignore[method-assign]
-        try:
+        told = 0.2 + part / 1e3 + (0.0 if copies else 0.01)
+        self.budget = int(part * most_of(self.model, self.x))
+        options = {"budget": self.budget, "offload": True, "plan_cache": False, "recompute_time": told}
+        with contextlib.ExitStack() as patched:
+            enter, patch = patched.enter_context, mock.patch.object
+            for module in (memplan.backend, memplan.offload_budget):
+                enter(patch(module, "copy_figures", on_a_bus(bus)))
+            enter(patch(Budget, "choice", dearly(Budget.choice)))
+            if not copies:
+                enter(patch(memplan.offload_budget, "chosen", lambda taken: taken.modules))
             self.call = torch.compile(loss_of, backend="memplan", options=options)
-            with memplan.record() as recorded:
-                self.step()
-        finally:
-            memplan.offload_budget.chosen = chosen
-            Budget.choice = choice  # type: ignore[method-assign]
+            recorded = enter(memplan.record())
+            self.step()
+        self.plans = [g.plan for g in recorded.graphs]
         self.predicted = peak_of(recorded.graphs)
-        self.budget = options["budget"]
-        self.copies = sum(isinstance(op, HostCopy) for g in recorded.graphs for op in g.plan.program.operations)
+        copied = [(p, op) for p in self.plans for op in p.program.operations if isinstance(op, HostCopy)]
+        self.copies = len(copied)
+        self.nbytes = sum(p.program.nbytes(op.in_flight_results[0]) for p, op in copied)
+        self.hidden = sum(beside(p, op) > 0 for p, op in copied)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -87,6 +109,20 @@ class Stack:
     def step(self) -> list[Tensor]:
         loss = self.call(self.model, self.x)
         return [loss.detach(), *torch.autograd.grad(loss, self.parameters)]
+
+
+def most_of(model: nn.Module, x: Tensor) -> int:
+    """Bytes that the step needs if it computes nothing again."""
+    with mock.patch.object(memplan.budget, "CURVE", 1):
+        (points,) = budget_curves(lambda x: loss_of(model, x), (x,))
+    return points[-1].nbytes
+
+
+def beside(plan: Plan, copy: HostCopy) -> int:
+    """Kernels and calls that the plan runs between a copy's start and the wait for it."""
+    waits = {op.mutates[0]: op.name for op in plan.program.operations if isinstance(op, Wait)}
+    between = plan.order[plan.order.index(copy.name) + 1 : plan.order.index(waits[copy.in_flight_results[0]])]
+    return sum(not isinstance(plan.program.by_name[name], (HostCopy, Wait)) for name in between)
 
 
 def peak_of(graphs: object) -> int:
@@ -128,13 +164,22 @@ def milliseconds(runs: dict[str, Callable[[], object]], rounds: int = 8, steps: 
     return {name: statistics.median(found) for name, found in times.items()}
 
 
+#: How many times as fast as it is the bus is taken for, unless told otherwise.
+BUS = 8.0
+#: Budgets that are tried, of what the step needs that computes nothing again, until one has copies in flight.
+PARTS = (0.8, 0.7, 0.9, 0.6)
 STACKS: dict[bool, Stack] = {}
 
 
-def stacks() -> tuple[Stack, Stack]:
-    for copies in (True, False):
-        if copies not in STACKS:
-            STACKS[copies] = Stack(1.65, copies=copies)
+def stacks(bus: float = BUS, device: str = "cuda") -> tuple[Stack, Stack]:
+    if not STACKS:
+        for part in PARTS:
+            mine = Stack(part, bus, copies=True, device=device)
+            if mine.hidden:
+                STACKS[True], STACKS[False] = mine, Stack(part, bus, copies=False, device=device)
+                break
+        else:
+            raise AssertionError(f"no budget of {PARTS} has copies beside kernels")
     return STACKS[True], STACKS[False]
 
 
@@ -151,13 +196,18 @@ def bandwidth() -> str:
     return f"plans suppose {told / 1e3:.1f} GB/s, a copy of 256 MiB has {seen / 1e3:.1f}"
 
 
+def compiled(bus: float) -> str:
+    mine, _ = stacks(bus)
+    return f"a budget of {mine.budget / 1e6:.0f} MB, planned for a bus {bus:g} times as fast as it is"
+
+
 def numbers() -> str:
     mine, plain = stacks()
     if not mine.copies or plain.copies:
         raise AssertionError(f"{mine.copies} copies with offload, {plain.copies} without")
     if not same(mine.step(), plain.step()):
         raise AssertionError("gradients differ from those without offload")
-    return f"equal bit for bit, {mine.copies} copies a step"
+    return f"equal bit for bit, {mine.copies} copies a step, {mine.hidden} of them beside kernels"
 
 
 def delays() -> str:
@@ -214,8 +264,13 @@ def peaks() -> str:
 def times() -> str:
     mine, plain = stacks()
     found = milliseconds({"offload": mine.step, "without": plain.step})
-    ratio = found["offload"] / found["without"]
-    return f"offload {found['offload']:.2f} ms, same cut without {found['without']:.2f}: {ratio:.3f}"
+    figures = copy_figures("cuda:0", Config())
+    alone = mine.nbytes / figures.host_bandwidth / 1e3
+    beside = found["without"] + alone - found["offload"]
+    return (
+        f"offload {found['offload']:.2f} ms, same cut without {found['without']:.2f}; {mine.nbytes / 1e6:.0f} MB there "
+        f"and back take {alone:.2f} ms in one direction after the other: {beside:.2f} ms at once with something else"
+    )
 
 
 def llama(goal: float) -> str:
@@ -285,9 +340,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--goal", type=float, default=6.0, help="GB of the Llama-style model in all")
     parser.add_argument("--no-llama", action="store_true")
+    parser.add_argument("--bus", type=float, default=BUS, help="how many times as fast as it is the bus is taken for")
     given = parser.parse_args()
     checks: dict[str, Callable[[], str]] = {
-        "bandwidth": bandwidth, "numbers": numbers, "delays": delays, "peaks": peaks, "times": times,
+        "bandwidth": bandwidth, "stacks": lambda: compiled(given.bus), "numbers": numbers, "delays": delays,
+        "peaks": peaks, "times": times,
         "several": several,  # last: hooks make a region keep to backwards that free nothing
     }  # fmt: skip
     if not given.no_llama:
