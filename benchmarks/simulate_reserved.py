@@ -98,8 +98,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
 class Row:
     """One model's step in bytes, parameters and batch included: ``bound`` is the peak of live bytes and ``own`` what is
     reserved with every storage its own allocation; ``planned`` and ``reserved`` are those of the plans. The same for
-    steps of two accumulated passes and AdamW, 0 for inference. ``fresh``: bytes of temporaries and saved tensors that
-    calls allocate themselves, by operator, gradients and other results not among them."""
+    steps of two accumulated passes and AdamW, and ``once_*`` of one pass and AdamW, 0 for inference. ``fresh``: bytes
+    of temporaries and saved tensors that calls allocate themselves, by operator, gradients and other results not among
+    them."""
 
     model: str
     bound: int
@@ -110,6 +111,8 @@ class Row:
     updated_bound: int
     updated_planned: int
     updated_reserved: int
+    once_bound: int
+    once_reserved: int
     fresh: dict[str, int]
 
     @property
@@ -193,13 +196,14 @@ def row(model: str, options: dict[str, object]) -> Row:
     plans, joins = plans_of(model, options)
     found: StepMemory = step_memory(plans, joins, device=DEVICE)
     bound = step_memory([unpooled(p) for p in plans], joins, device=DEVICE)
-    updated = updated_bound = StepMemory(0, 0, 0)
+    updated = updated_bound = once = once_bound = StepMemory(0, 0, 0)
     if len(plans) > 1:
-        updated = optimizer_step_memory(plans, joins, device=DEVICE)
-        updated_bound = optimizer_step_memory([unpooled(p) for p in plans], joins, device=DEVICE)
+        own = [unpooled(p) for p in plans]
+        updated, updated_bound = (optimizer_step_memory(p, joins, device=DEVICE) for p in (plans, own))
+        once, once_bound = (optimizer_step_memory(p, joins, device=DEVICE, passes=1) for p in (plans, own))
     return Row(
         model, bound.live, bound.reserved, found.live, found.reserved, time.perf_counter() - started,
-        updated_bound.live, updated.live, updated.reserved, fresh_bytes(plans),
+        updated_bound.live, updated.live, updated.reserved, once_bound.live, once.reserved, fresh_bytes(plans),
     )  # fmt: skip
 
 
@@ -227,15 +231,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("GB; the live bound and the first column of reserved bytes are those of own allocations")
     print()
     columns = ("own allocations / bound", "chosen live / bound", "chosen reserved / bound")
-    updated_columns = ("with AdamW: bound", "live / bound", "reserved / bound", "s")
+    updated_columns = ("with AdamW: bound", "live / bound", "reserved / bound", "one pass: reserved / bound", "s")
     print(f"| {' | '.join(('model', 'max-live bound', *columns, *updated_columns))} |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for model in given.models:
         r = row(model, {"pools": given.pools})
         rows.append(r)
         cells = [f"{r.bound / 1e9:.3f}", *(f"{n / r.bound:.3f}" for n in (r.own, r.planned, r.reserved))]
         updated = [f"{n / r.updated_bound:.3f}" for n in (r.updated_planned, r.updated_reserved) if r.updated_bound]
-        cells += [f"{r.updated_bound / 1e9:.3f}", *updated] if updated else ["", "", ""]
+        updated += [f"{r.once_reserved / r.once_bound:.3f}"] if r.once_bound else []
+        cells += [f"{r.updated_bound / 1e9:.3f}", *updated] if updated else ["", "", "", ""]
         print(f"| {' | '.join([model, *cells, f'{r.seconds:.0f}'])} |", flush=True)
     print()
     for r in rows:

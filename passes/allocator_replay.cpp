@@ -108,7 +108,7 @@ struct Allocator {
 
 }  // namespace
 
-// Events: size >= 0 allocates under the key, size < 0 frees it; every key is free again at the end of a step.
+// Events: size >= 0 allocates under the key, -1 frees it, -2 makes the reserve free; what a step does not free stays.
 // out: reserved, peak allocated.
 extern "C" void memplan_replay(int32_t events, const int32_t *key, const int64_t *size, int32_t keys, int32_t residents,
                                const int64_t *resident, int64_t reserve, int32_t steps, int64_t *out) {
@@ -116,12 +116,13 @@ extern "C" void memplan_replay(int32_t events, const int32_t *key, const int64_t
   for (int32_t k = 0; k < residents; ++k) allocator.alloc(resident[k]);
   std::vector<Block *> live(keys, nullptr);
   for (int32_t step = 0; step < steps; ++step) {
-    if (reserve > 0) allocator.reserve(reserve);
     for (int32_t k = 0; k < events; ++k) {
       if (size[k] >= 0) {
         live[key[k]] = allocator.alloc(size[k]);
-      } else {
+      } else if (size[k] == -1) {
         allocator.release(live[key[k]]);
+      } else if (reserve > 0) {
+        allocator.reserve(reserve);
       }
     }
   }

@@ -12,31 +12,65 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .allocator import CachingAllocator
 
+Int64 = NDArray[np.int64]
 SOURCE = Path(__file__).with_name("allocator_replay.cpp")
 #: Free bytes are topped up by whole multiples of this: the allocator's rounding of large segments.
 TOP_UP = 2 << 20
+#: In place of a size: what is allocated under the key is freed; the reserve is made free.
+FREE, RESERVE = -1, -2
 
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """One step: ``sizes[k] >= 0`` allocates that many bytes under ``keys[k]``, a negative size frees the key again.
+    """One step: ``sizes[k] >= 0`` allocates that many bytes under ``keys[k]``, ``FREE`` frees the key again, and
+    ``RESERVE`` makes the reserve free, see `top_up`.
 
-    ``resident`` is allocated before the first step and stays. Every key is free at the end of a step.
+    ``resident`` is allocated before the first step and stays. A step that is repeated frees all its keys.
     """
 
     resident: tuple[int, ...]
     keys: tuple[int, ...]
     sizes: tuple[int, ...]
+    #: keys of what an optimiser takes, in its order
+    gradients: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, resident: Sequence[int], events: Sequence[tuple[Hashable, int]]) -> Requests:
-        """From (any key, bytes or -1) pairs."""
+    def of(
+        cls, resident: Sequence[int], events: Sequence[tuple[Hashable, int]], gradients: Sequence[Hashable] = ()
+    ) -> Requests:
+        """From (any key, bytes or ``FREE`` or ``RESERVE``) pairs."""
         numbers: dict[Hashable, int] = {}
         keys = tuple(numbers.setdefault(key, len(numbers)) for key, _ in events)
-        return cls(tuple(resident), keys, tuple(size for _, size in events))
+        return cls(tuple(resident), keys, tuple(size for _, size in events), tuple(numbers[key] for key in gradients))
+
+    def accumulated(self, *, steps: int = 3, passes: int = 2, states: int = 2) -> Requests:
+        """Some steps one after the other, each of which accumulates the gradients of some passes and then updates.
+
+        As in `memplan.passes.reserved.optimizer_step_memory`: the gradients of the first pass are held, those of a
+        later one all live before they are added; the optimiser makes its states in the first step, which stay, and in
+        each one a temporary for each gradient.
+        """
+        keys, sizes = np.array(self.keys, dtype=np.int64), np.array(self.sizes, dtype=np.int64)
+        taken = np.array(self.gradients, dtype=np.int64)
+        count = int(keys.max(initial=-1)) + 1
+        made = np.zeros(count, dtype=np.int64)
+        made[keys[sizes >= 0]] = sizes[sizes >= 0]
+        holds = (sizes == FREE) & np.isin(keys, taken)
+        pieces: list[tuple[Int64, Int64]] = []
+        for step in range(steps):
+            pieces += [(keys[~holds], sizes[~holds])]
+            pieces += [(keys + count, sizes)] * (passes - 1)
+            if step == 0:
+                state = taken[:, None] + (2 + np.arange(states)) * count
+                pieces.append((state.ravel(), made[taken].repeat(states)))
+            update, free = taken + (2 + states) * count, np.full(len(taken), FREE)
+            pieces += [(update, made[taken]), (update, free), (taken, free)]
+        all_keys, all_sizes = (np.concatenate(column) for column in zip(*pieces, strict=True))
+        return Requests(self.resident, tuple(all_keys.tolist()), tuple(all_sizes.tolist()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +108,7 @@ def replay_steps(requests: Requests, *, reserve: int = 0, steps: int, native: Na
     Parameters
     ----------
     reserve:
-        Bytes that are made free before each step, in one request for what is lacking: see `top_up`.
+        Bytes that are made free where the requests say so, in one request for what is lacking: see `top_up`.
     """
     if native is not None:
         return native.run(requests, reserve, steps)
@@ -83,12 +117,13 @@ def replay_steps(requests: Requests, *, reserve: int = 0, steps: int, native: Na
         allocator.alloc(size)
     live: dict[int, int] = {}
     for _ in range(steps):
-        top_up(allocator, reserve)
         for key, size in zip(requests.keys, requests.sizes, strict=True):
             if size >= 0:
                 live[key] = allocator.alloc(size)
-            else:
+            elif size == FREE:
                 allocator.free(live.pop(key))
+            else:
+                top_up(allocator, reserve)
     return Replayed(allocator.stats.reserved, allocator.stats.peak_allocated)
 
 

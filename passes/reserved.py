@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ..ir.communication import Memory
 from ..ir.plan import InPool, Own, Plan, StepMemory
-from ..ir.program import EXTERNAL_KINDS, BufferKind, Extern, evaluate
+from ..ir.program import EXTERNAL_KINDS, BufferKind, Extern, View, evaluate
 from .allocator import AllocatorStats, CachingAllocator
 from .allocator_replay import top_up
 
@@ -65,8 +65,10 @@ def _moments(plan: Plan, device: str) -> _Moments:
     for name, life in plan.lifetimes.items():
         root = plan.storage_of(name)
         ends[root] = max(ends.get(root, 0), life.stop)
-    for root, stop in ends.items():
-        buffer = program.buffers[root]
+    for root in plan.lifetimes:  # in this order the wrapper makes what is born together
+        if root not in ends:
+            continue
+        stop, buffer = ends[root], program.buffers[root]
         if buffer.device != device or isinstance(plan.placements[root], InPool):
             continue
         if isinstance(plan.placements[root], Own):
@@ -148,14 +150,21 @@ def optimizer_step_memory(
     joins = _stored(plans, joins)
     moments = [_moments(plan, device) for plan in plans]
     last, program = str(len(plans) - 1), plans[-1].program
-    gradients = {name: program.nbytes(name) for name in moments[-1].leaving}
+    place: dict[str, int] = {}  # among the results, whose order is that of the parameters
+    for k, result in enumerate(program.outputs):
+        if isinstance(result, View) and result.buffer in plans[-1].placements:
+            place.setdefault(plans[-1].storage_of(result.buffer), k)
+    leaving = sorted(moments[-1].leaving, key=lambda name: place.get(name, len(place)))
+    gradients = {name: program.nbytes(name) for name in leaving}
+    # a gradient may lie where the forward had saved something
+    returned = {("0", joins[name]) if name in joins and len(plans) > 1 else (last, name): name for name in gradients}
     for step in range(steps):
         for number in range(passes):
             for k, found in enumerate(moments):
                 _run(memory, found, str(k), joins if k else {})
             for owner, name in [key for key in memory.live if key[0] not in ("caller", "held")]:
-                if number == 0 and owner == last and name in gradients:
-                    memory.live["held", name] = memory.live.pop((owner, name))
+                if number == 0 and (owner, name) in returned:
+                    memory.live["held", returned[owner, name]] = memory.live.pop((owner, name))
                 else:
                     memory.drop(owner, name)
         for name, nbytes in gradients.items():

@@ -7,6 +7,11 @@ tensors, grouped by when the backward drops them, so that a slab dies as a whole
 *reserve*: before the step, one request for all the bytes that the step will need and that are not free already, freed
 at once, so that everything comes out of one segment. Each is simulated (`memplan.passes.allocator_replay`) for several
 steps; what reserves least is taken, between equals the one with fewer allocations.
+
+A training step is simulated in three ways: by itself, with an optimiser after it, and with gradients that two passes
+accumulate before. Held gradients and the optimiser's states lie across the segments that the first pass had, and a pool
+as large as one of them finds no room in the next pass: smaller pools then reserve far less. How the user trains is not
+known, so the sum of all three counts.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from ..ir.loops import Size
 from ..ir.plan import Lifetime, Pool, Slab
 from ..ir.program import Phase, SymbolInput
 from .allocator import MIB
-from .allocator_replay import NativeReplay, Requests, replay_steps
+from .allocator_replay import NativeReplay, Replayed, Requests, replay_steps
 from .pack_search import PackSearch
 from .pools import ALIGNMENT, Pooled, stretch_pools
 from .schedule import rounded
@@ -27,9 +32,11 @@ from .whole_step import Laid, StepStorage, WholeStep, whole_step
 #: Cuts between stretches that have a pool each; None: own allocations.
 CUTS = (0, None, 1, 3, 7, 15)
 #: Slabs that saved tensors are grouped into; 0: own allocations.
-SLABS = (8, 0, 2, 4, 16, 32)
+SLABS = (8, 0, 2, 4, 16, 32, 64)
 #: The second step finds the segments of the first.
 STEPS = 2
+#: Passes whose gradients are accumulated before an optimiser's update.
+PASSES = (1, 2)
 #: Live bytes may grow by this part of their peak if less is reserved.
 LIVE_TOLERANCE = 0.01
 #: Good enough: reserved bytes over the peak of live ones with every storage an allocation of its own.
@@ -45,7 +52,7 @@ ENOUGH = 1.02
 #: A step that needs less than this has no reserve: the allocator's own segments are as large.
 LEAST_RESERVE = 32 * MIB
 #: Simulations of one step: with the compiled replay, and in Python.
-MOST_TRIALS, MOST_TRIALS_PYTHON = 60, 6
+MOST_TRIALS, MOST_TRIALS_PYTHON = 120, 6
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """Bytes that a candidate reserves, that are alive at most, and its allocations in a step."""
+    """Bytes that a candidate reserves and that are alive at most in a step by itself, and its allocations in it."""
 
     reserved: int
     live: int
@@ -100,33 +107,43 @@ class _Search:
     pooled: dict[tuple[int, int | None], Pooled] = field(default_factory=dict)
     groups: dict[int, tuple[_Group, ...]] = field(default_factory=dict)
     tried: dict[_Candidate, _Trial] = field(default_factory=dict)
+    #: bytes reserved and alive, summed over `PASSES`
+    updated: dict[_Candidate, Replayed] = field(default_factory=dict)
     #: by cuts and number of slabs
     asked: dict[tuple[tuple[int | None, ...], int], Requests] = field(default_factory=dict)
 
     def run(self) -> StepPools:
         programs = len(self.step.laid)
-        base = self.trial(_Candidate((None,) * programs, 0, 0.0))
-        allowed, content = int(base.live * (1 + LIVE_TOLERANCE)), int(base.live * CONTENT)
+        none = _Candidate((None,) * programs, 0, 0.0)
+        base, updated = self.trial(none), self.updating(none).live
+        allowed, needed = int(base.live * (1 + LIVE_TOLERANCE)), base.live + updated
+        content = int(needed * CONTENT)
 
         def rank(c: _Candidate) -> tuple[bool, int]:
             found = self.trial(c)
-            return found.live > allowed, found.reserved + ALLOCATION * found.allocations
+            reserved = found.reserved + self.updating(c).reserved
+            return found.live > allowed, reserved + ALLOCATION * found.allocations
+
+        def better(best: _Candidate, other: _Candidate) -> _Candidate:
+            """The other one only if it is; the longer simulation is left out where it cannot change that."""
+            found = self.trial(other)
+            least = found.live > allowed, found.reserved + updated + ALLOCATION * found.allocations
+            return best if least >= rank(best) else min(best, other, key=rank)
 
         most = MOST_TRIALS if self.replay is not None else MOST_TRIALS_PYTHON
         found: list[_Candidate] = []
         for k, reserve in enumerate(self.reserves(), 1):
-            if reserve > 1 and self.trial(min(found, key=rank)).reserved <= base.live * ENOUGH:
+            if reserve > 1 and min(map(rank, found)) <= (False, int(needed * ENOUGH)):
                 break
-            best = _Candidate((0,) * programs, SLABS[0] if programs > 1 else 0, reserve)
-            if not self.always and self.fixed is None:
-                best = min(best, _Candidate((None,) * programs, 0, reserve), key=rank)
-            for what in (*range(programs), "slabs", *range(programs), "slabs"):
-                if rank(best) <= (False, content):
-                    return self.result(best)
-                for other in self.others(best, what):
-                    if other in self.tried or len(self.tried) < k * most:
-                        best = min(best, other, key=rank)
-            found.append(best)
+            for start in self.starts(reserve):
+                best = start
+                for what in (*range(programs), "slabs", *range(programs), "slabs"):
+                    if rank(best) <= (False, content):
+                        return self.result(best)
+                    for other in self.others(best, what):
+                        if other in self.tried or len(self.tried) < k * most:
+                            best = better(best, other)
+                found.append(best)
         return self.result(min(found, key=rank))
 
     def reserves(self) -> tuple[float, ...]:
@@ -135,6 +152,13 @@ class _Search:
             return (0.0,)
         known = all(isinstance(s.size, int) for s in self.step.stores)
         return (*RESERVES, *LARGER_RESERVES) if known and self.replay is not None else RESERVES
+
+    def starts(self, reserve: float) -> list[_Candidate]:
+        """Where the search begins: one pool in each program and few slabs, and own allocations."""
+        programs = len(self.step.laid)
+        pooled = _Candidate((0,) * programs, SLABS[0] if programs > 1 else 0, reserve)
+        own = _Candidate((None,) * programs, 0, reserve)
+        return [pooled] if self.always or self.fixed is not None else [pooled, own]
 
     def others(self, best: _Candidate, what: int | str) -> list[_Candidate]:
         """Candidates that differ from the best so far in one thing: a program's pools, or the slabs."""
@@ -198,6 +222,20 @@ class _Search:
         if (c.cuts, c.slabs) not in self.asked:
             self.asked[c.cuts, c.slabs] = self.calls(c)
         return self.asked[c.cuts, c.slabs]
+
+    def updating(self, c: _Candidate) -> Replayed:
+        """Summed over training steps of `PASSES` that end with an optimiser's update; nothing of an inference."""
+        requests = self.requests(c)
+        if not requests.gradients:
+            return Replayed(0, 0)
+        if c not in self.updated:
+            reserve = self.reserve(requests, c.reserve)
+            found = [
+                replay_steps(requests.accumulated(passes=n), reserve=reserve, steps=1, native=self.replay)
+                for n in PASSES
+            ]
+            self.updated[c] = Replayed(sum(f.reserved for f in found), sum(f.live for f in found))
+        return self.updated[c]
 
     def calls(self, c: _Candidate) -> Requests:
         pools: list[tuple[int, Pool, int]] = []

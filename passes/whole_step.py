@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 
 import sympy
 
 from ..ir.communication import Memory
 from ..ir.loops import Size
 from ..ir.plan import Pool
-from ..ir.program import EXTERNAL_KINDS, BufferKind, Contract, Extern, Program, evaluate
-from .allocator_replay import Requests
+from ..ir.program import EXTERNAL_KINDS, BufferKind, Contract, Extern, Program, View, evaluate
+from .allocator_replay import FREE, RESERVE, Requests
 from .schedule import Storage, lifetimes, must_own, rounded, storages
 
 
@@ -44,6 +45,15 @@ class Laid:
         return frozenset(found)
 
     @cached_property
+    def positions(self) -> Mapping[str, int]:
+        """Where each buffer that leaves the program first is among its results."""
+        found: dict[str, int] = {}
+        for k, result in enumerate(self.program.outputs):
+            if isinstance(result, View):
+                found.setdefault(result.buffer, k)
+        return found
+
+    @cached_property
     def movable(self) -> tuple[Storage, ...]:
         """What may lie in a pool of this program."""
         buffers, own = self.program.buffers, must_own(self.program)
@@ -63,7 +73,8 @@ class StepStorage:
     """One allocation that program number ``owner`` makes, alive over ``[start, stop)``.
 
     ``saved``: may lie in a slab, that is: the backward gets it as ``received`` and lets go of it, and no call allocates
-    it. ``size`` is ``nbytes`` as an expression of the size symbols.
+    it. ``size`` is ``nbytes`` as an expression of the size symbols. ``gradient``: where it is among the
+    results of a backward, whose order is that of the parameters; None of what is no such result.
     """
 
     owner: int
@@ -74,6 +85,7 @@ class StepStorage:
     stop: int
     saved: bool = False
     received: str = ""
+    gradient: int | None = None
 
 
 @dataclass(frozen=True)
@@ -98,23 +110,23 @@ class WholeStep:
         inside:
             (owner, root) of what lies in one of them.
         """
-        births: list[list[tuple[Hashable, int]]] = [[] for _ in range(self.total + 2)]
-        deaths: list[list[tuple[Hashable, int]]] = [[] for _ in range(self.total + 2)]
+        # in each step, what is freed, what is made, and scratch, in this order
+        found: list[tuple[int, Hashable, int]] = [(-1, "reserve", RESERVE)]
         for owner, pool, stop in pools:
-            hints = self.laid[owner].program.hints
-            births[self.starts[owner] + pool.lifetime.start].append(((owner, pool.name), evaluate(pool.nbytes, hints)))
-            deaths[stop].append(((owner, pool.name), -1))
+            nbytes = evaluate(pool.nbytes, self.laid[owner].program.hints)
+            found.append((3 * (self.starts[owner] + pool.lifetime.start) + 1, (owner, pool.name), nbytes))
+            found.append((3 * stop, (owner, pool.name), FREE))
         for s in self.stores:
-            if (s.owner, s.root) not in inside:
-                births[s.start].append(((s.owner, s.root), s.nbytes))
-                deaths[s.stop].append(((s.owner, s.root), -1))
-        events: list[tuple[Hashable, int]] = []
-        for step in range(self.total + 2):
-            events += deaths[step]
-            events += births[step]
-            if self.scratch.get(step):
-                events += [("scratch", self.scratch[step]), ("scratch", -1)]
-        return Requests.of(self.resident, events)
+            key = (s.owner, s.root)
+            if key not in inside:
+                found += ((3 * s.start + 1, key, s.nbytes), (3 * s.stop, key, FREE))
+        for step, nbytes in self.scratch.items():
+            if nbytes:
+                found += ((3 * step + 2, "scratch", nbytes), (3 * step + 2, "scratch", FREE))
+        found.sort(key=itemgetter(0))
+        events = [(key, size) for _, key, size in found]
+        gradients = sorted((s.gradient, (s.owner, s.root)) for s in self.stores if s.gradient is not None)
+        return Requests.of(self.resident, events, [key for _, key in gradients])
 
     def large_peak(self, requests: Requests, smallest: int) -> int:
         """The most bytes that allocations of more than ``smallest`` bytes have at one time, above the resident ones."""
@@ -124,7 +136,7 @@ class WholeStep:
                 sizes[key] = rounded(size, self.device)
                 live += sizes[key]
                 peak = max(peak, live)
-            elif size < 0:
+            elif size == FREE:
                 live -= sizes.pop(key, 0)
         return peak
 
@@ -182,7 +194,8 @@ def _made(one: Laid, owner: int, start: int, total: int, device: str) -> list[St
     """The program's own allocations; what leaves it lives to the end of the step, so far."""
     program = one.program
     out = []
-    for s in one.stores:
+    place = {name: k for k, name in enumerate(program.buffers)}  # what is born together is made in this order
+    for s in sorted(one.stores, key=lambda s: place[s.root]):
         buffer = program.buffers[s.root]
         elsewhere = buffer.device != device or buffer.memory is not Memory.PLAIN
         if elsewhere or buffer.kind in EXTERNAL_KINDS or s.nbytes == 0:
@@ -196,7 +209,9 @@ def _made(one: Laid, owner: int, start: int, total: int, device: str) -> list[St
             and not any(m in one.calls_allocate for m in s.members)
         )
         stop = total + 1 if leaves else start + s.lifetime.stop
-        out.append(StepStorage(owner, s.root, s.nbytes, buffer.nbytes, start + s.lifetime.start, stop, saved))
+        gradient = _position(one, s) if owner > 0 else None
+        first = start + s.lifetime.start
+        out.append(StepStorage(owner, s.root, s.nbytes, buffer.nbytes, first, stop, saved, gradient=gradient))
     return out
 
 
@@ -221,13 +236,21 @@ def _take_over(
         names = received.get(root, [])
         members = next(x.members for x in first.stores if x.root == root)
         public = any(first.program.buffers[m].kind is BufferKind.OUTPUT for m in members)
-        stop, saved = total + 1, False
+        stop, saved, gradient = total + 1, False, None
         if names and not public:
             stops = [_let_go(last, ends[name], name, start) for name in names]
             stop = max(stops) if max(stops) <= total else total + 1
+            gradient = min((k for n in names if (k := _position(last, ends[n])) is not None), default=None)
             # what the backward returns in such a place is the user's: it must not hold a whole slab
             saved = s.saved and len(names) == 1 and stop <= total and last.program.buffers[names[0]].donated
-        found[owner, root] = StepStorage(owner, root, s.nbytes, s.size, s.start, stop, saved, names[0] if saved else "")
+        name = names[0] if saved else ""
+        found[owner, root] = StepStorage(owner, root, s.nbytes, s.size, s.start, stop, saved, name, gradient)
+
+
+def _position(one: Laid, store: Storage) -> int | None:
+    """Where the storage is among the program's results; None if it is not."""
+    positions = [one.positions[m] for m in store.members if m in one.positions]
+    return min(positions, default=None)
 
 
 def _let_go(last: Laid, store: Storage, name: str, start: int) -> int:

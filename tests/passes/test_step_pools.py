@@ -14,7 +14,7 @@ from memplan.ir.program import BufferKind, Contract, Phase, Program
 from memplan.ir.verify_plan import verify_plan
 from memplan.passes import step_pools
 from memplan.passes.allocator import MIB
-from memplan.passes.allocator_replay import Requests, replay_steps
+from memplan.passes.allocator_replay import FREE, RESERVE, Requests, replay_steps
 from memplan.passes.inplace import decide_in_place
 from memplan.passes.reserved import StepMemory, optimizer_step_memory, step_memory
 from memplan.passes.schedule import make_plan
@@ -165,6 +165,38 @@ def test_gradients_held_and_an_optimizers_tensors_are_counted() -> None:
     assert alone.live == max(one.live, one.resident + 2 * (found.live - one.live))
 
 
+def test_held_gradients_and_states_are_reserved_for_as_the_plans_say() -> None:
+    """The requests that a choice is judged by, and the plans made of it, in steps that accumulate and update."""
+    pair, joins = layers(12, 3 * MIB)
+    libraries = planner_libraries()
+    chosen = choose_step_pools(pair, joins, "cuda:0", pack=libraries.pack, replay=libraries.replay)
+    received = {later: earlier for earlier, later in joins}
+    own = optimizer_step_memory([make_plan(p.program, p.order, in_place={}) for p in pair], received)
+    found = optimizer_step_memory(planned(pair, chosen, "cuda:0"), received)
+    assert found.reserved < own.reserved
+    requests = whole_step(pair, joins, "cuda:0").requests((), frozenset())
+    replayed = replay_steps(requests.accumulated(), steps=1, native=None)
+    assert (replayed.live, replayed.reserved) == (own.live, own.reserved)
+    alone = replay_steps(requests.accumulated(passes=1, states=0), steps=1, native=None)
+    plans = [make_plan(p.program, p.order, in_place={}) for p in pair]
+    assert alone.live == optimizer_step_memory(plans, received, passes=1, states=0).live
+
+
+def test_small_pools_are_chosen_where_one_would_not_fit_between_held_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A choice for a step by itself takes what is nearly all bytes whole; the next pass cannot."""
+    pair, joins = layers(12, 3 * MIB)
+    libraries = planner_libraries()
+    received = {later: earlier for earlier, later in joins}
+
+    def reserved() -> int:
+        chosen = choose_step_pools(pair, joins, "cuda:0", pack=libraries.pack, replay=libraries.replay)
+        return optimizer_step_memory(planned(pair, chosen, "cuda:0"), received).reserved
+
+    both = reserved()
+    monkeypatch.setattr(step_pools, "PASSES", ())
+    assert both < reserved()
+
+
 @pytest.mark.parametrize(("count", "elements"), [(12, 3 * MIB), (9, 700_000)])
 def test_more_room_in_a_reserve_saves_or_is_not_taken(
     count: int, elements: int, monkeypatch: pytest.MonkeyPatch
@@ -226,14 +258,14 @@ def test_the_compiled_replay_is_the_simulator(
 ) -> None:
     replay = planner_libraries().replay
     assert replay is not None
-    events: list[tuple[object, int]] = []
+    events: list[tuple[object, int]] = [("reserve", RESERVE)]
     live: list[int] = []
     for k, (size, frees) in enumerate(given_sizes):
         events.append((k, size))
         live.append(k)
         if frees < 5:
-            events.append((live.pop(frees % len(live)), -1))
-    events += [(k, -1) for k in live]
+            events.append((live.pop(frees % len(live)), FREE))
+    events += [(k, FREE) for k in live]
     requests = Requests.of(resident, events)  # type: ignore[arg-type]
     python = replay_steps(requests, reserve=reserve, steps=steps, native=None)
     assert replay_steps(requests, reserve=reserve, steps=steps, native=replay) == python
