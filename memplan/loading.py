@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,12 +38,12 @@ class LoadedModel:
     """
 
     path: Path
-    _run: Callable[[list[object]], object]
-    _interface: Interface
-    _weights: tuple[torch.Tensor, ...]
-    _plan: bytes
-    _in: pytree.TreeSpec
-    _out: pytree.TreeSpec
+    _run: Callable[[list[object]], object] = field(repr=False)
+    _interface: Interface = field(repr=False)
+    _weights: tuple[torch.Tensor, ...] = field(repr=False)
+    _plan: bytes = field(repr=False)
+    _in: pytree.TreeSpec = field(repr=False)
+    _out: pytree.TreeSpec = field(repr=False)
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Run the model.

@@ -154,6 +154,11 @@ def test_sizes_and_numbers_known_only_when_it_runs(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(given), Chosen()(given))
 
 
+def test_a_loaded_model_is_shown_in_one_line(saved: Path) -> None:
+    """Not with its weights, which a debugger or a notebook would print."""
+    assert repr(memplan.load(saved)) == f"LoadedModel(path={saved!r})"
+
+
 def test_plan_and_report_are_inside(saved: Path, tmp_path: Path) -> None:
     loaded = memplan.load(saved)
     verify_plan(loaded.plan, check_program=False)
