@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import memplan
 import memplan.backend
+import memplan.compilation
 import memplan.offload_budget
 from memplan.analysis import budget_curves
 from memplan.ir.activation import Fate
@@ -31,6 +32,9 @@ from tests.fake_gpu import make_fake_gpu
 from tests.models.blocks import FeedForward
 
 WIDTH, ROWS, BLOCKS = 32, 256, 4
+#: A device with a bus as fast as its memory. Whoever plans here is told these figures: a CPU's own are measured where a
+#: budget asks for them, and what is then chosen would hang on what else the machine does.
+DEVICE = replace(CPU, bandwidth=1e5, host_bandwidth=1e5)
 CHECK = memplan.backend.check_offload  # as it is where no test replaces it
 
 
@@ -70,18 +74,20 @@ class Compiled:
 
 @pytest.fixture(scope="module")
 def as_device() -> Iterator[None]:
-    """A CPU that may offload, with a bus as fast as its memory; small tensors count."""
+    """A CPU that may offload, with the figures of `DEVICE`; small tensors count."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memplan.backend, "check_offload", lambda device: None)
         patch.setattr(offload_choice, "LEAST", 1 << 12)
         patch.setattr(offload, "LATENCY", 0.0)
         for module in (memplan.backend, memplan.offload_budget):
-            patch.setattr(module, "copy_figures", lambda device, config: replace(CPU, host_bandwidth=1e5))
+            patch.setattr(module, "copy_figures", lambda device, config: DEVICE)
+        for module in (memplan.backend, memplan.compilation):
+            patch.setattr(module, "figures_for", lambda device, config, measure=False: DEVICE)
         yield
 
 
 @pytest.fixture(scope="module")
-def plain() -> Compiled:
+def plain(as_device: None) -> Compiled:
     return Compiled(None)
 
 
