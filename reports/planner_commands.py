@@ -10,16 +10,20 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .. import planner
 from ..ir.errors import MemplanError, PlanningError
 from . import terminal
 from .command_options import writable
 from .planner_files import BufferTable, read_buffers, read_json, write_buffers, write_json
+from .text import clean
+
+if TYPE_CHECKING:
+    from .. import planner
 
 EXIT_DOES_NOT_FIT = 1
 EXIT_MALFORMED = 2
@@ -36,8 +40,13 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except MemplanError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {_clean(str(error))}", err=True)
         raise typer.Exit(EXIT_MALFORMED) from error
+
+
+def _clean(text: str) -> str:
+    """A message whose file names cannot command the terminal."""
+    return "\n".join(clean(line, 2000) for line in text.splitlines())
 
 
 def _positive(value: float) -> float:
@@ -77,6 +86,8 @@ def pack(
     as_json: AsJson = False,
 ) -> None:
     """Give buffers with fixed lifetimes offsets in one arena, as small as can be found or proved."""
+    from .. import planner  # half of the time that every command would take to start
+
     started = time.monotonic()
     with _errors():
         table = read_buffers(source)
@@ -105,7 +116,7 @@ def pack(
     if packing.note:
         typer.echo(f"note: {packing.note}", err=True)
     if not fits and capacity is not None:
-        typer.echo(f"error: {_why_not(table, source, capacity, packing)}", err=True)
+        typer.echo(f"error: {_clean(_why_not(table, source, capacity, packing))}", err=True)
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 
 
@@ -122,15 +133,23 @@ def _why_not(table: BufferTable, path: Path, capacity: int, packing: planner.Pac
     return f"{path}: found {packing.arena} bytes within the time, not {capacity}; nothing written"
 
 
+class Inputs(StrEnum):
+    """How the inputs of a graph file count: `memplan.planner.Inputs`."""
+
+    outside = "outside"
+    die = "die"
+    stay = "stay"
+
+
 def order(
     source: Annotated[Path, typer.Argument(metavar="GRAPH.json.gz", help="n, edges, bufs; gzipped or not.")],
     optimizer: Annotated[
         bool, typer.Option("--optimizer", help="Append an update that consumes each output of more than 4 bytes.")
     ] = False,
     inputs: Annotated[
-        planner.Inputs,
+        Inputs,
         typer.Option(help="Inputs are outside the count, die after their last use, or stay to the end."),
-    ] = planner.Inputs.OUTSIDE,
+    ] = Inputs.outside,
     time_limit: TimeLimit = 5.0,
     output: Annotated[
         Path | None,
@@ -139,11 +158,13 @@ def order(
     as_json: AsJson = False,
 ) -> None:
     """Put the operations of a graph in an order with a small peak of live bytes, and say how far from the least."""
+    from .. import planner
+
     started = time.monotonic()
     with _errors():
         data = read_json(source)
         try:
-            graph = planner.graph_from_data(data, optimizer=optimizer, inputs=inputs)
+            graph = planner.graph_from_data(data, optimizer=optimizer, inputs=planner.Inputs(inputs.value))
             result = planner.order(graph, time_limit=time_limit)
         except PlanningError as error:
             raise PlanningError(f"{source}: {error}") from error

@@ -255,3 +255,29 @@ def test_nothing_compiled_says_what_to_do(folder: Path) -> None:
     done = memplan("run", "plain.py", cwd=folder)
     assert done.returncode == 3
     assert "torch.compile" in done.stderr
+
+
+def test_file_names_cannot_command_the_terminal(folder: Path) -> None:
+    name = "\x1b]0;owned\x07.csv"
+    (folder / name).write_text("id,lower,upper,size\na,2,1,8\n")
+    for command in (("pack", name), ("order", name), ("report", name), ("run", f"{name}.py"), ("bisect", f"{name}.py")):
+        done = memplan(*command, cwd=folder)
+        assert done.returncode in (2, 3, 4), done.stderr
+        assert "owned" in done.stderr
+        assert "\x1b" not in done.stdout + done.stderr, command
+
+
+def test_the_choices_of_order_are_the_planners() -> None:
+    """They are written twice, so that no command but ``order`` has to load the planner."""
+    from memplan import planner
+    from memplan.reports.planner_commands import Inputs
+
+    assert [i.value for i in Inputs] == [i.value for i in planner.Inputs]
+
+
+def test_commands_start_without_torch_and_the_planner() -> None:
+    code = (
+        "import sys, memplan.reports.cli; print([m for m in ('torch', 'scipy', 'memplan.planner') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr

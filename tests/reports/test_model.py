@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from hypothesis import strategies as st
 from memplan.ir.errors import OptionError, ReportError
 from memplan.reports.build import build_report
 from memplan.reports.compare import compare, growth
+from memplan.reports.export import exported
 from memplan.reports.layout import FreeList, layout
 from memplan.reports.model import Graph, Report, dump_report, parse_report, read_report, write_report
 from memplan.reports.query import grouped, room, selected
+from memplan.reports.terminal import rendered, summary
 from memplan.reports.whole import Join, whole_step
 from tests.reports import plans
 
@@ -227,6 +230,42 @@ def test_a_report_cut_anywhere_is_refused(saved: Path) -> None:
     for cut in range(0, len(text), 97):
         with pytest.raises(ReportError):
             parse_report(text[:cut])
+
+
+def numbers(value: object, before: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Where the numbers of a decoded report stand; of long lists in the first three entries."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from numbers(inner, (*before, key))
+    elif isinstance(value, list):
+        for k, inner in enumerate(value[:3]):
+            yield from numbers(inner, (*before, k))
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield before
+
+
+@pytest.mark.parametrize("number", ["-1", "1e30", "NaN", "-Infinity", str(2**62), "2.5", "null"])
+def test_absurd_numbers_are_refused_or_shown(saved: Path, number: str) -> None:
+    """Whatever is read can be shown by every renderer; what contradicts itself is refused."""
+    whole = json.loads(saved.read_text())
+    places = list(numbers(whole))
+    assert len(places) > 30
+    refused = 0
+    for *path, last in places:
+        data = json.loads(saved.read_text())
+        inner = data
+        for key in path:
+            inner = inner[key]
+        inner[last] = "@"
+        try:
+            report = parse_report(json.dumps(data).replace('"@"', number))
+        except ReportError:
+            refused += 1
+            continue
+        assert rendered(summary(report))
+        for to in ("memviz", "perfetto", "html", "png", "md", "dot", "json"):
+            assert exported(report, report.step, to)
+    assert refused > 0.7 * len(places)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
