@@ -21,7 +21,7 @@ from memplan.runtime.cuda_launch import native_launch
 from memplan.runtime.triton_build import Build, Target, compile_one
 
 RESULTS = Path(__file__).parent / "results"
-SIZES = (1_000_000, 10_000_000, 100_000_000)
+SIZES = (131_072, 1_000_000, 10_000_000, 100_000_000)
 PARTS = (132, 264, 528, 1056)
 _BLOCK = 4096
 _MULTIPLE = 256  # elements that a part's length is a multiple of: aligned loads
@@ -158,6 +158,7 @@ def forms(x: torch.Tensor, parts: int) -> dict[str, tuple[Callable[[], None], to
 
 def measure(size: int) -> tuple[list[str], bool]:
     """Rows of the table, and whether every answer was right."""
+    torch._dynamo.reset()  # or the second size would be a dynamic one
     torch.manual_seed(0)
     x = torch.rand(size, device="cuda")
     exact = float(x.double().sum())
