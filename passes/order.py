@@ -59,7 +59,7 @@ def order_ops(
     *,
     work_limit: int | None = None,
     tolerance: float = TOLERANCE,
-    widest: int = 128,
+    widest: int = 2048,
     seconds: float = 0.0,
     native: OrderSearch | None = None,
 ) -> OrderResult:

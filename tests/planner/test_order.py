@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,21 @@ def test_operations_numbered_out_of_order_are_put_in_order(native):
 def test_bad_graphs_are_refused(build, message):
     with pytest.raises(PlanningError, match=message):
         build()
+
+
+def wired(seed, ops=100, reach=12):
+    """A layered tangle: each operation reads one to three of the dozen before it, sizes of 1 to 16 units."""
+    draw = random.Random(seed)
+    reads = [sorted({draw.randrange(max(0, k - reach), k) for _ in range(draw.choice([1, 2, 3]))}) if k else []
+             for k in range(ops)]  # fmt: skip
+    consumers = [tuple(k for k in range(ops) if v in reads[k]) for v in range(ops)]
+    return OrderGraph(ops, tuple(OrderBuffer(draw.choice([1, 2, 4, 16]), v, consumers[v]) for v in range(ops)))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_wired_graphs_get_within_two_percent_inside_a_compilation(native, seed):
+    """Narrow beams stop with work left where the gap is still open."""
+    graph = wired(seed)
+    found = order_ops(graph, native=native)
+    assert is_order(graph, found.order)
+    assert found.gap <= 0.02
