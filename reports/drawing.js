@@ -125,7 +125,8 @@ class Drawing {
       }
     };
     path(c.allocated, "rgba(128,128,128,0.35)", true);
-    path(c.live, "#0072b2", false);
+    const dark = this.paper.length === 7 && parseInt(this.paper.slice(1), 16) < 0x808080;
+    path(c.live, dark ? PALETTE[0] : "#0072b2", false);
     if (c.measured.length) this.measured(context, base, scale);
     context.fillStyle = this.soft; context.font = "11px system-ui,sans-serif"; context.textAlign = "right";
     for (const part of [0, 0.5, 1]) {
@@ -175,7 +176,8 @@ class Drawing {
       if (bottom - top < 11 || top > plot.y + plot.h - 8) return;
       context.save(); context.beginPath(); context.rect(0, plot.y, LEFT - 4, plot.h); context.clip();
       context.fillText(lane.short, plot.x - 6, top + 11);
-      if (bottom - top > 26) context.fillText(bytes(lane.nbytes), plot.x - 6, top + 24);
+      // own allocations are drawn one above another wherever there is room: how far that reaches is nothing's size
+      if (lane.pool && bottom - top > 26) context.fillText(bytes(lane.nbytes), plot.x - 6, top + 24);
       context.restore();
     });
     context.textAlign = "center";

@@ -62,6 +62,7 @@ def payload(report: Report, graph: Graph) -> Payload:
                 "name": clean(lane.name),
                 "short": clean(lane.name.rpartition(":")[2] if lane.pool else "own", 14),
                 "nbytes": lane.nbytes,
+                "pool": lane.pool,
                 "birth": lane.birth,
                 "death": lane.death,
             }

@@ -15,6 +15,7 @@ import pytest
 
 from memplan.reports.allocation import allocated_bytes, live_bytes
 from memplan.reports.build import build_report
+from memplan.reports.layout import layout
 from memplan.reports.model import Buffer, Graph, Origin, Report, Step
 from memplan.reports.page import html as page
 from tests.reports import plans
@@ -65,11 +66,18 @@ def test_it_is_drawn_in_the_colours_of_its_legend(tmp_path: Path) -> None:
         training(),
         """const pixels = view.image.data, colours = new Set();
         for (let k = 0; k < pixels.length; k += 4) colours.add([pixels[k], pixels[k + 1], pixels[k + 2]].join());
+        const all = canvas.getContext("2d").getImageData(0, 0, canvas.width, 130).data;
+        for (let k = 0; k < all.length; k += 4)
+          if (all[k] === 0 && all[k + 1] === 114 && all[k + 2] === 178) seen.curve = true;
+        seen.pools = view.header.lanes.map((lane) => lane.pool);
         seen.colours = [...colours]; seen.legend = view.legend.textContent;
         seen.label = canvas.getAttribute("aria-label"); seen.focusable = canvas.tabIndex;""",
         tmp_path,
     )
     assert {"213,94,0", "86,180,233", "0,158,115"} <= set(found["colours"])  # type: ignore[arg-type]
+    assert found["curve"], "the curve of live bytes in its own blue"
+    assert found["pools"] == [lane.pool for lane in layout(training().step).lanes]
+    assert set(found["pools"]) == {True, False}, "only pools have a size of their own"
     assert all(kind in str(found["legend"]) for kind in ("saved", "temporary", "output"))
     assert "peak 1.81 MiB at step 2" in str(found["label"])
     assert found["focusable"] == 0
