@@ -138,6 +138,14 @@ class FakeGpu:
         }
 
 
+class _UntilUndone(dict[str, Path]):
+    """What monkeypatch takes out of it at the end of a test takes the opened fake driver along."""
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        cuda_launch.native_launch.cache_clear()
+
+
 def make_fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     """Everything that would ask for a GPU asks the fake one until the test ends."""
     source = (Path(__file__).parent / "fake_driver.cpp").read_text()
@@ -159,5 +167,6 @@ def make_fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     monkeypatch.setattr(memplan.compilation, "namespace", fake.namespace)
     monkeypatch.setattr(cuda_launch, "DRIVER", str(path))
     cuda_launch.native_launch.cache_clear()
+    monkeypatch.setitem(_UntilUndone(), "driver", path)
     torch._dynamo.reset()
     return fake
