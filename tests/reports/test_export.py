@@ -59,6 +59,7 @@ def test_torchs_own_reader_reads_it() -> None:
     assert "cudaMalloc(1099511627776, 768.0KiB)" in text
     assert "[524288:256.0KiB]" in text, "the offset in the pool"
     assert "<html" in _memory_viz.trace_plot(data).lower() or "<!doctype" in _memory_viz.trace_plot(data).lower()
+    assert "<html" in _memory_viz.segment_plot(data).lower() or "<!doctype" in _memory_viz.segment_plot(data).lower()
     # the flame graph's own script would be fetched from the network: its input is what the reader makes of ours
     assert "train.py:12:qkv = self.qkv(x) 262144" in _memory_viz.memory(data, format_flamegraph=str)
 
