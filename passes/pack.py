@@ -30,6 +30,8 @@ LARGEST_TOTAL = 2**61
 LARGEST_NUMPY = 20_000
 #: The exact search keeps all pairs that overlap; above this many buffers only heuristics run.
 LARGEST_SEARCH = 4_000
+#: Below this many buffers the exact search does better with the time.
+SMALLEST_LOWERED = 500
 NO_COMPILER = "no C++ compiler: heuristics in numpy only, no exact search"
 
 
@@ -278,6 +280,23 @@ def _heuristics(
     if native is not None and count <= LARGEST_SEARCH and best.arena > goal:
         for name in ("TWA", "TZ"):
             best.offer(*native.lowest_floor(units.lower, units.upper, units.size, orders[name]))
+    if native is not None and count >= SMALLEST_LOWERED:
+        _lower(units, orders["TWA"], best, goal, limits, native)
+
+
+def _lower(units: _Units, order: Int32, best: _Best, goal: int, limits: _Limits, native: PackSearch) -> None:
+    """The squeaky wheel with targets that come down from what was found: with the goal itself as the target nearly all
+    buffers of a large problem end above it, and promoting them all changes nothing."""
+    while best.arena > goal and not limits.spent():
+        target = best.arena - (best.arena - goal) // 5 - 1
+        arena, offsets, work = native.squeaky(
+            units.lower, units.upper, units.size, order,
+            target=target, passes=200, work=limits.work * ENTRIES_PER_WORK // 4, seconds=limits.left() / 3,
+        )  # fmt: skip
+        limits.work -= max(1, work // ENTRIES_PER_WORK)
+        if not 0 <= arena < best.arena:
+            return
+        best.offer(arena, offsets)
 
 
 def _search(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import random
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from memplan import planner
 from memplan.ir.errors import PlanningError
+from memplan.passes import pack
 from memplan.passes.pack import NO_COMPILER, PackProblem, pack_buffers
 
 from .exhaustive import least_arena, overlaps
@@ -133,3 +135,13 @@ def test_empty_and_sizeless_problems():
     assert planner.pack([]).arena == 0
     assert planner.pack([(0, 1, 0), (0, 5, 0)]).offsets == (0, 0)
     assert dataclasses.replace(planner.pack([(0, 10**40, 8)]), note="").arena == 8
+
+
+def test_targets_that_come_down_pack_many_buffers_lower(native, monkeypatch):
+    draw = random.Random(7)
+    starts = [draw.randrange(3000) for _ in range(3000)]
+    buffers = [(at, at + 1 + int(draw.expovariate(1 / 60)), draw.randint(1, 10**6)) for at in starts]
+    packing = pack_buffers(problem_of(buffers), work_limit=2_000_000, native=native)
+    assert overlaps(buffers, packing.offsets) == []
+    monkeypatch.setattr(pack, "SMALLEST_LOWERED", 10_000)
+    assert packing.arena < pack_buffers(problem_of(buffers), work_limit=2_000_000, native=native).arena
