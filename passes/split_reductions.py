@@ -8,7 +8,9 @@ that the result is the same in every run. Only the order of summation changes.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -192,9 +194,15 @@ def _row_major(outer: tuple[Range, ...]) -> tuple[sympy.Expr, int]:
     return flat, stride
 
 
+def _unused(numbered: Callable[[int], sympy.Symbol], ranges: tuple[Range, ...]) -> sympy.Symbol:
+    """The first symbol that none of the ranges has: after fusion they are not always numbered without gaps."""
+    taken = {r.symbol for r in ranges}
+    return next(s for s in map(numbered, itertools.count()) if s not in taken)
+
+
 def _first_kernel(kernel: Kernel, chosen: int, count: int, slots: tuple[Slot, ...], names: tuple[str, ...]) -> Kernel:
     """The original reductions over ``1 / count`` of row range ``chosen``, their results stored."""
-    part = outer_symbol(len(kernel.outer))
+    part = _unused(outer_symbol, (*kernel.outer, *kernel.row))
     split_range = kernel.row[chosen]
     length = int(split_range.size) // count
     position = {split_range.symbol: part * length + split_range.symbol}
@@ -213,7 +221,7 @@ def _first_kernel(kernel: Kernel, chosen: int, count: int, slots: tuple[Slot, ..
 
 def _second_kernel(kernel: Kernel, count: int, slots: tuple[Slot, ...], names: tuple[str, ...]) -> Kernel:
     """The partial results reduced, and everything that the kernel did once a row."""
-    part = row_symbol(0)
+    part = _unused(row_symbol, kernel.outer)
     flat, rows = _row_major(kernel.outer)
     nodes: list[Node] = []
     reduced: dict[int, int] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import operation_kernels as o
 import pytest
 import sample_kernels as s
@@ -9,7 +11,7 @@ import torch
 from reference_kernel import run_reference
 from sample_kernels import BF16, F32
 
-from memplan.ir.loops import Kernel
+from memplan.ir.loops import Kernel, Load, outer_symbol, row_symbol
 from memplan.ir.program import BufferKind, KernelOp
 from memplan.passes.split_reductions import split
 
@@ -89,3 +91,25 @@ def test_one_instance_alone_is_not_left_to_read_a_long_row(kernel: Kernel, parts
 )
 def test_left_alone(kernel: Kernel) -> None:
     assert split(operation(kernel), {}, least_elements=0) is None
+
+
+@pytest.mark.parametrize(("outer", "row"), [(1, 0), (0, 1), (7, 3)])
+def test_ranges_that_fusion_left_numbered_with_gaps(outer: int, row: int) -> None:
+    columns, rows = s.X[0], s.R[0]
+    k = s.column_sum(4096, 24, F32)
+    moved = {columns: outer_symbol(outer), rows: row_symbol(row)}
+    kernel = Kernel(
+        tuple(replace(r, symbol=moved[r.symbol]) for r in k.outer),
+        tuple(replace(r, symbol=moved[r.symbol]) for r in k.row),
+        tuple(replace(n, index=n.index.xreplace(moved)) if isinstance(n, Load) else n for n in k.nodes),
+        tuple(replace(store, index=store.index.xreplace(moved)) for store in k.stores),
+    )
+    found = split(operation(kernel), {}, least_elements=0)
+    assert found is not None
+    got = {"a": torch.randn(4096 * 24), "out": torch.zeros(24)}
+    got |= {b.name: torch.full((b.nbytes // b.dtype.itemsize,), 77.0) for b in found[2]}
+    for op in found[:2]:
+        symbols = [r.symbol for r in (*op.kernel.outer, *op.kernel.row)]
+        assert len(set(symbols)) == len(symbols)
+        run_reference(op.kernel, got)
+    torch.testing.assert_close(got["out"], got["a"].view(4096, 24).sum(0), rtol=1e-4, atol=1e-4)
