@@ -80,7 +80,7 @@ def _pack_library() -> tuple[PackSearch | None, str]:
 @functools.cache
 def _order_library() -> tuple[OrderSearch | None, str]:
     try:
-        return OrderSearch(build_library(order_search.SOURCE.read_text(), name="memplan_order", openmp=False)), ""
+        return OrderSearch(build_library(order_search.source(), name="memplan_order", openmp=False)), ""
     except CompilerError as error:
         return None, str(error).splitlines()[0]
 

@@ -1,4 +1,4 @@
-"""The compiled half of ordering: `order_search.cpp` through ctypes. See `pack_search` on who builds it."""
+"""The compiled half of ordering, `order_*.cpp`, through ctypes. See `pack_search` on who builds it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from numpy.typing import NDArray
 
 from .order_model import OrderGraph
 
-SOURCE = Path(__file__).with_name("order_search.cpp")
+_PARTS = ("order_graph", "order_greedy", "order_bound", "order_beam", "order_search")
+
+
+def source() -> str:
+    """The C++ text: its parts one after the other, as each uses those before it."""
+    return "\n".join(Path(__file__).with_name(f"{part}.cpp").read_text() for part in _PARTS)
 
 
 @dataclass(frozen=True, slots=True)
