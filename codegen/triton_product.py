@@ -10,6 +10,8 @@ fix-up done by the last instance instead of the first.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from memplan.ir.errors import LoweringError
@@ -40,14 +42,55 @@ def emit_product(product: Product, *, name: str) -> TritonKernel:
     LoweringError
         If Triton cannot express the epilogue, or an index needs more than 31 bits.
     """
-    types = _types(product)
     config = product.config
     _check_reach(product)
-    spaces = [w.role for w in product.workspaces()]
-    arguments = [(b, f"*{signature_name(t)}") for b, t in types.items()]
-    arguments += [(r, "*i32" if r == "counters" else "*fp32") for r in spaces]
     epilogue = _Epilogue(product)
     lines = _METHODS[config.method](product, epilogue.print())
+    spaces = tuple(w.role for w in product.workspaces())
+    launch = LaunchConfig((("UNIT", 1),), config.warps, config.stages)
+    return _kernel(product, name, lines, spaces, epilogue, launch, product.instances)
+
+
+def emit_parts(product: Product, *, name: str) -> TritonKernel:
+    """The first of two launches of a SPLIT product: sums of every part, for `emit_finish`; arguments likewise."""
+    _check_reach(product)
+    epilogue = _Epilogue(product)
+    launch = LaunchConfig((("UNIT", 1),), product.config.warps, product.config.stages)
+    return _kernel(product, name, _parts(product), ("partials",), epilogue, launch, product.instances)
+
+
+def emit_finish(product: Product, *, name: str, rows: int, warps: int) -> TritonKernel:
+    """The second of two launches: adds up the parts of ``rows`` rows of a tile in order, and runs the epilogue."""
+    config = product.config
+    epilogue = _Epilogue(product)
+    slices = config.rows // rows
+    own = replace(product, config=replace(config, rows=rows, warps=warps))
+    lines = [
+        f"BM: tl.constexpr = {rows}",
+        f"BN: tl.constexpr = {config.columns}",
+        f"tile = tl.program_id(0) // {slices}",
+        f"piece = tl.program_id(0) % {slices}",
+        *(line.replace("row * BM", f"row * {config.rows} + piece * BM") for line in _place(product, "tile")),
+        _LANES,
+        f"slots = partials + tile * {config.parts * config.rows} * BN + piece * BM * BN + lanes",
+        *_added(own, "slots", config.parts, slices),
+        *_finish(product, epilogue.print()),
+    ]
+    launch = LaunchConfig((("UNIT", 1),), warps, 1)
+    return _kernel(product, name, lines, ("partials",), epilogue, launch, product.tiles * slices)
+
+
+def _kernel(
+    product: Product,
+    name: str,
+    lines: list[str],
+    spaces: tuple[str, ...],
+    epilogue: _Epilogue,
+    launch: LaunchConfig,
+    instances: int,
+) -> TritonKernel:
+    arguments = [(b, f"*{signature_name(t)}") for b, t in _types(product).items()]
+    arguments += [(r, "*i32" if r == "counters" else "*fp32") for r in spaces]
     parameters = ", ".join([*(n for n, _ in arguments), "UNIT: tl.constexpr"])
     source = "".join(
         (
@@ -58,7 +101,6 @@ def emit_product(product: Product, *, name: str) -> TritonKernel:
             "\n",
         )
     )
-    launch = LaunchConfig((("UNIT", 1),), config.warps, config.stages)
     return TritonKernel(
         name,
         source,
@@ -66,7 +108,7 @@ def emit_product(product: Product, *, name: str) -> TritonKernel:
         (),
         ("UNIT",),
         (launch,),
-        ((product.instances, "UNIT"),),
+        ((instances, "UNIT"),),
         (True,) * len(arguments),
     )
 
@@ -224,6 +266,12 @@ _LANES = "lanes = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]"
 
 
 def _split(product: Product, epilogue: list[str]) -> list[str]:
+    last = _last_part if product.config.bunch == 1 else _last_bunch
+    return [*_parts(product), *last(product, epilogue)]
+
+
+def _parts(product: Product) -> list[str]:
+    """The sums of one part of a tile, stored in its slot of the workspace."""
     parts, steps = product.config.parts, product.steps
     each = -(-steps // parts)
     count = str(each) if steps % parts == 0 else f"tl.maximum(tl.minimum({each}, {steps} - part * {each}), 0)"
@@ -237,7 +285,6 @@ def _split(product: Product, epilogue: list[str]) -> list[str]:
         _LANES,
         f"slots = partials + tile * {parts} * BM * BN + lanes",
         "tl.store(slots + part * BM * BN, acc)",
-        *(_last_part(product, epilogue) if product.config.bunch == 1 else _last_bunch(product, epilogue)),
     ]
 
 

@@ -381,19 +381,21 @@ class _Held:
         offset = evaluate(view.offset, hints) * view.dtype.itemsize
         return reinterpret_as(self.tensors[view.buffer], view.dtype, sizes, strides, offset)
 
-    def template(self, config: ProductConfig, launcher: Launcher) -> Callable[[], None]:
+    def template(
+        self, config: ProductConfig, launcher: Launcher, spaces: Sequence[str] = ("partials", "counters")
+    ) -> Callable[[], None]:
         canonical = canonical_product(replace(self.candidate.product, config=config))
         pairs = zip(canonical.buffers, canonical.offsets, strict=True)
         addresses = [self.tensors[b].data_ptr() + o for b, o in pairs]
-        spaces = canonical.product.workspaces()
-        own = {w.role: self._space(w) for w in spaces if w.zero_fill}
-        for w in spaces:
+        made_for = [w for w in canonical.product.workspaces() if w.role in spaces]
+        own = {w.role: self._space(w) for w in made_for if w.zero_fill}
+        for w in made_for:
             if not w.zero_fill and (w.role not in self.scratch or self.scratch[w.role].nbytes < w.count):
                 self.scratch.pop(w.role, None)  # given back before more is asked for
                 self.scratch[w.role] = self._space(w)
 
         def run() -> None:
-            made = ((own if w.zero_fill else self.scratch)[w.role] for w in spaces)
+            made = ((own if w.zero_fill else self.scratch)[w.role] for w in made_for)
             launcher(_stream(), *addresses, *(space.data_ptr() for space in made))
 
         return run

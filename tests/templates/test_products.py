@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from memplan.codegen.triton_product import emit_product
-from memplan.ir.template import Method, Product, ProductConfig
+from memplan.codegen.triton_kernel import TritonKernel
+from memplan.codegen.triton_product import emit_finish, emit_parts, emit_product
+from memplan.ir.template import Method, ProductConfig
 from memplan.runtime.triton_build import Build, Target, compile_one, resources
 from tests.templates.products import CONFIGS, buffers, product
 
-Run = Callable[[Product, list[torch.Tensor]], list[torch.Tensor]]
+Run = Callable[[TritonKernel, list[torch.Tensor]], list[torch.Tensor]]
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +29,9 @@ def run() -> Iterator[Run]:
         assert source is not None
         assert sink is not None
 
-        def run(p: Product, made: list[torch.Tensor]) -> list[torch.Tensor]:
-            kernel = emit_product(p, name="product")
-            data = pickle.dumps((kernel.source, kernel.name, p.instances, made, [], {"UNIT": 1}))
+        def run(kernel: TritonKernel, made: list[torch.Tensor]) -> list[torch.Tensor]:
+            instances = kernel.axes[0][0]
+            data = pickle.dumps((kernel.source, kernel.name, instances, made, [], {"UNIT": 1}))
             sink.write(struct.pack("<Q", len(data)) + data)
             sink.flush()
             answer = pickle.loads(source.read(struct.unpack("<Q", source.read(8))[0]))
@@ -41,8 +42,7 @@ def run() -> Iterator[Run]:
         sink.close()
 
 
-@pytest.mark.parametrize("method", CONFIGS)
-@pytest.mark.parametrize(
+SHAPES = pytest.mark.parametrize(
     ("sizes", "transposed", "bias", "epilogue"),
     [
         ((1, 32, 32, 64), (False, False), False, "none"),
@@ -52,18 +52,36 @@ def run() -> Iterator[Run]:
         ((2, 16, 16, 16), (True, True), False, "relu"),
     ],
 )
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+@SHAPES
 def test_numbers(
     run: Run, method: str, sizes: tuple[int, int, int, int], transposed: tuple[bool, bool], bias: bool, epilogue: str
 ) -> None:
     p = product(sizes, CONFIGS[method], transposed=transposed, bias=bias, epilogue=epilogue)
     made, expected = buffers(p)
     wanted = expected()
-    found = run(p, made)
+    found = run(emit_product(p, name="product"), made)
     for a, b in zip(found, wanted, strict=False):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
     if p.workspaces():
         assert p.workspaces()[-1].zero_fill
         assert not found[-1].any()
+
+
+@pytest.mark.parametrize("rows", [4, 16])
+@SHAPES
+def test_numbers_of_two_launches(
+    run: Run, rows: int, sizes: tuple[int, int, int, int], transposed: tuple[bool, bool], bias: bool, epilogue: str
+) -> None:
+    p = product(sizes, CONFIGS["split"], transposed=transposed, bias=bias, epilogue=epilogue)
+    made, expected = buffers(p)
+    wanted = expected()
+    found = run(emit_parts(p, name="product"), made[:-1])  # no counters
+    found = run(emit_finish(p, name="finish", rows=rows, warps=1), found)
+    for a, b in zip(found[: len(wanted)], wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize(
