@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from .backend import CurveTeller, check_platform, compile_with
 from .budget import CurvePoint
 from .compilation import PASS_NAMES
+from .frame_room import with_frame_room
 from .ir.config import Config
 from .recording import CompiledGraph, record
 
@@ -86,6 +87,7 @@ def budget_curves(
     return tuple(found)
 
 
+@with_frame_room
 def _analyzed(
     model: Callable[..., object],
     args: Sequence[object],

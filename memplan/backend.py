@@ -39,6 +39,7 @@ from .compilation import (
     plan_program,
     prepare_program,
 )
+from .frame_room import with_frame_room
 from .ir.activation import Activation, Fate
 from .ir.config import Config
 from .ir.errors import OptionError, PlanningError, UnsupportedError
@@ -507,6 +508,7 @@ def device_of(module: torch.fx.GraphModule) -> str:
     return next((d for d in found if d.startswith("cuda")), "cpu")
 
 
+@with_frame_room
 def compile_with(
     module: torch.fx.GraphModule,
     example_inputs: Sequence[object],
