@@ -15,7 +15,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -29,12 +29,11 @@ from memplan.analysis import analyze
 from memplan.convolutions import Facts
 from memplan.ir.config import Config
 from memplan.ir.plan import Plan
-from memplan.ir.program import Argument, BufferKind, Contract, Extern, Literal, Program, Tuple
+from memplan.ir.program import BufferKind, Contract, Extern, Program
 from memplan.passes.reserved import StepMemory, optimizer_step_memory, step_memory
+from memplan.target import DEVICE, on_gpu
 
 from .models import BERT_LARGE, BF16, F32, LLAMA, Batch, Classifier, bert, gpt2, images, llama, tokens
-
-DEVICE = "cuda:0"
 
 
 def _vision(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
@@ -118,25 +117,6 @@ class Row:
     @property
     def ratio(self) -> float:
         return self.reserved / self.bound
-
-
-def on_gpu(program: Program) -> Program:
-    """The program as if its CPU tensors had been on the GPU."""
-
-    def argument(a: Argument) -> Argument:
-        if isinstance(a, Literal) and a.value == torch.device("cpu"):
-            return Literal(torch.device(DEVICE))
-        return Tuple(tuple(map(argument, a.items))) if isinstance(a, Tuple) else a
-
-    operations = []
-    for op in program.operations:
-        if isinstance(op, Extern):
-            kwargs = tuple((k, argument(a)) for k, a in op.kwargs)
-            op = replace(op, args=tuple(map(argument, op.args)), kwargs=kwargs)
-        operations.append(replace(op, device=DEVICE))
-    # a number in memory stays where it is: cuda programs have such constants on the CPU too
-    buffers = {n: b if n in program.constants else replace(b, device=DEVICE) for n, b in program.buffers.items()}
-    return replace(program, buffers=buffers, operations=tuple(operations))
 
 
 def cudnns(op: Extern, config: Config) -> Facts:

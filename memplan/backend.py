@@ -20,7 +20,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._guards import CompileContext, TracingContext
 from torch._logging._internal import trace_log
 
-from . import budget, recording
+from . import budget, recording, target
 from .budget import Budget
 from .calibration import copy_figures, figures_for
 from .calls import backward_call, forward_call, true_elements
@@ -59,6 +59,7 @@ from .remedies import recomputing
 from .runtime import cuda_graphs
 from .runtime.host_copies import finish_copies
 from .step_planning import StepPlanner, joined
+from .target import on_target
 
 log = logging.getLogger(__name__)
 _groups = itertools.count()
@@ -98,8 +99,11 @@ def check_built(config: Config) -> None:
         raise OptionError("option 'offload' says what a budget may do: give one, for example budget=\"12GiB\"")
     if config.offload and config.cuda_graphs:
         raise UnsupportedError("option 'offload' does not go with CUDA graphs: leave out one of the two")
-    if config.target is not None:
-        raise UnsupportedError("option 'target' is not there yet; plans are made for the devices of the tensors")
+    if config.target is not None and not config.plan_only:
+        raise UnsupportedError(
+            "option 'target' plans for a GPU that is not here, and nothing is built for it: give it to "
+            "memplan.analyze, or to memplan report MODULE:FACTORY --option target=h100"
+        )
 
 
 @dataclass
@@ -181,6 +185,7 @@ class Region:
             static_inputs=static_inputs() if self.parameters is None else self.parameters,
             saved_outputs=saved,
         )
+        program = on_target(program, self.config)
         if self.partitioned.offloaded:
             program = offload_saved(program, self.offloaded_positions(), self.host_bandwidth(program))
         self.forward = program
@@ -246,6 +251,7 @@ class Region:
             static_inputs=frozenset(static),
             donated_inputs=frozenset(donated),
         )
+        program = on_target(program, self.config)
         if not self.partitioned.offloaded:
             return program
         return prefetch_received(program, self.partitioned.offloaded, self.host_bandwidth(program))
@@ -254,6 +260,7 @@ class Region:
         if self.config.enabled("layout"):
             convolutions_channels_last(module)
         program = capture(module, Phase.INFERENCE, name=f"inference{self.group}", static_inputs=static_inputs())
+        program = on_target(program, self.config)
         self.hold_to_budget(program)
         if self.records(program):
             return self.finish_recorded(program, module, inputs)
@@ -463,7 +470,7 @@ def chooser(
     def search(cut: Cutter, forward_outputs: int, parameters: frozenset[int]) -> Modules:
         assert region is not None
         assert config.budget is not None
-        if tell_curve is None:
+        if tell_curve is None and config.target is None:
             check_budget(config.budget, device)
         search = Budget(config.budget, figures, cut, partial(region.trial, forward_outputs, parameters))
         searching: Budget | OffloadBudget = search
@@ -520,6 +527,7 @@ def compile_with(
     if config.enabled("attention"):
         simplify_masks(module)
     region = Region(config, next(_groups))
+    device = device_of(module) if config.target is None else target.DEVICE
     compilers = {
         Phase.FORWARD: region.compile_forward,
         Phase.BACKWARD: region.compile_backward,
@@ -533,7 +541,7 @@ def compile_with(
         fw_compiler=compiler(Phase.FORWARD),
         bw_compiler=compiler(Phase.BACKWARD),
         inference_compiler=compiler(Phase.INFERENCE),
-        partition_fn=partitioner(config, region.partitioned, chooser(config, device_of(module), region, tell_curve)),
+        partition_fn=partitioner(config, region.partitioned, chooser(config, device, region, tell_curve)),
         decompositions=decomposition_table(config),
         keep_inference_input_mutations=True,
     )

@@ -41,6 +41,8 @@ def figures_for(device: str, config: Config, *, measure: bool = False) -> Device
         Measure them if they are not stored and the device is not one of `memplan.ir.device.DEFAULTS` (a CPU is each
         time another).
     """
+    if config.target is not None and device.startswith("cuda"):
+        return default_figures(config.target)
     name = name_of(device)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return default_figures(name)
@@ -65,7 +67,7 @@ def copy_figures(device: str, config: Config) -> DeviceFigures:
     figures = figures_for(device, config)
     gpu = device.startswith("cuda")
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not gpu or not torch.cuda.is_available() or together:
+    if not gpu or not torch.cuda.is_available() or together or config.target is not None:
         return figures if figures.host_bandwidth > 0 else replace(figures, host_bandwidth=figures.bandwidth / 2)
     name = f"{name_of(device)} {os.uname().nodename}"
     with _lock:

@@ -102,7 +102,7 @@ def _torch_version() -> tuple[int, ...]:
 
 def facts_of(op: Extern, config: Config) -> Facts | None:
     """Stored facts of a convolution, else measured ones; None where there is no such device or no room for it."""
-    if not torch.cuda.is_available():
+    if config.target is not None or not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name(op.device)
     results = [None if v is None else [list(v.sizes), list(v.strides)] for v in op.results]

@@ -16,6 +16,8 @@ from .errors import OptionError
 
 WRAPPERS = ("auto", "python", "cpp")
 RANDOM = ("fast", "eager")
+#: GPUs whose figures are known (`memplan.ir.device.DEFAULTS`)
+TARGETS = ("H100", "H200", "A100")
 MODES: Mapping[str, Mapping[str, object]] = {
     "default": {},
     "reduce-overhead": {"cuda_graphs": True},
@@ -44,7 +46,8 @@ class Config:
         ``"fast"``: random numbers from seeds, recomputed in the backward pass instead of being kept;
         ``"eager"``: exactly eager's numbers, in eager's order.
     target:
-        GPU architecture to plan for where none is present, for example ``"cuda:90"``.
+        GPU to plan for where there is none, one of `TARGETS`; for plans that are only looked at (`memplan.analyze`,
+        ``memplan report``): nothing is built for it.
     cuda_graphs:
         Capture what runs on a GPU into CUDA graphs.
     max_autotune:
@@ -195,6 +198,8 @@ def _checked(name: str, value: object, known_passes: tuple[str, ...]) -> object:
             return _choice(name, value, WRAPPERS)
         case "random":
             return _choice(name, value, RANDOM)
+        case "target":
+            return None if value is None else _choice(name, str(value).upper(), TARGETS)
         case "pools":
             return _choice(name, value, ("auto", "always", "never"))
         case "communication":
