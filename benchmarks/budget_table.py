@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 HEAD = (
-    "| system | budget MB | predicted live MB | live MB | off | reserved MB | held / budget | next plan MB | ms "
-    "| / Inductor | gradients' bits | first step s |"
+    "| system | budget MB | predicted live MB | live MB | off | predicted reserved MB | reserved MB "
+    "| held / budget | next plan MB | ms | / Inductor | gradients' bits | first step s |"
 )
 #: Peaks nearer to one another than this part are not distinct.
 DISTINCT = 0.002
@@ -71,7 +71,9 @@ class Row:
         given = self.job.get("budget")
         what = f"{self.system} {_mb(given) if self.system == 'memplan' else given or ''}".strip()
         if self.measured:
-            return f"{what}: {self.live / 1e6:.1f} MB live, {self.held / 1e6:.1f} held, {self.number('ms'):.2f} ms"
+            said = self.said.get("predicted_reserved")
+            held = f"{self.held / 1e6:.1f} held" + ("" if said is None else f" ({_mb(said)} predicted)")
+            return f"{what}: {self.live / 1e6:.1f} MB live, {held}, {self.number('ms'):.2f} ms"
         return f"{what}: {dict(self.said)}"
 
 
@@ -103,7 +105,7 @@ def _line(r: Row, base: float | None, plain: object) -> str:
     cells = [name, _mb(given) if r.system == "memplan" else ""]
     if not r.measured:
         why = str(r.said.get("error", "")).strip().splitlines() or ["not reached"]
-        return f"| {' | '.join(cells)} | {why[0][:200]} |" + " |" * 9
+        return f"| {' | '.join(cells)} | {why[0][:200]} |" + " |" * 10
     ms = r.number("ms")
     assert ms is not None
     above = r.above
@@ -111,7 +113,8 @@ def _line(r: Row, base: float | None, plain: object) -> str:
     if r.system == "memplan" and plain is not None:
         bits = "the default's" if r.said.get("gradients") == plain else "others"
     cells += [
-        _mb(r.said.get("predicted")), _mb(r.live), "" if r.off is None else f"{100 * r.off:+.2f} %", _mb(r.reserved),
+        _mb(r.said.get("predicted")), _mb(r.live), "" if r.off is None else f"{100 * r.off:+.2f} %",
+        _mb(r.said.get("predicted_reserved")), _mb(r.reserved),
         f"{r.held / r.budget:.3f}" if cells[1] else "",
         "" if above is None else _mb(above[0]) + (f", {above[1]} between" if above[1] else ""),
         f"{ms:.2f}", "" if base is None else f"{ms / base:.3f}", bits, f"{r.number('first_step_s'):.0f}",

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 
 def predicted_bytes(graphs: Sequence[object]) -> dict[str, object]:
-    """``predicted`` (the whole step) and ``predicted_graphs`` of recorded graphs; nothing where there are none."""
+    """``predicted`` (the whole step), ``predicted_graphs`` and, on a GPU, ``predicted_reserved`` beyond parameters.
+
+    Nothing where no graph was recorded.
+    """
     if not graphs:
         return {}
     from memplan.recording import CompiledGraph
@@ -22,7 +25,9 @@ def predicted_bytes(graphs: Sequence[object]) -> dict[str, object]:
         for group in by_group.values()
     ]
     report = report_of(records)
+    steps = [m for group in by_group.values() for g in group for m in g.plan.step.values()]
     return {
+        **({"predicted_reserved": max(m.reserved - m.resident for m in steps)} if steps else {}),
         "predicted": max(report.predicted.values()),
         "predicted_graphs": {
             g.plan.program.name: max(g.plan.predicted_peak.values(), default=0)

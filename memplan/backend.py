@@ -58,6 +58,7 @@ from .recompute_prices import cheap_again
 from .remedies import recomputing
 from .runtime import cuda_graphs
 from .runtime.host_copies import finish_copies
+from .runtime.library_workspaces import product_gpus, with_workspaces
 from .step_planning import StepPlanner, joined
 from .target import on_target
 
@@ -138,9 +139,21 @@ class Region:
             return self.watch_hooks(self.finish_recorded(program, module, inputs))
         self.planner = self.plan_together(program)
         if self.planner is None:
-            return self.watch_hooks(self.finish(program, module))
+            return self.with_workspaces(program, self.watch_hooks(self.finish(program, module)))
         call = self.finish(program, module, self.planner.role(program))
-        return self.watch_hooks(call, lambda: self.forward_apart(call, program, module))
+        hooked = self.watch_hooks(call, lambda: self.forward_apart(call, program, module))
+        return self.with_workspaces(program, hooked)
+
+    def with_workspaces(self, program: Program, call: Callable[..., object]) -> Callable[..., object]:
+        """The call of a forward or an inference, before which the libraries have what they keep."""
+        if self.config.plan_only:
+            return call
+
+        def gpus() -> frozenset[int]:
+            known = (program,) if self.backward is None else (program, self.backward)
+            return frozenset().union(*map(product_gpus, known))
+
+        return with_workspaces(call, gpus, trains=program.phase is Phase.FORWARD)
 
     def plan_together(self, forward: Program) -> StepPlanner | None:
         """Both programs of the region, the backward's as it will be handed over; None where it makes no difference."""
@@ -264,7 +277,7 @@ class Region:
         self.hold_to_budget(program)
         if self.records(program):
             return self.finish_recorded(program, module, inputs)
-        return self.finish(program, module)
+        return self.with_workspaces(program, self.finish(program, module))
 
     def hold_to_budget(self, program: Program) -> None:
         """A program without a backward has nothing to recompute: it is within the budget or it is not.

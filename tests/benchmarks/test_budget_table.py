@@ -65,8 +65,9 @@ def test_times_are_compared_at_no_more_memory(held: float, expected: str) -> Non
 
 def test_the_table_has_a_row_for_what_failed() -> None:
     failed = Row("net", {"system": "memplan", "budget": 5 * MB}, {"error": "PlanningError: cannot be met\nmore"})
-    text = table([row("memplan", None, 100, 4.0), row("inductor", None, 200, 8.0), failed], {"torch": "2.13"})
+    rows = [row("memplan", None, 100, 4.0, predicted_reserved=99 * MB), row("inductor", None, 200, 8.0)]
+    text = table([*rows, failed], {"torch": "2.13"})
     assert "| memplan | 5.0 | PlanningError: cannot be met |" in text
-    assert "| memplan |  | 90.0 | 90.0 | +0.00 % | 100.0 |  |  | 4.00 | 0.500 | the default's | 3 |" in text
+    assert "| memplan |  | 90.0 | 90.0 | +0.00 % | 99.0 | 100.0 |  |  | 4.00 | 0.500 | the default's | 3 |" in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert len(widths) == 1
