@@ -1,8 +1,9 @@
 """The order of operations: small peaks of live bytes, with a proof of how far they can be from the least.
 
 A portfolio (program order, least peak memory first forwards and from the end, depth and breadth first, randomised
-with fixed seeds), a lower bound by forced live sets and minimum cuts, and a beam over downsets around the peak while
-the gap to the bound is open. The result is never worse than the order that was given.
+with fixed seeds), a lower bound by forced live sets and minimum cuts, a beam over downsets around the peak while the
+gap to the bound is open, and on small graphs an exact search from both ends for what is left of it. The result is
+never worse than the order that was given.
 
 Finding the least peak is one-shot black pebbling, strongly NP-complete (arXiv 2312.13526), hence the certificate.
 """

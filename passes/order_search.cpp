@@ -3,6 +3,10 @@
 
 namespace {
 
+constexpr i32 kLargestExact = 256;       // operations of a graph that is searched exactly
+constexpr i64 kExactWork = 500'000;            // of the first search for one threshold
+constexpr i64 kLongestExact = 8'000'000'000;  // of the last one: by then there are as many sets as it may keep
+
 class Planner {
  public:
   Planner(const Graph& graph, double tolerance, Budget budget)
@@ -28,8 +32,10 @@ class Planner {
       if (!good() && !budget_.spent()) offer(least_peak_first_reversed(graph_, lower_bound_, seed), pass);
     }
     if (!good()) raise_cuts(8);
+    const bool small = graph_.ops <= kLargestExact;
     for (size_t width = 8; width <= widest && !good() && !budget_.spent(); width *= 4) improve(width);
     if (!good()) raise_cuts(32);
+    for (i64 work = kExactWork; small && !good() && !budget_.spent() && work <= kLongestExact; work *= 4) prove(work);
   }
 
   const std::vector<i32>& order() const { return best_; }
@@ -83,6 +89,23 @@ class Planner {
       if (cut_done_[v]) continue;
       cut_done_[v] = 1;
       lower_bound_ = std::max(lower_bound_, Bound(graph_, v).cut(budget_));
+    }
+  }
+  // Halves what lies between the bound and the best order, from both ends; where neither end decides within `work`, it
+  // goes on above.
+  void prove(i64 work) {
+    i64 floor = lower_bound_ - 1;  // at most this: no order, or not decided
+    while (!good() && !budget_.spent() && floor + 1 < profile_.peak) {
+      const i64 threshold = floor + (profile_.peak - floor) / 2;
+      bool decided = false;
+      for (const bool reversed : {false, true}) {
+        Exact exact(graph_, reversed, threshold, work, budget_);
+        if (exact.run()) offer(exact.order(), 0);
+        else if (!exact.stopped()) lower_bound_ = std::max(lower_bound_, std::min(exact.over(), profile_.peak));
+        decided = !exact.stopped();
+        if (decided) break;
+      }
+      floor = std::max(lower_bound_ - 1, decided ? floor : threshold);
     }
   }
   // Beams over growing stretches around the steps that are above the bound.

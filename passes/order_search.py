@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .order_model import OrderGraph
 
-_PARTS = ("order_graph", "order_greedy", "order_bound", "order_beam", "order_search")
+_PARTS = ("order_graph", "order_greedy", "order_bound", "order_beam", "order_exact", "order_search")
 
 
 def source() -> str:

@@ -78,12 +78,29 @@ def test_small_graphs_reach_the_least_peak_and_bounds_hold(native, graph):
     assert found.peak == peak_of(buffers, found.order, scratch, pairs)
     assert found.lower_bound <= least
     assert found.peak == least
+    exact = order_ops(graph, tolerance=0.0, widest=0, native=native)  # no beam, so that the exact search decides
+    assert is_order(graph, exact.order)
+    assert exact.peak == exact.lower_bound == least
     python = order_ops(graph, tolerance=0.0)
     assert is_order(graph, python.order)
     assert python.lower_bound <= least <= python.peak <= python.program_peak
     near = adjacency(graph)
     for v in range(graph.ops):
         assert forced_bound(graph, near, v) <= cut_bound(graph, near, v) <= least
+
+
+@settings(max_examples=80, deadline=None)
+@given(graphs(14))
+def test_the_exact_search_and_the_beam_agree(native, graph):
+    """Two ways that share only the model of memory; where both decide, they found the same least peak."""
+    exact = order_ops(graph, tolerance=0.0, widest=0, native=native)
+    wide = order_ops(graph, tolerance=0.0, native=native)
+    assert is_order(graph, exact.order)
+    assert exact.peak == peak_bytes(graph, exact.order)
+    assert wide.peak == peak_bytes(graph, wide.order)
+    assert exact.optimal
+    assert wide.optimal
+    assert exact.peak == wide.peak
 
 
 @settings(max_examples=40, deadline=None)
