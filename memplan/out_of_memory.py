@@ -89,11 +89,31 @@ def _enrich(
     try:
         shortage = _shortage(str(error), caught, filename, starts)
         _let_go(caught.__traceback__, filename)  # planning needs memory itself, and so does who tries again
-        text = explain(plan(), shortage)
+        known = plan()
+        try:
+            text = explain(known, shortage)
+        except Exception as failure:  # under an address-space limit what it imports may not fit any more
+            text = f"{plainly(known, shortage)}\n  (no more can be said: {type(failure).__name__}: {failure})"
     except Exception as failure:  # whatever goes wrong here must not hide that memory ran out
         text = f"(memplan could not say more of its plan: {type(failure).__name__}: {failure})"
     error.args = (f"{error}\n\n{text}",)
     setattr(error, _TOLD, True)
+
+
+def plainly(plan: Plan, shortage: Shortage) -> str:
+    """The step, the user's line and the planned bytes, with nothing imported or planned for it."""
+    if not plan.order:
+        return f"memplan: memory ran out in {plan.program.name}, whose plan has no steps"
+    peak = max(plan.timeline)
+    step = plan.timeline.index(peak) if shortage.step is None else shortage.step
+    op = plan.program.by_name[plan.order[step]]
+    where = next((f"{o.location}    {o.code}".rstrip() for o in reversed(op.origins) if o.file), "")
+    said = "its peak, at" if shortage.step is None else "at"
+    lines = [
+        f"memplan: memory ran out in {plan.program.name}, {said} step {step} of {len(plan.order)}, {op.name}",
+        f"  the plan holds {plan.timeline[step]:,} bytes there, at most {peak:,}",
+    ]
+    return "\n".join([*lines, f"  {where}"] if where else lines)
 
 
 def _shortage(message: str, caught: RuntimeError, filename: str, starts: Sequence[int]) -> Shortage:

@@ -80,6 +80,16 @@ def test_the_error_shows_step_line_and_that_nothing_known_helps(tmp_path: Path) 
     assert out.count("memplan: memory ran out") == 1
 
 
+def test_what_cannot_be_imported_any_more_leaves_step_line_and_bytes(tmp_path: Path) -> None:
+    """Under a limit on addresses a library may not load: the message does without."""
+    out = run_out({}, tmp_path, OUTER + '\nimport sys\nsys.modules["pydantic"] = None\n', 200)
+    assert "DefaultCPUAllocator: can't allocate memory" in out, "torch's own words come first"
+    assert re.search(r"memplan: memory ran out in \S+, at step \d+ of \d+", out), out
+    assert re.search(r"the plan holds [\d,]+ bytes there, at most [\d,]+\n", out), out
+    assert "train.py:6    outer = h[:, :, None] * h[:, None, :]" in out
+    assert "(no more can be said: ModuleNotFoundError: import of pydantic halted" in out
+
+
 def test_a_switched_off_pass_is_named_if_it_would_have_helped(tmp_path: Path) -> None:
     out = run_out({"disable": ["fusion"]}, tmp_path, OUTER, 200, train=False)
     found = re.search(
