@@ -143,7 +143,7 @@ class Reader:
         try:
             with self.archive.open(name) as file:
                 yield file
-        except (KeyError, OSError, zipfile.BadZipFile, EOFError) as error:
+        except (KeyError, OSError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
             raise SavedModelError(f"{self.path} is damaged: {name} cannot be read: {error}") from error
 
     def _known(self, name: str) -> tuple[int, str]:

@@ -165,8 +165,8 @@ class Cache:
         """Path of the entry; when there is none, ``build(path)`` is called to write it to a path of its own.
 
         Of several threads or processes that ask at once, one builds and the others wait for it.  An exception of
-        ``build`` passes through and leaves nothing behind.  Raises CacheError as `put` does, and when ``build`` returns
-        without having written its file.
+        ``build`` passes through and leaves nothing behind, but an OSError (its disk is full) becomes a CacheError.
+        Raises CacheError as `put` does, and when ``build`` returns without having written its file.
         """
         found = self.get(key)
         if found is not None:
@@ -176,12 +176,16 @@ class Cache:
             if found is not None:
                 return found
             # Built outside the cache directory: a full or slow cache disk must not fail the build itself.
-            with tempfile.TemporaryDirectory(prefix="memplan-build-") as scratch:
-                target = Path(scratch) / f"entry{suffix}"
-                build(target)
-                if not target.is_file():
-                    raise CacheError(f"the build of cache entry {key[:16]} did not write its file")
-                data = target.read_bytes()
+            try:
+                with tempfile.TemporaryDirectory(prefix="memplan-build-") as scratch:
+                    target = Path(scratch) / f"entry{suffix}"
+                    build(target)
+                    if not target.is_file():
+                        raise CacheError(f"the build of cache entry {key[:16]} did not write its file")
+                    data = target.read_bytes()
+            except OSError as error:
+                place = tempfile.gettempdir()
+                raise CacheError(f"cannot build in the temporary directory {place}: {error}") from error
             return self.put(key, data, suffix=suffix)
 
     def keep(self, name: str, data: bytes) -> Path:

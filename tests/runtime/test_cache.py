@@ -284,3 +284,13 @@ def test_max_bytes_keeps_the_newest(tmp_path: Path) -> None:
     assert cache.info().entries == 1
     assert cache.get(cache_key(2)) is not None
     assert cache.put(cache_key("big"), bytes(500)).exists()
+
+
+def test_a_disk_that_is_full_while_building_is_named(tmp_path: Path) -> None:
+    def build(target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    store = Cache(tmp_path)
+    with pytest.raises(CacheError, match=r"cannot build in the temporary directory .*No space left on device"):
+        store.get_or_build("ab" * 32, build)
+    assert store.get("ab" * 32) is None

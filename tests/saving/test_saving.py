@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -187,6 +188,18 @@ def test_a_cut_file_is_refused(saved: Path, tmp_path: Path, part: float) -> None
     path.write_bytes(data[: int(len(data) * part)])
     with pytest.raises(SavedModelError, match="no saved model, or it is damaged"):
         memplan.load(path)
+
+
+def test_a_damaged_directory_of_the_file_is_found(saved: Path, tmp_path: Path) -> None:
+    """The way in which an entry says that it is packed, changed to one that Python's zip files do not know."""
+    data = bytearray(saved.read_bytes())
+    path = tmp_path / "damaged.memplan"
+    for start in [m.start() for m in re.finditer(b"PK\x01\x02", bytes(data))]:
+        changed = bytearray(data)
+        changed[start + 10] = 0x20
+        path.write_bytes(changed)
+        with pytest.raises(SavedModelError, match="damaged"):
+            memplan.load(path)
 
 
 def test_nothing_of_a_damaged_file_runs(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
