@@ -3,17 +3,15 @@
     python -m benchmarks.template_sweep [--only split-K] [--most 120] [--two] [--seconds 100]
 
 For each shape: ATen's call with the kernel after it, and the ten fastest configurations of the grid, in microseconds
-(medians, in turns); for the three fastest also with weights that are read past the cache (``evict_first``). With
-``--two`` splits are timed in two launches as well, the second of which adds the parts up on all of the GPU. What is
-fastest is compared with ATen's answer. Needs one NVIDIA GPU; some twenty seconds a shape, most of it building.
-``--seconds`` starts no shape after so long.
+(medians, in turns). With ``--two`` splits are timed in two launches as well, the second of which adds the parts up on
+all of the GPU. What is fastest is compared with ATen's answer. Needs one NVIDIA GPU; some twenty seconds a shape, most
+of it building. ``--seconds`` starts no shape after so long.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -66,12 +64,6 @@ def built(product: Product, entries: Sequence[Entry]) -> list[tuple[ProductConfi
     builds = [Build.of(k, k.configs[0]) for _, k in entries]
     done = compile_builds(builds, Target.current())
     return [(c, k, b) for (c, k), b in zip(entries, done, strict=True) if isinstance(b, Compiled)]
-
-
-def past_the_cache(kernel: TritonKernel) -> TritonKernel:
-    """The kernel with its second factor, which is a weight, read so that it leaves the cache first."""
-    changed = re.sub(r"( right = tl\.load\(.*)\)", r'\1, eviction_policy="evict_first")', kernel.source)
-    return replace(kernel, source=changed)
 
 
 def in_two(product: Product, entries: Sequence[Entry], processors: int) -> list[tuple[ProductConfig, Kernels]]:
@@ -128,14 +120,12 @@ def sweep(shape: Shape, most: int, two: bool) -> None:
     times = device_times(runs(usable))
     order = sorted(range(len(usable)), key=lambda k: times[k + 1])[:10]
     best = [usable[k] for k in order]
-    hinted = built(key, [(c, past_the_cache(k)) for c, k, _ in best[:3]])
-    again = runs([*best, *hinted])
+    again = runs(best)
     aten, *rest = device_times(again)
     name = f"{shape.name} {shape.rows}x{shape.columns}x{shape.inner} {shape.epilogue}"
     print(f"{name}: ATen {aten:.1f} us, {len(usable)} configurations, {time.perf_counter() - begin:.0f} s")
-    for number, ((c, *_), took) in enumerate(zip([*best, *hinted], rest, strict=True)):
-        note = "  evict_first" if number >= len(best) else ""
-        print(f"   {took:7.1f} {aten / took:6.3f}  {named(c)}{note}")
+    for (c, *_), took in zip(best, rest, strict=True):
+        print(f"   {took:7.1f} {aten / took:6.3f}  {named(c)}")
     least = min(range(len(rest)), key=rest.__getitem__)
     print(f"   fastest against ATen's answer: {held.difference(again[0], again[least + 1]) or 'right'}", flush=True)
 

@@ -216,8 +216,10 @@ def _sums(product: Product, start: str, steps: str) -> list[str]:
         [*(["mmask"] if m % c.rows else []), *([f"({inside.format('[None, :]')})"] if ragged else [])],
         [*([f"({inside.format('[:, None]')})"] if ragged else []), *(["nmask"] if n % c.columns else [])],
     ]
-    for value, pointer, mask in (("left", "ap", masks[0]), ("right", "bp", masks[1])):
-        given = f", {' & '.join(mask)}, other=0.0" if mask else ""
+    # long sums over few rows read a matrix of weights once, which is not to push all else out of the cache
+    once = ', eviction_policy="evict_first"' if c.method is Method.SPLIT else ""
+    for value, pointer, mask, hint in (("left", "ap", masks[0], ""), ("right", "bp", masks[1], once)):
+        given = (f", {' & '.join(mask)}, other=0.0" if mask else "") + hint
         lines.append(f"    {value} = tl.load({pointer}{given})")
     lines += [
         "    acc = tl.dot(left, right, acc)",

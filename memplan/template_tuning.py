@@ -40,7 +40,7 @@ from .runtime.triton_launch import Launcher, make_launcher
 
 _log = logging.getLogger("memplan.triton")
 #: version of what is kept in the cache; a change of the templates or of the measurement is a new one
-_VERSION = 2
+_VERSION = 3
 #: a template is taken if its time is at most this part of ATen's: less may be noise
 _MARGIN = 0.97
 #: bytes that a measurement may take above what the program itself needs; the library's own workspace (32 MiB on an
@@ -120,20 +120,31 @@ def decode(data: bytes) -> ProductConfig | None:
     return None if config is None else ProductConfig(**{**config, "method": Method(config["method"])})
 
 
+#: rows, columns and terms of a tile, warps, stages; tuned for one instance a tile
+_TILES = (
+    (128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4),
+    (64, 64, 64, 4, 4), (128, 128, 64, 4, 3), (32, 64, 128, 4, 4), (64, 32, 128, 4, 4), (16, 64, 128, 4, 4),
+    (16, 128, 128, 4, 3), (32, 32, 128, 4, 4), (64, 256, 64, 8, 3),
+    (128, 128, 32, 8, 3), (128, 64, 32, 4, 3), (64, 64, 32, 4, 3), (32, 32, 32, 4, 3),
+    (128, 256, 64, 8, 4), (256, 128, 64, 8, 4), (128, 128, 64, 8, 4), (32, 64, 128, 4, 6), (64, 64, 128, 4, 4),
+    (16, 64, 256, 4, 3), (64, 32, 128, 4, 6),
+)  # fmt: skip
+#: the fastest of a wide grid for long sums (`benchmarks.template_sweep` on an H100), for parts of tiles only
+_SPLIT_TILES = (
+    (16, 32, 64, 4, 5), (16, 32, 128, 4, 3), (16, 64, 64, 4, 5), (16, 128, 64, 4, 6), (16, 128, 128, 4, 5),
+    (32, 32, 64, 4, 3), (32, 32, 128, 4, 5), (32, 64, 128, 4, 5), (32, 64, 256, 4, 3), (32, 128, 128, 4, 3),
+    (64, 64, 64, 4, 6), (64, 64, 64, 8, 3), (64, 64, 128, 8, 4), (64, 64, 256, 4, 3), (128, 32, 64, 8, 5),
+    (128, 32, 64, 4, 4),
+)  # fmt: skip
+
+
 def contenders(product: Product, processors: int) -> list[ProductConfig]:
     """Configurations worth timing for a product of this shape on a GPU with so many multiprocessors."""
     _, rows, columns, inner = product.sizes
-    tiles = [
-        (128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4),
-        (64, 64, 64, 4, 4), (128, 128, 64, 4, 3), (32, 64, 128, 4, 4), (64, 32, 128, 4, 4), (16, 64, 128, 4, 4),
-        (16, 128, 128, 4, 3), (32, 32, 128, 4, 4), (64, 256, 64, 8, 3),
-        (128, 128, 32, 8, 3), (128, 64, 32, 4, 3), (64, 64, 32, 4, 3), (32, 32, 32, 4, 3),
-        (128, 256, 64, 8, 4), (256, 128, 64, 8, 4), (128, 128, 64, 8, 4), (32, 64, 128, 4, 6), (64, 64, 128, 4, 4),
-        (16, 64, 256, 4, 3), (64, 32, 128, 4, 6),
-    ]  # fmt: skip
     high, wide = (max(16, 1 << (n - 1).bit_length()) for n in (rows, columns))
     found: list[ProductConfig] = []
-    for bm, bn, bk, warps, stages in tiles:
+    for bm, bn, bk, warps, stages in (*_TILES, *_SPLIT_TILES):
+        whole = (bm, bn, bk, warps, stages) in _TILES
         if bm > high or bn > wide or bk > max(16, 1 << (inner - 1).bit_length()):
             continue
         if bk < 64 and inner > 256:
@@ -143,18 +154,29 @@ def contenders(product: Product, processors: int) -> list[ProductConfig]:
         plain = ProductConfig(bm, bn, bk, warps=warps, stages=stages)
         sized = replace(product, config=plain)
         waves = sized.tiles / processors
-        found.append(plain)
-        if waves <= 1:
-            for parts in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64):
-                fits = sized.tiles * parts <= 2 * processors and sized.steps >= 2 * parts
-                if fits and sized.tiles * parts * 3 > processors * 2:
-                    split = replace(plain, method=Method.SPLIT, parts=parts)
-                    found.append(split)
-                    if parts >= 12:  # one instance that adds all parts up is what the others have waited for
-                        found.append(replace(split, bunch=8 if parts % 8 == 0 and parts > 16 else 4))
+        if whole:
+            found.append(plain)
+        found += _splits(sized, processors)
         uneven = math.ceil(waves) / waves
-        if bm * bn >= 64 * 128 and 0.5 < waves < 6 and uneven > 1.1 and sized.tiles * sized.steps >= 4 * processors:
+        large = whole and bm * bn >= 64 * 128
+        if large and 0.5 < waves < 6 and uneven > 1.1 and sized.tiles * sized.steps >= 4 * processors:
             found.append(replace(plain, method=Method.STREAM, parts=processors))
+    return found
+
+
+def _splits(sized: Product, processors: int) -> list[ProductConfig]:
+    """As many parts as fill the GPU once and twice, and a few less, of a product with fewer tiles than that."""
+    once, twice = processors // sized.tiles, 2 * processors // sized.tiles
+    if not once:
+        return []
+    counts = {n // 8 * 8 if n > 16 else n for n in (*([once * 3 // 4] if once < 12 else []), once, twice)}
+    found = []
+    for parts in sorted(counts):
+        if not 2 <= parts <= 64 or sized.steps < 2 * parts:
+            continue
+        # what has many parts and adds them up at once waits for its last instance
+        bunches = [1] if parts < 12 else [b for b in (4, 8) if parts % b == 0 and b * b <= 2 * parts <= 4 * b * b]
+        found += [replace(sized.config, method=Method.SPLIT, parts=parts, bunch=b) for b in bunches or [1]]
     return found
 
 

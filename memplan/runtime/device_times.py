@@ -11,6 +11,8 @@ import torch
 _log = logging.getLogger("memplan.triton")
 _GRAPH_MICROSECONDS = 400.0
 _ROUNDS = 7
+#: about half a millisecond, several times what two launches take
+_SLEEP_CYCLES = 1_000_000
 
 
 def device_times(runs: Sequence[Callable[[], None]]) -> list[float]:
@@ -40,16 +42,21 @@ def device_times(runs: Sequence[Callable[[], None]]) -> list[float]:
 def _recorded(run: Callable[[], None]) -> tuple[torch.cuda.CUDAGraph, int]:
     """A graph of as many runs as take a few hundred microseconds, and how many those are.
 
-    The runs before it are on the current stream, and the libraries' workspaces (32 MiB and more for each stream) are
-    given back before the graph takes its own: one at a time, as when the model runs.
+    How many follows from the device's time alone: by the host's, calls that are slow to launch would have the graphs of
+    fewest runs, each of which bears more of what starting a graph costs (some microseconds). The runs before it are on
+    the current stream, and the libraries' workspaces (32 MiB and more for each stream) are given back before the graph
+    takes its own: one at a time, as when the model runs.
     """
     run()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    # while the device waits, the host gets ahead of it
+    torch.cuda._sleep(_SLEEP_CYCLES)  # type: ignore[no-untyped-call]
     begin.record()
+    run()
     run()
     end.record()
     end.synchronize()
-    count = max(3, min(50, int(_GRAPH_MICROSECONDS / max(1.0, begin.elapsed_time(end) * 1000))))
+    count = max(3, min(50, int(_GRAPH_MICROSECONDS / max(1.0, begin.elapsed_time(end) * 1000 / 2))))
     give_workspaces_back()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -251,6 +251,31 @@ def test_contenders_fit_the_device(sizes: tuple[int, int, int]) -> None:
         assert Method.SPLIT not in methods
 
 
+@pytest.mark.parametrize(
+    ("sizes", "tile", "parts", "bunch"),
+    [
+        ((16, 4096, 4096), (16, 128, 128), 4, 1),
+        ((32, 4096, 11008), (16, 128, 128), 2, 1),
+        ((64, 64, 16384), (16, 32, 64), 32, 4),
+        ((128, 128, 8192), (32, 32, 64), 8, 1),
+        ((16, 1024, 8192), (16, 32, 64), 4, 1),
+        ((64, 256, 32768), (64, 64, 128), 32, 8),
+        ((256, 256, 16384), (64, 64, 64), 8, 1),
+        ((96, 768, 12288), (64, 64, 64), 5, 1),
+    ],
+)
+def test_what_won_a_wide_grid_on_an_h100_is_tried(
+    sizes: tuple[int, int, int], tile: tuple[int, int, int], parts: int, bunch: int
+) -> None:
+    from tests.templates.products import product
+
+    m, n, k = sizes
+    found = contenders(product((1, m, n, k), ProductConfig(0, 0, 0)), 132)
+    splits = {((c.rows, c.columns, c.inner), c.parts, c.bunch) for c in found if c.method is Method.SPLIT}
+    assert (tile, parts, bunch) in splits
+    assert len(found) <= 100  # some ten seconds of building
+
+
 def test_only_what_was_chosen_is_taken() -> None:
     program = analyzed(gelu_mlp, [(64, 32), (128, 32), (128,), (128, 32)])
     assert Templates().run(program) is program
