@@ -46,9 +46,8 @@ class Row:
 
     @property
     def reserved(self) -> float | None:
-        """What the caching allocator holds beyond what was alive before the step; None on a CPU."""
-        reserved, total = self.number("reserved"), self.number("peak_total")
-        return None if reserved is None or total is None else reserved - (total - self.live)
+        """What the caching allocator holds beyond what it held for parameters and batch; None on a CPU."""
+        return self.number("reserved_above")
 
     @property
     def held(self) -> float:

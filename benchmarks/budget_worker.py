@@ -31,8 +31,9 @@ from memplan.analysis import budget_curves
 from memplan.calibration import figures_for
 from memplan.ir.config import Config
 from memplan.recording import record
+from memplan.runtime.library_workspaces import make_workspaces
 
-from .measure import measure
+from .measure import measure, resident_bytes
 from .models import CASES, Batch, Case
 from .prediction import predicted_bytes
 from .worker import MARK
@@ -113,6 +114,7 @@ def run(job: Found, module: nn.Module, batch: Batch, case: Case, turn: Turn, giv
     if eager:
         turn.take()
     share = job["budget"] if job["system"] == "inductor" and job["budget"] is not None else 1.0
+    resident = resident_bytes(case.device)
     begin = time.perf_counter()
     with record() as recorded, mock.patch.object(memplan.backend, "Budget", Noted), functorch_config.patch(
         activation_memory_budget=share, force_non_lazy_backward_lowering=True
@@ -129,7 +131,7 @@ def run(job: Found, module: nn.Module, batch: Batch, case: Case, turn: Turn, giv
         call(*batch).backward()
         module.zero_grad(set_to_none=True)
 
-    return found | measure(step, case.device, repeats=given.repeats, seconds=given.seconds)
+    return found | measure(step, case.device, repeats=given.repeats, seconds=given.seconds, resident=resident)
 
 
 def digest(call: Callable[..., Tensor], module: nn.Module, batch: Batch) -> int:
@@ -178,6 +180,8 @@ def main() -> None:
     if given.threads:
         torch.set_num_threads(given.threads)
     case, turn = CASES[given.device, given.model], Turn(given.lock)
+    if case.device == "cuda":  # cuBLAS keeps these for good: no system's step is charged with them
+        make_workspaces(torch.cuda.current_device(), trains=case.training)
     module, batch = case.make()
     for line in sys.stdin:
         found = answer(json.loads(line), module, batch, case, turn, given)

@@ -21,8 +21,9 @@ Step = Callable[[], object]
 
 
 def measure(
-    step: Step, device: str, *, repeats: int, seconds: float, used: Callable[[], int | None] = lambda: None
-) -> dict[str, float]:
+    step: Step, device: str, *, repeats: int, seconds: float, used: Callable[[], int | None] = lambda: None,
+    resident: int = 0,
+) -> dict[str, float]:  # fmt: skip
     """Memory of one step, then the median time of several.
 
     Parameters
@@ -33,11 +34,30 @@ def measure(
         At most so many timed steps, and no new one after so many seconds (three at least).
     used:
         Bytes of a GPU that this process holds, or None where nobody can say.
+    resident:
+        Of a GPU: `resident_bytes` before the step's first time; what is reserved is also said beyond them.
     """
     step()
-    found = _cuda_memory(step, used) if device == "cuda" else cpu_memory(step)
+    if device == "cuda":
+        found = _cuda_memory(step, used)
+        found["reserved_above"] = found["reserved"] - resident
+    else:
+        found = cpu_memory(step)
     found |= _cuda_time(step, repeats, seconds) if device == "cuda" else _cpu_time(step, repeats, seconds)
     return found
+
+
+def resident_bytes(device: str) -> int:
+    """What the caching allocator of a GPU holds for parameters, batch and cuBLAS' workspaces, gaps between them too.
+
+    0 on a CPU.
+    """
+    if device != "cuda":
+        return 0
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
 
 
 def _cuda_memory(step: Step, used: Callable[[], int | None]) -> dict[str, float]:

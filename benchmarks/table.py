@@ -42,6 +42,9 @@ def _section(rows: Sequence[Row], *, compile_time: bool = True) -> list[str]:
         )
     out.append(_table(models, systems, by, "peak", "live peak above what was there before the step, GB", _gigabytes))
     out.append(_table(models, systems, by, taken[0], taken[1], _gigabytes))
+    if any("reserved_above" in r for r in rows):
+        beyond = "reserved beyond what parameters, batch and cuBLAS' workspaces hold, GB"
+        out.append(_table(models, systems, by, "reserved_above", beyond, _gigabytes))
     if any("device_used" in r for r in rows):
         out.append(_table(models, systems, by, "device_used", "used on the device, all of the process, GB", _gigabytes))
     if compile_time:
@@ -81,6 +84,8 @@ def _agreement(rows: Sequence[Row]) -> str:
     """Difference from eager and from a wider dtype in the norm, and the prediction against what was measured."""
     head = ["model", "system", "result", "gradients", "gradients from the reference", "eager's from it"]
     head += ["predicted GB", "measured GB", "prediction off by"]
+    reserves = any("predicted_reserved" in r for r in rows)
+    head += ["predicted reserved GB", "reserved beyond, GB", "off by"] if reserves else []
     lines = [
         "**agreement with eager (norm of the difference / norm), and the prediction**\n",
         "The reference is eager in a wider dtype on the same batch: where a compiler is as far from it as eager, the "
@@ -91,20 +96,27 @@ def _agreement(rows: Sequence[Row]) -> str:
     for r in rows:
         if "result_difference" not in r:
             continue
-        predicted, peak = r.get("predicted"), cast(float, r["peak"])
+        peak = cast(float, r["peak"])
         cells = [str(r["model"]), str(r["system"]), f"{cast(float, r['result_difference']):.1e}"]
         cells.append(f"{cast(float, r['gradient_difference']):.1e}" if "gradient_difference" in r else "")
         if r.get("finite") is False:
             cells[2] += " NOT FINITE"
         for key in ("reference_difference", "eager_reference_difference"):
             cells.append(f"{cast(float, r[key]):.1e}" if key in r else "")
-        if predicted is None:
-            cells += ["", _gigabytes(peak), ""]
-        else:
-            off = cast(float, predicted) / peak - 1
-            cells += [_gigabytes(cast(float, predicted)), _gigabytes(peak), f"{off * 100:+.1f} %"]
+        cells += _kept(r.get("predicted"), peak)
+        if reserves:
+            above = r.get("reserved_above")
+            cells += _kept(r.get("predicted_reserved"), above) if above is not None else ["", "", ""]
         lines.append(_line(cells))
     return "\n".join(lines) + "\n"
+
+
+def _kept(predicted: object, measured: object) -> list[str]:
+    """Cells of a prediction, of what was measured, and of how far they are apart."""
+    assert isinstance(measured, (int, float))
+    if not isinstance(predicted, (int, float)):
+        return ["", _gigabytes(measured), ""]
+    return [_gigabytes(predicted), _gigabytes(measured), f"{(predicted / measured - 1) * 100:+.1f} %"]
 
 
 def _number(by: Mapping[tuple[str, str], Row], model: str, system: str, key: str) -> float | None:

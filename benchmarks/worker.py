@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .device_memory import DeviceMemory
-from .measure import measure
+from .measure import measure, resident_bytes
 from .models import CASES, Batch, Case
 from .prediction import predicted_bytes
 from .systems import System
@@ -91,12 +91,18 @@ def _work(case: Case, system: System, given: argparse.Namespace) -> None:
         say(stage="done", **kernel_times(step, case.device))
         return
     used = device_memory.of_this_process if device_memory is not None else lambda: None
-    found = dict(measure(step, case.device, repeats=given.repeats, seconds=given.seconds, used=used))
+    resident = resident_bytes(case.device)
+    found = dict(
+        measure(step, case.device, repeats=given.repeats, seconds=given.seconds, used=used, resident=resident)
+    )
     if given.optimizer and case.training:
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5)
         accumulated = _accumulating_step(compiled, optimizer, batch)
         accumulated()
-        found["optimizer"] = measure(accumulated, case.device, repeats=given.repeats, seconds=given.seconds, used=used)
+        resident = resident_bytes(case.device)  # with the optimiser's states
+        found["optimizer"] = measure(
+            accumulated, case.device, repeats=given.repeats, seconds=given.seconds, used=used, resident=resident
+        )
     elif case.random and system.backend != "eager":
         found |= agreement_under_eagers_random_numbers(module, batch, case, system)
     say(stage="done", **found)

@@ -145,10 +145,10 @@ class CachingAllocator:
             self._peak_reserved,
         )
 
-    @property
-    def free_bytes(self) -> int:
-        """Bytes of segments that nothing is allocated in."""
-        return self._reserved - self._allocated
+    def free_in_blocks(self, least: int) -> int:
+        """Bytes of free blocks of ``least`` bytes or more each, those for small requests not among them."""
+        pools = [pool.free for (_, small), pool in self._pools.items() if not small]
+        return sum(size for free in pools for size, _ in free[bisect.bisect_left(free, (least, -1)) :])
 
     def alloc(self, size: int, *, stream: int = 0) -> int:
         """Allocate ``size`` bytes; returns a handle for `free`. A request of no bytes takes nothing.

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t kRounding = 512, kMiB = 1 << 20, kSmallSegment = 2 * kMiB, kLargeSegment = 20 * kMiB;
 constexpr int64_t kSmallestOwnSegment = 10 * kMiB, kOwnSegmentRounding = 2 * kMiB;
+constexpr int64_t kCountedPart = 16;
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
@@ -100,8 +101,12 @@ struct Allocator {
     pool.insert(block);
   }
 
+  // See top_up in allocator_replay.py.
   void reserve(int64_t wanted) {
-    const int64_t lacking = (wanted - (reserved - allocated)) / kOwnSegmentRounding * kOwnSegmentRounding;
+    int64_t usable = 0;
+    for (auto at = pools[0].rbegin(); at != pools[0].rend() && (*at)->size >= wanted / kCountedPart; ++at)
+      usable += (*at)->size;
+    const int64_t lacking = (wanted - usable) / kOwnSegmentRounding * kOwnSegmentRounding;
     if (lacking > 0) release(alloc(lacking));
   }
 };

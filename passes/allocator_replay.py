@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from memplan.ir.plan import RESERVE_PART, RESERVE_STEP
+
 from .allocator import CachingAllocator
 
 Int64 = NDArray[np.int64]
 SOURCE = Path(__file__).with_name("allocator_replay.cpp")
-#: Free bytes are topped up by whole multiples of this: the allocator's rounding of large segments.
-TOP_UP = 2 << 20
 #: In place of a size: what is allocated under the key is freed; the reserve is made free.
 FREE, RESERVE = -1, -2
 
@@ -128,7 +128,12 @@ def replay_steps(requests: Requests, *, reserve: int = 0, steps: int, native: Na
 
 
 def top_up(allocator: CachingAllocator, wanted: int) -> None:
-    """Have ``wanted`` bytes free in the allocator's segments: what is lacking is allocated in one piece and freed."""
-    lacking = (wanted - allocator.free_bytes) // TOP_UP * TOP_UP
-    if wanted > 0 and lacking > 0:
-        allocator.free(allocator.alloc(lacking))
+    """Have ``wanted`` bytes free in large blocks: what is lacking is allocated in one piece and freed.
+
+    Blocks under a sixteenth of what is wanted do not count. They are the gaps between parameters, or what small
+    allocations have left, and no large request of the step fits into them.
+    """
+    if wanted > 0:
+        lacking = (wanted - allocator.free_in_blocks(wanted // RESERVE_PART)) // RESERVE_STEP * RESERVE_STEP
+        if lacking > 0:
+            allocator.free(allocator.alloc(lacking))

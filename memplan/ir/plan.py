@@ -88,6 +88,12 @@ class Slab:
     offsets: tuple[int, ...]
 
 
+#: A reserve is topped up by whole multiples of so many bytes: the caching allocator's rounding of large segments.
+RESERVE_STEP = 2 << 20
+#: Free blocks of at least this part of a reserve count towards it.
+RESERVE_PART = 16
+
+
 @dataclass(frozen=True, slots=True)
 class Reserve:
     """Bytes to have free on a device before a call; ``symbols`` are the (symbol, input's position) in ``nbytes``."""

@@ -4,23 +4,28 @@ The allocator makes a segment for a request that no free block holds, of about t
 whose requests have many sizes ends up with many segments that are never all full. One request for what the step will
 need in all, freed at once, leaves one segment that everything is then cut from. Nothing is held: it is the allocator's
 cache, as after any other step. Only what is not free already is asked for, so it happens once, and again where
-something else (gradients that are kept, optimiser states) has settled in the free bytes.
+something else (gradients that are kept, optimiser states) has settled in the free bytes. What is free in small blocks,
+above all between parameters that were made in another dtype and then cast, is no room for a step's large requests and
+does not count.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 
-from ..ir.plan import Plan, Reserve
+from ..ir.plan import RESERVE_PART, RESERVE_STEP, Plan, Reserve
 from ..ir.program import SymbolInput, evaluate
 
 log = logging.getLogger(__name__)
-#: Free bytes are topped up by whole multiples of this: the allocator's rounding of large segments.
-TOP_UP = 2 << 20
+#: By GPU: (reserved, allocated) bytes at which so many were found to be free. The states that a training loop comes
+#: back to, so that the allocator's blocks are not walked through before every step.
+_enough: dict[int, OrderedDict[tuple[int, int], int]] = {}
+_STATES = 64
 
 
 def reserves_of(plan: Plan) -> tuple[Reserve, ...]:
@@ -38,37 +43,86 @@ def reserving(call: Callable[..., object], reserves: tuple[Reserve, ...]) -> Cal
     if not reserves:
         return call
     wanted = tuple((torch.device(r.device), r) for r in reserves)
+    first = True
 
     def run(args: list[object]) -> object:
+        nonlocal first
         for device, reserve in wanted:
-            make_free(device, evaluate(reserve.nbytes, {s: int(args[k]) for s, k in reserve.symbols}))  # type: ignore[call-overload]
+            nbytes = evaluate(reserve.nbytes, {s: int(args[k]) for s, k in reserve.symbols})  # type: ignore[call-overload]
+            make_free(device, nbytes, first=first)
+        first = False
         return call(args)
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
 
 
-def make_free(device: torch.device, nbytes: int) -> None:
-    """Have ``nbytes`` bytes free in the caching allocator of a GPU.
+def make_free(device: torch.device, nbytes: int, *, first: bool = False) -> None:
+    """Have ``nbytes`` bytes free in the caching allocator of a GPU, in large blocks.
 
     What is lacking is allocated in one piece and freed. Not while a CUDA graph is being captured, whose memory is a
     pool of its own, and not where the device itself has too little left: the step may fit all the same.
+
+    Parameters
+    ----------
+    first:
+        Before a model's first step: where something is lacking, segments that nothing is in, left by what was done
+        until then (a model on its way to the device, kernels that were timed), are given back to the device, so that
+        they do not lie beside the one piece.
     """
     if not _native_allocator() or torch.cuda.is_current_stream_capturing():
         return
+    held, used, split = _counts(device)
+    states = _enough.setdefault(device.index or 0, OrderedDict())
+    if nbytes <= states.get((held, used), -1) or (not first and held - used - split >= nbytes):
+        return
+    lacking = _lacking(device, nbytes)
+    if first and lacking > 0:
+        torch.cuda.empty_cache()
+        lacking = _lacking(device, nbytes)
+    if lacking > 0 and not _made_free(device, lacking):
+        return
+    states[_counts(device)[:2]] = nbytes
+    while len(states) > _STATES:
+        states.popitem(last=False)
+
+
+def _counts(device: torch.device) -> tuple[int, int, int]:
+    """Bytes in segments, allocated in them, and free in those of them that something is allocated in."""
     stats = torch.cuda.memory_stats_as_nested_dict(device)
-    held, used = (stats[kind]["all"]["current"] for kind in ("reserved_bytes", "allocated_bytes"))
-    lacking = (nbytes - (held - used)) // TOP_UP * TOP_UP
-    if lacking <= 0:
-        return
+    kinds = ("reserved", "allocated", "inactive_split")
+    held, used, split = (stats[f"{kind}_bytes"]["all"]["current"] for kind in kinds)
+    return held, used, split
+
+
+def _lacking(device: torch.device, nbytes: int) -> int:
+    """What free blocks, of those large enough and on the current stream, have less than ``nbytes`` bytes in all."""
+    stream, least = torch.cuda.current_stream(device).cuda_stream, nbytes // RESERVE_PART
+    usable = sum(
+        block["size"]
+        for segment in torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+        if segment["device"] == (device.index or 0)
+        and segment["stream"] == stream
+        and segment["segment_type"] == "large"
+        and tuple(segment["segment_pool_id"]) == (0, 0)
+        for block in segment["blocks"]
+        if block["state"] == "inactive" and block["size"] >= least
+    )
+    return max(0, nbytes - usable) // RESERVE_STEP * RESERVE_STEP
+
+
+def _made_free(device: torch.device, nbytes: int) -> bool:
+    """Allocate so many bytes in one piece and free them; whether that was possible."""
     left = torch.cuda.mem_get_info(device)[0]
-    if left < lacking:
-        log.debug("%d bytes are not made free on %s: it has %d left", lacking, device, left)
-        return
+    if left < nbytes:
+        log.debug("%d bytes are not made free on %s: it has %d left", nbytes, device, left)
+        return False
     try:
-        torch.empty(lacking, dtype=torch.uint8, device=device)
+        torch.empty(nbytes, dtype=torch.uint8, device=device)
     except torch.OutOfMemoryError as error:  # a limit of the process, or another process was faster
-        log.debug("%d bytes are not made free on %s: %s", lacking, device, error)
+        log.debug("%d bytes are not made free on %s: %s", nbytes, device, error)
+        return False
+    return True
 
 
 @lru_cache(maxsize=1)

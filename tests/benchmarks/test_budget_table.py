@@ -15,7 +15,7 @@ MB = 10**6
 def row(system: str, budget: float | None, held: float, ms: float, **said: object) -> Row:
     """A measurement on a GPU: megabytes held beyond 100 that were there before, of which nine tenths are alive."""
     live = int(0.9 * held * MB)
-    found = {"peak": live, "peak_total": live + 100 * MB, "reserved": int(held * MB) + 100 * MB, "ms": ms}
+    found = {"peak": live, "reserved_above": int(held * MB), "ms": ms}
     given = budget if system != "memplan" or budget is None else budget * MB
     job = {"system": system, "budget": given}
     return Row("net", job, {"predicted": live, "gradients": 7, "first_step_s": 3.0, **found, **said})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import pytest
 import sympy
@@ -19,10 +20,13 @@ GPU = torch.device("cuda:0")
 
 @dataclass
 class FakeGpu:
-    """Counts of an allocator, and the requests that it was sent."""
+    """An allocator's segments, each a list of blocks (bytes, whether something is in it), and the requests it got."""
 
-    held: int = 0
-    used: int = 0
+    segments: list[list[tuple[int, bool]]] = field(default_factory=list)
+    stream: int = 0
+    pool: tuple[int, int] = (0, 0)
+    emptied: int = 0
+    walked: int = 0
     left: int = 2**40
     capturing: bool = False
     fails: bool = False
@@ -32,12 +36,32 @@ class FakeGpu:
         if self.fails:
             raise torch.OutOfMemoryError("no")
         self.asked.append(nbytes)
+        self.segments.append([(nbytes, False)])
         return object()
+
+    def empty_cache(self) -> None:
+        self.emptied += 1
+        self.segments = [blocks for blocks in self.segments if any(live for _, live in blocks)]
 
     def stats(self, device: torch.device) -> dict[str, dict[str, dict[str, int]]]:
         assert device == GPU
-        counts = {"reserved_bytes": self.held, "allocated_bytes": self.used}
+        blocks = [(size, live, len(segment) > 1) for segment in self.segments for size, live in segment]
+        counts = {
+            "reserved_bytes": sum(size for size, _, _ in blocks),
+            "allocated_bytes": sum(size for size, live, _ in blocks if live),
+            "inactive_split_bytes": sum(size for size, live, parts in blocks if parts and not live),
+        }
         return {k: {"all": {"current": v}} for k, v in counts.items()}
+
+    def snapshot(self) -> list[dict[str, object]]:
+        self.walked += 1
+        return [
+            {
+                "device": 0, "stream": self.stream, "segment_type": "large", "segment_pool_id": self.pool,
+                "blocks": [{"size": n, "state": "active_allocated" if live else "inactive"} for n, live in blocks],
+            }
+            for blocks in self.segments
+        ]  # fmt: skip
 
 
 @pytest.fixture
@@ -47,17 +71,58 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: fake.capturing)
     monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", fake.stats)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (fake.left, 2**40))
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", fake.snapshot)
+    monkeypatch.setattr(torch.cuda, "empty_cache", fake.empty_cache)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(torch, "empty", fake.empty)
+    monkeypatch.setattr(reserve, "_enough", {})
     return fake
 
 
 def test_what_is_lacking_is_asked_for_once(gpu: FakeGpu) -> None:
-    gpu.held, gpu.used = 30 * MIB, 20 * MIB
+    gpu.segments = [[(20 * MIB, True), (10 * MIB, False)]]
     reserve.make_free(GPU, 101 * MIB)
     assert gpu.asked == [90 * MIB]  # 91 are lacking; whole multiples of 2 MiB
-    gpu.held += 90 * MIB
-    reserve.make_free(GPU, 101 * MIB)
+    reserve.make_free(GPU, 100 * MIB)
     assert gpu.asked == [90 * MIB]
+
+
+def test_gaps_are_no_room(gpu: FakeGpu) -> None:
+    gpu.segments = [[(4 * MIB, True), (16 * MIB, False)] for _ in range(40)]
+    reserve.make_free(GPU, 640 * MIB)
+    assert gpu.asked == [640 * MIB]
+    gpu.asked.clear()
+    reserve.make_free(GPU, 160 * MIB)
+    assert gpu.asked == []
+
+
+@pytest.mark.parametrize("elsewhere", [{"stream": 7}, {"pool": (0, 1)}])
+def test_what_others_have_free_is_no_room(gpu: FakeGpu, elsewhere: dict[str, object]) -> None:
+    gpu.segments = [[(200 * MIB, False), (2 * MIB, True)]]
+    for name, value in elsewhere.items():
+        setattr(gpu, name, value)
+    reserve.make_free(GPU, 100 * MIB)
+    assert gpu.asked == [100 * MIB]
+
+
+def test_blocks_are_walked_through_once_for_each_state_of_a_loop(gpu: FakeGpu) -> None:
+    gpu.segments = [[(2 * MIB, True), (200 * MIB, False)]]
+    for _ in range(5):
+        reserve.make_free(GPU, 100 * MIB)
+        gpu.segments[0] = [(90 * MIB, True), (112 * MIB, False)]  # gradients are kept
+        reserve.make_free(GPU, 100 * MIB)
+        gpu.segments[0] = [(2 * MIB, True), (200 * MIB, False)]
+    assert gpu.walked == 2
+    assert gpu.asked == []
+
+
+def test_before_the_first_step_what_lies_about_goes_back_to_the_device(gpu: FakeGpu) -> None:
+    gpu.segments = [[(20 * MIB, False)] for _ in range(5)] + [[(4 * MIB, True), (16 * MIB, False)]]
+    reserve.make_free(GPU, 400 * MIB, first=True)
+    assert gpu.asked == [400 * MIB]
+    assert [len(blocks) for blocks in gpu.segments] == [2, 1]
+    reserve.make_free(GPU, 400 * MIB, first=True)
+    assert gpu.emptied == 1
 
 
 def test_not_while_a_graph_is_captured(gpu: FakeGpu) -> None:
