@@ -12,8 +12,9 @@ import json
 import os
 import platform
 import random
+import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import networkx as nx
@@ -100,6 +101,59 @@ def randomly_wired(seed: int, stages: int = 3, nodes: int = 32) -> OrderGraph:
     sizes = [generator.choice((1, 2, 3, 4, 6, 8, 12, 16)) * 1024 + generator.randrange(64) for _ in range(count)]
     buffers = tuple(OrderBuffer(sizes[v], v, tuple(sorted(consumers[v])), not consumers[v]) for v in range(count))
     return OrderGraph(count, buffers)
+
+
+def transposed(seed: int) -> OrderGraph:
+    """The graph of `randomly_wired` with each edge turned round."""
+    graph = randomly_wired(seed)
+    last = graph.ops - 1
+    readers: list[list[int]] = [[] for _ in range(graph.ops)]
+    for buffer in graph.buffers:
+        for consumer in buffer.consumers:
+            readers[last - consumer].append(last - buffer.producer)
+    sizes = [buffer.size for buffer in reversed(graph.buffers)]
+    buffers = (OrderBuffer(size, v, tuple(sorted(readers[v])), not readers[v]) for v, size in enumerate(sizes))
+    return OrderGraph(graph.ops, tuple(buffers))
+
+
+def differentiated(seed: int, nodes: int, *, joint: bool) -> OrderGraph:
+    """One randomly wired stage with its backward, or the backward alone, to which what was saved is an input.
+
+    The backward of a node reads what the node read, and a gradient from each reader of the node; gradients have the
+    sizes of what they belong to and are summed up where they are read.
+    """
+    stage = randomly_wired(seed, 1, nodes)
+    first = stage.ops if joint else 0
+    at = [first + stage.ops - 1 - v for v in range(stage.ops)]  # the backward operation of each node
+    made: list[OrderBuffer] = []
+    for v, buffer in enumerate(stage.buffers):
+        backward = tuple(sorted(at[reader] for reader in buffer.consumers)) or ((at[v],) if joint else ())
+        if backward:
+            forward = buffer.consumers if joint else ()
+            made.append(OrderBuffer(buffer.size, v if joint else -1, (*forward, *backward)))
+        made += [OrderBuffer(buffer.size, at[reader], (at[v],)) for reader in buffer.consumers]
+    made.append(OrderBuffer(stage.buffers[0].size, at[0], (), True))
+    return OrderGraph(first + stage.ops, tuple(made))
+
+
+HARD: dict[str, Callable[[int], OrderGraph]] = {
+    "transposed randomly wired, 102 operations": transposed,
+    "forward and backward of one stage of 50 nodes": lambda seed: differentiated(seed, 50, joint=True),
+    "backward of one stage of 100 nodes": lambda seed: differentiated(seed, 100, joint=False),
+    "one stage of 100 nodes": lambda seed: randomly_wired(seed, 1, 100),
+}
+
+
+def hard_rows(count: int, seconds: float) -> Iterator[tuple[object, ...]]:
+    for name, build in HARD.items():
+        found = [planner.order(build(seed), time_limit=seconds, tolerance=0.0) for seed in range(count)]
+        gaps = sorted(result.gap for result in found)
+        saved = statistics.median(result.program_peak / result.peak - 1 for result in found)
+        proved = sum(result.optimal for result in found)
+        yield (
+            name, f"{seconds:g}", f"{proved} of {count}", f"{statistics.median(gaps) * 100:.2f} %",
+            f"{gaps[-1] * 100:.1f} %", f"{saved * 100:.0f} %",
+        )  # fmt: skip
 
 
 def can_stay_below(graph: OrderGraph, peak: int) -> bool | None:
@@ -223,6 +277,10 @@ def report(graphs: int) -> Iterator[str]:
     yield "## Randomly wired graphs"
     yield ""
     yield from wired_lines(graphs)
+    yield "## Harder graphs"
+    yield ""
+    header = ("graphs", "s each", "proved", "gap, median", "worst", "program order over it, median")
+    yield from table(header, (row for count, seconds in ((20, 1.0), (10, 5.0)) for row in hard_rows(count, seconds)))
     yield "## Growth"
     yield ""
     yield "A training step of a deep network with updates at the end, limits as inside a compilation."

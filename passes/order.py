@@ -2,8 +2,9 @@
 
 A portfolio (program order, least peak memory first forwards and from the end, depth and breadth first, randomised
 with fixed seeds), a lower bound by forced live sets and minimum cuts, a beam over downsets around the peak while the
-gap to the bound is open, and on small graphs an exact search from both ends for what is left of it. The result is
-never worse than the order that was given.
+gap to the bound is open; then branch and bound over which of two operations runs first, each case bounded by cuts of
+its own; and on small graphs an exact search from both ends for what is left. The result is never worse than the order
+that was given.
 
 Finding the least peak is one-shot black pebbling, strongly NP-complete (arXiv 2312.13526), hence the certificate.
 """
@@ -63,6 +64,7 @@ def order_ops(
     widest: int = 2048,
     seconds: float = 0.0,
     native: OrderSearch | None = None,
+    exact: bool = True,
 ) -> OrderResult:
     """Put operations in an order with a small peak; deterministic unless ``seconds`` sets a time limit.
 
@@ -77,6 +79,8 @@ def order_ops(
         The most sets that a beam keeps.
     native
         The compiled search; without it the result's note says what was left out.
+    exact
+        Whether small graphs are searched exactly at the end; by cases they are in any case.
 
     Raises
     ------
@@ -94,7 +98,9 @@ def order_ops(
         return _order_in_python(graph, near, program, tolerance)
     if work_limit is None:
         work_limit = COMPILE_WORK + COMPILE_WORK_PER_OPERATION * graph.ops
-    found = native.run(graph, program, tolerance=tolerance, widest=widest, work=work_limit, seconds=seconds)
+    found = native.run(
+        graph, program, tolerance=tolerance, widest=widest, work=work_limit, seconds=seconds, exact=exact
+    )
     return OrderResult(found.order, found.peak, found.program_peak, found.lower_bound, work=found.work)
 
 

@@ -26,6 +26,8 @@ class Flow {
     }
     return total;
   }
+  // Whether what is left of the capacities leads from the source to the node: the source's side of the cut.
+  bool reached(i32 node) const { return static_cast<size_t>(node) < level_.size() && level_[node] >= 0; }
 
  private:
   struct Arc {
@@ -106,6 +108,8 @@ class Bound {
     savings();
   }
 
+  bool may_run_on_either_side(i32 u) const { return side_[u] == Side::kFree; }
+
   // Live bytes that every order has while v runs: a quick bound.
   i64 forced() const {
     i64 bytes = own_ - unconditional_;
@@ -117,7 +121,8 @@ class Bound {
   }
 
   // The least live bytes over all sets that may have run before v: a minimum cut.
-  i64 cut(Budget& budget) const {
+  // `before`, if given, is filled with such a set, whatever the cut was.
+  i64 cut(Budget& budget, std::vector<char>* before = nullptr) const {
     Flow flow;
     const i32 source = flow.node(), sink = flow.node();
     std::vector<i32> node(graph_.ops, -1);
@@ -165,7 +170,12 @@ class Bound {
       }
     }
     budget.used += graph_.ops + graph_.buffers;
-    return fixed + flow.maximum(source, sink, budget);
+    const i64 least = fixed + flow.maximum(source, sink, budget);
+    if (before != nullptr) {
+      before->assign(graph_.ops, 0);
+      for (i32 u = 0; u < graph_.ops; ++u) (*before)[u] = node[u] < 0 ? side_[u] == Side::kBefore : flow.reached(node[u]);
+    }
+    return least;
   }
 
  private:

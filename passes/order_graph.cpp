@@ -28,6 +28,16 @@ struct Budget {
   bool timed = false;
   std::chrono::steady_clock::time_point end;
   bool spent() const { return used >= limit || (timed && std::chrono::steady_clock::now() >= end); }
+  // A budget that ends after a part of what is left of this one.
+  Budget share(double part) const {
+    Budget made = *this;
+    made.limit = used + static_cast<i64>(part * static_cast<double>(limit - used));
+    if (timed) {
+      const auto now = std::chrono::steady_clock::now();
+      made.end = now + std::chrono::duration_cast<std::chrono::steady_clock::duration>(part * (end - now));
+    }
+    return made;
+  }
 };
 
 struct Rows {  // compressed rows: row i is items[start[i] .. start[i + 1])

@@ -1,9 +1,10 @@
 // The portfolio of order searches, and its plain C interface over arrays, so that it can be called through ctypes.
-// Last part: it stands behind order_graph, order_greedy, order_bound and order_beam in one file, see order_search.py.
+// Last part: it stands behind the other parts in one file, see order_search.py.
 
 namespace {
 
 constexpr i32 kLargestExact = 256;       // operations of a graph that is searched exactly
+constexpr size_t kNarrow = 32;           // width of beams from which on cases are tried in between
 constexpr i64 kExactWork = 500'000;            // of the first search for one threshold
 constexpr i64 kLongestExact = 8'000'000'000;  // of the last one: by then there are as many sets as it may keep
 
@@ -18,7 +19,7 @@ class Planner {
     if (graph_.ops > 0) raise_forced(16);
   }
 
-  void run(size_t widest) {
+  void run(size_t widest, bool exact) {
     if (graph_.ops == 0 || good()) return;
     const i64 pass = 16 * (graph_.ops + static_cast<i64>(graph_.inputs.items.size()));
     offer(least_peak_first(graph_, lower_bound_, 0), pass);
@@ -32,8 +33,12 @@ class Planner {
       if (!good() && !budget_.spent()) offer(least_peak_first_reversed(graph_, lower_bound_, seed), pass);
     }
     if (!good()) raise_cuts(8);
-    const bool small = graph_.ops <= kLargestExact;
-    for (size_t width = 8; width <= widest && !good() && !budget_.spent(); width *= 4) improve(width);
+    const bool small = exact && graph_.ops <= kLargestExact;
+    for (size_t width = 8; width <= widest && !good() && !budget_.spent(); width *= 4) {
+      improve(width);
+      if (width >= kNarrow) branch(0.25);
+    }
+    if (!small && !good()) branch(1.0);
     if (!good()) raise_cuts(32);
     for (i64 work = kExactWork; small && !good() && !budget_.spent() && work <= kLongestExact; work *= 4) prove(work);
   }
@@ -91,6 +96,16 @@ class Planner {
       lower_bound_ = std::max(lower_bound_, Bound(graph_, v).cut(budget_));
     }
   }
+  // Cases, within a part of what is left.
+  void branch(double part) {
+    if (good() || budget_.spent()) return;
+    Budget share = budget_.share(part);
+    Branch cases(graph_, best_, lower_bound_, tolerance_, share);
+    cases.run();
+    budget_.used = share.used;
+    offer(cases.order(), 0);
+    lower_bound_ = std::max(lower_bound_, cases.bound());
+  }
   // Halves what lies between the bound and the best order, from both ends; where neither end decides within `work`, it
   // goes on above.
   void prove(i64 work) {
@@ -144,7 +159,7 @@ extern "C" {
 int32_t memplan_order(int32_t ops, int32_t buffers, const int64_t* size, const int32_t* producer, const uint8_t* kept,
                       const int32_t* consumer_start, const int32_t* consumers, int32_t edge_count,
                       const int32_t* edges, const int64_t* scratch, int32_t reuse_count, const int32_t* reuse,
-                      double tolerance, int64_t widest, double seconds, int64_t* work, int32_t* order,
+                      double tolerance, int64_t widest, int32_t exact, double seconds, int64_t* work, int32_t* order,
                       int64_t* bounds) {
   Graph graph;
   graph.ops = ops;
@@ -190,7 +205,7 @@ int32_t memplan_order(int32_t ops, int32_t buffers, const int64_t* size, const i
                  std::chrono::duration_cast<std::chrono::steady_clock::duration>(std::chrono::duration<double>(seconds));
   }
   Planner planner(graph, tolerance, budget);
-  planner.run(static_cast<size_t>(widest));
+  planner.run(static_cast<size_t>(widest), exact != 0);
   std::copy(planner.order().begin(), planner.order().end(), order);
   bounds[0] = planner.peak();
   bounds[1] = planner.program_peak();

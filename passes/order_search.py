@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .order_model import OrderGraph
 
-_PARTS = ("order_graph", "order_greedy", "order_bound", "order_beam", "order_exact", "order_search")
+_PARTS = ("order_graph", "order_greedy", "order_bound", "order_beam", "order_branch", "order_exact", "order_search")
 
 
 def source() -> str:
@@ -50,6 +50,7 @@ class OrderSearch:
         widest: int,
         work: int,
         seconds: float = 0.0,
+        exact: bool = True,
     ) -> SearchedOrder:
         """Improve on ``program``, a valid order, until the peak is within ``tolerance`` of the bound or limits end."""
         place = [0] * graph.ops
@@ -78,7 +79,7 @@ class OrderSearch:
             ctypes.c_int32(len(graph.edges)), ctypes.c_void_p(edges.ctypes.data),
             ctypes.c_void_p(scratch.ctypes.data), ctypes.c_int32(len(graph.in_place)),
             ctypes.c_void_p(pairs.ctypes.data), ctypes.c_double(tolerance), ctypes.c_int64(widest),
-            ctypes.c_double(seconds), ctypes.byref(used), ctypes.c_void_p(order.ctypes.data),
+            ctypes.c_int32(exact), ctypes.c_double(seconds), ctypes.byref(used), ctypes.c_void_p(order.ctypes.data),
             ctypes.c_void_p(bounds.ctypes.data),
         )  # fmt: skip
         assert status == 0, "the program order is not valid"

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.planner import differentiated
 from memplan import planner
 from memplan.ir.errors import PlanningError
 from memplan.passes.order import NO_COMPILER, order_ops
@@ -81,6 +82,11 @@ def test_small_graphs_reach_the_least_peak_and_bounds_hold(native, graph):
     exact = order_ops(graph, tolerance=0.0, widest=0, native=native)  # no beam, so that the exact search decides
     assert is_order(graph, exact.order)
     assert exact.peak == exact.lower_bound == least
+    cases = order_ops(graph, tolerance=0.0, widest=0, native=native, exact=False)  # neither: by cases alone
+    assert is_order(graph, cases.order)
+    assert cases.lower_bound <= least <= cases.peak == peak_of(buffers, cases.order, scratch, pairs)
+    if not pairs:  # what in-place reuse saves is only bounded, and by then no pair may be left to decide
+        assert cases.optimal
     python = order_ops(graph, tolerance=0.0)
     assert is_order(graph, python.order)
     assert python.lower_bound <= least <= python.peak <= python.program_peak
@@ -101,6 +107,18 @@ def test_the_exact_search_and_the_beam_agree(native, graph):
     assert exact.optimal
     assert wide.optimal
     assert exact.peak == wide.peak
+    cases = order_ops(graph, tolerance=0.0, widest=0, native=native, exact=False)
+    assert is_order(graph, cases.order)
+    assert cases.lower_bound <= exact.peak <= cases.peak == peak_bytes(graph, cases.order)
+
+
+@settings(max_examples=40, deadline=None)
+@given(graphs(14), st.integers(1, 5_000))
+def test_bounds_by_cases_hold_wherever_the_work_ends(native, graph, work):
+    """A search cut short in the middle of a case, or of a cut, proves less, not more."""
+    least = order_ops(graph, tolerance=0.0, native=native).peak
+    cases = order_ops(graph, tolerance=0.0, widest=0, native=native, exact=False, work_limit=work)
+    assert cases.lower_bound <= least <= cases.peak == peak_bytes(graph, cases.order)
 
 
 @settings(max_examples=40, deadline=None)
@@ -118,11 +136,12 @@ def test_never_worse_than_given_and_the_same_every_time(native, graph):
     assert found.note == NO_COMPILER
 
 
+@pytest.mark.parametrize("inputs", planner.Inputs)
 @pytest.mark.parametrize("optimizer", [False, True])
 @pytest.mark.parametrize("name", ["deeplab", "densenet121", "gpt2", "resnet50", "swin_t"])
-def test_training_graphs_are_certified(native, name, optimizer):
+def test_training_graphs_are_certified(native, name, optimizer, inputs):
     data = json.loads(gzip.decompress((DATA / f"{name}_train.json.gz").read_bytes()))
-    graph = planner.graph_from_data(data, optimizer=optimizer)
+    graph = planner.graph_from_data(data, optimizer=optimizer, inputs=inputs)
     found = order_ops(graph, native=native)
     assert is_order(graph, found.order)
     assert peak_bytes(graph, found.order) == found.peak
@@ -201,3 +220,15 @@ def test_wired_graphs_get_within_two_percent_inside_a_compilation(native, seed):
     found = order_ops(graph, native=native)
     assert is_order(graph, found.order)
     assert found.gap <= 0.02
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_cases_prove_what_single_cuts_leave_open(native, seed):
+    """A cut sees one moment, not that of two operations one must wait for the other."""
+    graph = differentiated(seed, 50, joint=True)
+    cases = order_ops(graph, tolerance=0.0, native=native, work_limit=60_000_000)
+    assert is_order(graph, cases.order)
+    assert cases.optimal
+    without = order_ops(graph, tolerance=0.0, native=native, work_limit=60_000_000, widest=8)
+    assert without.lower_bound <= cases.peak <= without.peak
+    assert without.gap > 0.02
