@@ -22,6 +22,7 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 from .capture.fx import capture, symbol_hint
+from .capture.traced import quiet_copies
 from .interface import InputSpec, Interface, SymbolSource, WeightSpec
 from .ir.config import Config
 from .ir.errors import SavedModelError
@@ -49,7 +50,8 @@ def captured(exported: ExportedProgram, config: Config) -> Exported:
     SavedModelError
         If it has inputs or outputs of a kind that cannot be saved, naming them.
     """
-    own = exported.run_decompositions(decomposition_table(config))
+    with quiet_copies():
+        own = exported.run_decompositions(decomposition_table(config))
     module, signature = own.graph_module, own.graph_signature
     nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
     changed = _mutations_as_copies(module, signature, nodes)

@@ -156,8 +156,6 @@ def load(path: str | Path, *, device: str | int | torch.device | None = None) ->
         code = {n: reader.read(n) for n in ("kernels.so", *hosts) if n in reader.entries}
     weights = tuple(_weight(spec, memories[spec.storage]) for spec in interface.weights)
     kernels = _load_code(path, artifact, code)
-    if any(t.startswith("memplan.") for t in artifact.python.operators.values()):
-        pass  # defines them
     names = namespace(artifact.python.operators, {}, constants, kernels)
     exec(compile(artifact.python.source, f"<memplan {path.name}>", "exec"), names)
     specs = (pytree.treespec_loads(interface.in_spec), pytree.treespec_loads(interface.out_spec))
@@ -173,7 +171,10 @@ def wanted_gpu(path: Path, device: str | int | torch.device) -> int:
     SavedModelError
         If the device is no GPU that is there.
     """
-    found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    try:
+        found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    except RuntimeError as error:
+        raise SavedModelError(f"{path} cannot be loaded for {device!r}, which is no device of torch's") from error
     if found.type != "cuda":
         raise SavedModelError(f"{path} cannot be loaded for {found}: a model moves from one GPU to another only")
     check_gpus(path, (found.index or 0,))

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
+import secrets
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -67,16 +66,17 @@ def write(path: Path, fill: Callable[[Writer], Mapping[str, object]]) -> None:
     SavedModelError
         If the file cannot be written; one that was there before stays as it was.
     """
+    target = path.resolve()  # of a link, what it leads to
+    if target.exists() and not target.is_file():
+        what = "is a folder" if target.is_dir() else "is no regular file, and would be replaced by one"
+        raise SavedModelError(f"cannot write {path}: it {what}")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    except OSError as error:
-        raise SavedModelError(f"cannot write {path}: {error}") from error
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w+b") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        # opened by name: it gets the permissions that the user's other files get
+        with temporary.open("x+b") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             writer = Writer(archive)
             writer.finish(fill(writer))
-        temporary.replace(path)
+        temporary.replace(target)
     except OSError as error:
         raise SavedModelError(f"cannot write {path}: {error}") from error
     finally:

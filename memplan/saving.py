@@ -27,6 +27,7 @@ from .runtime.cache import Cache
 from .runtime.toolchain import cpu_instructions
 from .saving_cpp import cpp_parts
 from .saving_encoding import encode
+from .user_kernels import with_chosen_configs
 
 _BASE = 64  # stored weights start at a multiple of so many bytes of their memory
 
@@ -81,12 +82,13 @@ def save(model: ExportedProgram, path: str | Path, *, options: Mapping[str, obje
                 f"the model communicates with other processes ({talks.name}), which cannot be saved yet: groups and "
                 "their memory belong to one run"
             )
+        exported = replace(exported, program=with_chosen_configs(exported.program))
         compiled = compile_program(exported.program, config)
     if compiled.artifact is None:
         raise SavedModelError(
-            "the model launches Triton kernels of its own of which several variants may be needed (sizes that change, "
-            "configurations that are timed, TMA descriptors), which cannot be saved yet: give the kernel one "
-            "configuration and export the model with static sizes"
+            "the model launches Triton kernels of its own of which several variants may be needed (sizes that change "
+            "from call to call, TMA descriptors), so that Triton would have to compile where the model is loaded: "
+            "export it with static sizes, and load and store through pointers"
         )
     artifact = compiled.artifact
     package.write(Path(path), lambda writer: _fill(writer, exported, compiled, artifact, config))

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+
+import torch
 
 from .codegen.wrapper_lines import tensor_parameters
 from .ir.errors import CompilerError
 from .ir.program import EXTERNAL_KINDS, Program, UserKernel, View
+from .ir.user_kernel import Fixed
 from .runtime.cuda_launch import native_launch
+from .runtime.python_runtime import reinterpret_as
 from .runtime.triton_launch import Launcher
 from .runtime.user_kernel_direct import Direct, DirectLauncher, direct
 from .runtime.user_kernel_launch import UserLauncher
@@ -80,6 +85,67 @@ def build_user_kernels(program: Program) -> UserKernels:
             found[name] = (index, one)
             launchers[name] = DirectLauncher(_loaded(op, one, index), one.fixed)
     return UserKernels(names, launchers, found)
+
+
+def with_chosen_configs(program: Program) -> Program:
+    """The program with one configuration for each of its users' kernels, where it fixes all that choosing looks at.
+
+    Configurations are timed now, on the GPU, as at a kernel's first call, but on tensors made for it and freed after:
+    floating-point ones hold random numbers, all others zeros, so that what indexes stays in range. A kernel with sizes
+    that change or TMA descriptors keeps its configurations.
+
+    Raises
+    ------
+    CompilerError
+        If no configuration of a kernel compiles or runs.
+    """
+    _, first = named_user_kernels(program)
+    chosen: dict[UserKernel, UserKernel] = {}
+    for op, empty in first.values():
+        if len(op.kernel.configs) > 1 and not op.descriptors and _is_static(op):
+            number = _fastest(op, empty, program)
+            kernel = replace(op.kernel, configs=(op.kernel.configs[number],))
+            chosen[_without_names(op)] = replace(op, kernel=kernel, grids=(op.grids[number],))
+    operations = []
+    for op in program.operations:
+        found = chosen.get(_without_names(op)) if isinstance(op, UserKernel) else None
+        if found is not None:
+            assert isinstance(op, UserKernel)
+            op = replace(op, kernel=found.kernel, grids=found.grids)
+        operations.append(op)
+    return program.with_operations(tuple(operations)) if chosen else program
+
+
+def _is_static(op: UserKernel) -> bool:
+    numbers = [s for v in op.views for s in (*v.sizes, *v.strides, v.offset)] + [s for grid in op.grids for s in grid]
+    fixed = all(isinstance(a, View | Fixed) for _, a in op.arguments)
+    return fixed and all(isinstance(s, int) or s.is_Integer for s in numbers)
+
+
+def _fastest(op: UserKernel, empty: frozenset[str], program: Program) -> int:
+    """Position of the configuration that is fastest on tensors made for it."""
+    launcher = UserLauncher(op, frozenset(n for n, a in op.arguments if isinstance(a, View)), empty)
+    launcher.prepare(program.hints)
+    device = torch.device(op.device)
+    generator = torch.Generator(device).manual_seed(0)
+    memory: dict[str, torch.Tensor] = {}
+    tensors = []
+    for name in launcher.names:
+        view = dict(op.arguments)[name]
+        assert isinstance(view, View)
+        if view.buffer not in memory:
+            dtype = view.dtype
+            made = torch.zeros(-(-program.nbytes(view.buffer) // dtype.itemsize), dtype=dtype, device=device)
+            random = dtype.is_floating_point and dtype.itemsize > 1
+            memory[view.buffer] = made.normal_(generator=generator) if random else made
+        sizes, strides = ([int(s) for s in given] for given in (view.sizes, view.strides))
+        offset = int(view.offset) * view.dtype.itemsize
+        tensors.append(reinterpret_as(memory[view.buffer], view.dtype, sizes, strides, offset))
+    on_gpu = device.type == "cuda"
+    with torch.cuda.device(device) if on_gpu else nullcontext():
+        stream = torch.cuda.current_stream().cuda_stream if on_gpu else 0
+        launcher(stream, [tuple(int(s) for s in grid) for grid in op.grids], *tensors)  # type: ignore[misc]
+    return launcher.chosen.get((), 0)  # nothing is timed where all grids are empty
 
 
 def _loaded(op: UserKernel, one: Direct, index: int) -> Launcher:

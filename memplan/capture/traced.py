@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.fx
@@ -11,10 +13,17 @@ import torch.fx
 aten = torch.ops.aten
 
 
-def copied(graph: torch.fx.Graph) -> torch.fx.Graph:
-    """A copy, without what torch warns of while it copies its own description of the graph's results."""
+@contextmanager
+def quiet_copies() -> Iterator[None]:
+    """Inside, torch does not warn of itself while it copies its own description of a graph's results."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+        yield
+
+
+def copied(graph: torch.fx.Graph) -> torch.fx.Graph:
+    """A copy of a graph."""
+    with quiet_copies():
         return copy.deepcopy(graph)
 
 

@@ -68,9 +68,11 @@ class Doubling(nn.Module):
     """A user's Triton kernel between kernels of ours."""
 
     def forward(self, x: Tensor) -> Tensor:
-        from tests.user_kernels.own_kernels import doubled
+        from tests.user_kernels.own_kernels import doubled, incremented
 
-        return torch.sin(doubled(torch.cos(x)))
+        y = doubled(torch.cos(x))
+        incremented(y)  # of two configurations, one of which is chosen when it is saved
+        return torch.sin(y)
 
 
 def save(folder: Path) -> str:

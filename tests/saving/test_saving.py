@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -281,6 +283,25 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_where_a_saved_model_is_written(saved: Path, tmp_path: Path) -> None:
+    exported = torch.export.export(nn.Linear(2, 2), (torch.randn(3, 2),))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SavedModelError, match="no regular file"):
+        memplan.save(exported, tmp_path / "pipe")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    with pytest.raises(SavedModelError, match="is a folder"):
+        memplan.save(exported, tmp_path)
+
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        memplan.save(exported, tmp_path / "link")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "there").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    memplan.load(tmp_path / "link")
+
+
 def test_a_failed_save_leaves_the_old_file(saved: Path, tmp_path: Path) -> None:
     target = tmp_path / "m"
     shutil.copy(saved, target)
@@ -302,3 +323,5 @@ def test_no_file_and_another_file(tmp_path: Path) -> None:
         archive.writestr("a", "b")
     with pytest.raises(SavedModelError, match="no saved model"):
         memplan.load(tmp_path / "other.zip")
+    with pytest.raises(SavedModelError, match="no device"):
+        memplan.load(tmp_path / "other.zip", device="elsewhere")

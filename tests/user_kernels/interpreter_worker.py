@@ -21,8 +21,9 @@ from triton.runtime.autotuner import Autotuner
 import memplan.user_kernels
 from memplan.compilation import compile_program
 from memplan.ir.config import Config
-from memplan.ir.program import Program, TensorInput
+from memplan.ir.program import Program, TensorInput, UserKernel
 from memplan.runtime.user_kernel_launch import Grid, UserLauncher
+from memplan.user_kernels import with_chosen_configs
 from tests.user_kernels.pretended_gpu import pretended_gpu
 
 #: times of the configurations when they are timed: the second one of all is the fastest
@@ -66,6 +67,22 @@ def _unquoted(normalize):  # type: ignore[no-untyped-def]
 
 
 def check(name: str, program: Program) -> str:
+    """Empty, or how the compiled program differs from the function; also with one configuration chosen beforehand."""
+    wrong = check_program(name, program)
+    several = [op for op in program.operations if isinstance(op, UserKernel) and len(op.kernel.configs) > 1]
+    if wrong or not several:
+        return wrong
+    chosen = with_chosen_configs(program)
+    for old, new in zip(program.operations, chosen.operations, strict=True):
+        if old in several:
+            assert isinstance(old, UserKernel)
+            assert isinstance(new, UserKernel)
+            if not (len(new.kernel.configs) == len(new.grids) == 1 and new.kernel.configs[0] in old.kernel.configs):
+                return f"{new.kernel.configs} are chosen of {old.kernel.configs}"
+    return check_program(name, chosen)
+
+
+def check_program(name: str, program: Program) -> str:
     """Empty, or how the compiled program differs from the function."""
     from tests.user_kernels.cases import CASES
 
