@@ -29,7 +29,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from .ir.errors import CompilerError, PlanningError
+from .ir.errors import CacheError, CompilerError, PlanningError
 from .passes import allocator_replay, order_search, pack_search
 from .passes.allocator_replay import NativeReplay
 from .passes.order import OrderResult, order_ops
@@ -69,11 +69,15 @@ class PlannerLibraries:
     note: str = ""
 
 
+#: no compiler, nowhere to write, or a library that the loader refuses
+_NOT_BUILT = (CompilerError, CacheError, OSError)
+
+
 @functools.cache
 def _pack_library() -> tuple[PackSearch | None, str]:
     try:
         return PackSearch(build_library(pack_search.SOURCE.read_text(), name="memplan_pack", openmp=False)), ""
-    except CompilerError as error:
+    except _NOT_BUILT as error:
         return None, str(error).splitlines()[0]
 
 
@@ -81,7 +85,7 @@ def _pack_library() -> tuple[PackSearch | None, str]:
 def _order_library() -> tuple[OrderSearch | None, str]:
     try:
         return OrderSearch(build_library(order_search.source(), name="memplan_order", openmp=False)), ""
-    except CompilerError as error:
+    except _NOT_BUILT as error:
         return None, str(error).splitlines()[0]
 
 
@@ -90,7 +94,7 @@ def _replay_library() -> tuple[NativeReplay | None, str]:
     try:
         source = allocator_replay.SOURCE.read_text()
         return NativeReplay(build_library(source, name="memplan_replay", openmp=False)), ""
-    except CompilerError as error:
+    except _NOT_BUILT as error:
         return None, str(error).splitlines()[0]
 
 

@@ -11,7 +11,7 @@ import torch
 
 from .codegen.wrapper_lines import tensor_parameters
 from .ir.errors import CompilerError
-from .ir.program import EXTERNAL_KINDS, Program, UserKernel, View
+from .ir.program import EXTERNAL_KINDS, Operation, Program, UserKernel, View
 from .ir.user_kernel import Fixed
 from .runtime.cuda_launch import native_launch
 from .runtime.python_runtime import reinterpret_as
@@ -106,14 +106,16 @@ def with_chosen_configs(program: Program) -> Program:
             number = _fastest(op, empty, program)
             kernel = replace(op.kernel, configs=(op.kernel.configs[number],))
             chosen[_without_names(op)] = replace(op, kernel=kernel, grids=(op.grids[number],))
-    operations = []
-    for op in program.operations:
+    if not chosen:
+        return program
+
+    def fixed(op: Operation) -> Operation:
         found = chosen.get(_without_names(op)) if isinstance(op, UserKernel) else None
-        if found is not None:
-            assert isinstance(op, UserKernel)
-            op = replace(op, kernel=found.kernel, grids=found.grids)
-        operations.append(op)
-    return program.with_operations(tuple(operations)) if chosen else program
+        if found is None or not isinstance(op, UserKernel):
+            return op
+        return replace(op, kernel=found.kernel, grids=found.grids)
+
+    return program.with_operations(tuple(map(fixed, program.operations)))
 
 
 def _is_static(op: UserKernel) -> bool:

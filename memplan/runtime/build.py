@@ -163,6 +163,8 @@ def _build(job: BuildJob, toolchain: Toolchain, cache: Cache) -> Path:
                 f"the C++ compiler refused {job.name} (status {done.returncode}):\n{first_errors(done.stderr)}\n"
                 f"source: {kept}\ncommand: {shlex.join(line)}"
             )
+        if not target.is_file():
+            raise CompilerError(f"the C++ compiler wrote nothing for {job.name}, and ended with status 0")
 
     return cache.get_or_build(key, build, suffix=f"-{_file_name(job.name)}.so")
 

@@ -32,6 +32,7 @@ from typing import TypeAlias
 import filelock
 import platformdirs
 
+from memplan.ir.config import Config, from_environment
 from memplan.ir.errors import CacheError
 
 _log = logging.getLogger("memplan.cache")
@@ -292,8 +293,16 @@ class Cache:
 
 
 def default_root() -> Path:
-    """The user's cache directory for memplan (``~/.cache/memplan`` on Linux, ``XDG_CACHE_HOME`` honoured)."""
-    return Path(platformdirs.user_cache_dir("memplan"))
+    """The user's cache directory for memplan (``~/.cache/memplan`` on Linux, ``XDG_CACHE_HOME`` honoured).
+
+    What is memplan's own (its searches, what the compiler can do) stays there, whatever directory plans and kernels are
+    kept in; where it cannot be written, that goes to the directory that the environment chooses, too.
+    """
+    home = Path(platformdirs.user_cache_dir("memplan"))
+    nearest = next(p for p in (home, *home.parents) if p.exists())
+    if os.access(nearest, os.W_OK):
+        return home
+    return Path(from_environment(Config()).cache_dir or home)
 
 
 # -- the process's private directory ------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ modification time, size, version and the CPU's flags.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 import os
@@ -201,6 +202,10 @@ def _try_flags(command: tuple[str, ...], version: str) -> Toolchain:
         plain = builds(_PROBE_SOURCE)
         if plain.returncode != 0:
             raise CompilerError(f"cannot build a shared library:\n{first_errors(plain.stderr)}")
+        try:
+            ctypes.CDLL(str(Path(folder) / "probe.so"))
+        except OSError as error:  # it wrote none, or one for another machine
+            raise CompilerError(f"what it builds cannot be loaded: {error}") from error
         native = builds(_PROBE_SOURCE, "-march=native").returncode == 0
         openmp = builds(_PROBE_SOURCE, "-fopenmp").returncode == 0
         mvec_flags = ("-fno-math-errno", "-fopenmp-simd", "-Wl,-z,defs", "-lmvec", "-lm")

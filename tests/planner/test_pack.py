@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memplan import planner
-from memplan.ir.errors import PlanningError
+from memplan.ir.errors import CacheError, CompilerError, PlanningError
 from memplan.passes import pack
 from memplan.passes.pack import NO_COMPILER, PackProblem, pack_buffers
 
@@ -145,3 +145,20 @@ def test_targets_that_come_down_pack_many_buffers_lower(native, monkeypatch):
     assert overlaps(buffers, packing.offsets) == []
     monkeypatch.setattr(pack, "SMALLEST_LOWERED", 10_000)
     assert packing.arena < pack_buffers(problem_of(buffers), work_limit=2_000_000, native=native).arena
+
+
+@pytest.mark.parametrize("error", [CompilerError("no compiler"), CacheError("no place"), None])
+def test_without_the_compiled_search_there_is_a_reason(
+    error: Exception | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.so").write_bytes(b"for another machine")
+
+    def build(*args: object, **kwargs: object) -> Path:
+        if error is not None:
+            raise error
+        return tmp_path / "bad.so"
+
+    monkeypatch.setattr(planner, "build_library", build)
+    found, reason = planner._pack_library.__wrapped__()
+    assert found is None
+    assert (str(error) if error else "bad.so") in reason

@@ -157,6 +157,29 @@ def test_broken_compiler_is_named_with_its_output(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("forgetful")
+@pytest.mark.parametrize("written", [None, b"ELF for another machine"])
+def test_a_compiler_that_builds_nothing_to_load_is_no_compiler(tmp_path: Path, written: bytes | None) -> None:
+    broken = tmp_path / "silent-g++"
+    writes = f"open(sys.argv[sys.argv.index('-o') + 1], 'wb').write({written!r})" if written else "pass"
+    broken.write_text(
+        f"#!{sys.executable}\nimport sys\nif '--version' in sys.argv: print('silent 1')\nelse: {writes}\n"
+    )
+    broken.chmod(0o755)
+    with pytest.raises(CompilerError, match="what it builds cannot be loaded"):
+        build_library(SOURCE, name="answer", cache=Cache(tmp_path / "c"), cxx=str(broken))
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_a_compiler_that_stops_writing_is_an_error(tmp_path: Path, shared_cache: Cache) -> None:
+    real = find_toolchain(cache=shared_cache).command[0]
+    broken = tmp_path / "sometimes-g++"
+    broken.write_text(f'#!/bin/sh\ncase "$*" in *kernel.cpp*) ;; *) exec {real} "$@" ;; esac\n')
+    broken.chmod(0o755)
+    with pytest.raises(CompilerError, match="wrote nothing for answer"):
+        build_library(SOURCE, name="answer", cache=Cache(tmp_path / "c"), cxx=str(broken))
+
+
+@pytest.mark.usefixtures("forgetful")
 def test_probe_is_kept_on_disk_and_missed_by_a_changed_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip

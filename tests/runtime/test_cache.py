@@ -294,3 +294,15 @@ def test_a_disk_that_is_full_while_building_is_named(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match=r"cannot build in the temporary directory .*No space left on device"):
         store.get_or_build("ab" * 32, build)
     assert store.get("ab" * 32) is None
+
+
+def test_where_the_home_cannot_be_written_the_chosen_directory_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MEMPLAN_CACHE_DIR", str(tmp_path / "chosen"))
+    assert Cache().root == tmp_path / "home" / "memplan"
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(tmp_path).startswith(str(path)))
+    assert Cache().root == tmp_path / "chosen"
+    monkeypatch.delenv("MEMPLAN_CACHE_DIR")
+    assert Cache().root == tmp_path / "home" / "memplan"
