@@ -136,7 +136,7 @@ def plans_of(model: str, options: dict[str, object]) -> tuple[list[Plan], dict[s
     with torch.device("meta"):
         module = build().train(training)  # a fake module could not be converted to another dtype or layout
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _fill(module)
+        fill(module)
         given = batch()
         patch = mock.patch.object
         with patch(memplan.backend, "capture", captured), patch(convolutions, "facts_of", cudnns):
@@ -145,7 +145,7 @@ def plans_of(model: str, options: dict[str, object]) -> tuple[list[Plan], dict[s
     return [g.plan for g in graphs], joins
 
 
-def _fill(module: nn.Module) -> None:
+def fill(module: nn.Module) -> None:
     """Put fake CPU tensors in the place of parameters and buffers on the meta device; shared ones stay shared."""
     made: dict[int, torch.Tensor] = {}
 

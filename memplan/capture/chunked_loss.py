@@ -33,6 +33,8 @@ Node = torch.fx.Node
 _MEAN, _SUM = 1, 2
 #: Fewest tokens of a slice: below, matrix products lose speed.
 MIN_ROWS = 1024
+#: Tokens that the matrix units take at a time.
+_TILE = 128
 #: Devices with a product of half-precision factors that gives float32.
 FLOAT32_PRODUCTS = ("cuda",)
 #: Devices whose matrix units want every dimension of a product at multiples of 16 bytes, not only the rows' starts
@@ -78,7 +80,7 @@ class Loss:
 
 
 def chunk_losses(module: torch.fx.GraphModule, chunk_bytes: int) -> int:
-    """Rewrite every loss whose logits are larger than two slices of ``chunk_bytes``; returns how many, in place."""
+    """Rewrite every loss whose logits are larger than ``chunk_bytes``, in slices of at most that; returns how many."""
     graph = module.graph
     done = 0
     for node in [n for n in graph.nodes if n.op == "call_function" and n.target is aten.nll_loss_forward.default]:
@@ -105,9 +107,12 @@ def _rows(logits: torch.Tensor, chunk_bytes: int) -> int | None:
     if not isinstance(tokens, int) or not isinstance(vocabulary, int) or logits.dtype is torch.float16:
         return None
     row_bytes = vocabulary * logits.element_size()
-    rows = chunk_bytes // max(1, row_bytes)
-    rows = max(min(MIN_ROWS, tokens), rows // 128 * 128 if rows >= 128 else rows)
-    return rows if rows >= 1 and tokens >= 2 * rows else None
+    most = chunk_bytes // max(1, row_bytes)
+    if tokens <= most or tokens < 2 * MIN_ROWS:
+        return None
+    most = max(MIN_ROWS, most // _TILE * _TILE if most >= _TILE else most)
+    even = -(-tokens // -(-tokens // most))  # the last slice is not left with what is over
+    return min(most, -(-even // _TILE) * _TILE)
 
 
 # -- matching ----
@@ -319,10 +324,14 @@ def _rewrite(graph: torch.fx.Graph, found: Loss, rows: int) -> None:
             weights = write(aten.mul.Tensor, write(aten._to_copy.default, chosen, dtype=wide), weights)
         total = write(aten.sum.default, weights)
         scale = write(aten.reciprocal.default, total) if found.reduction == _MEAN else None
+        # for all tokens at once: made for a slice, they would share a kernel with its sum, which comes between the
+        # softmax and its gradient, and these would be two kernels with a float32 copy of the logits between them
+        factors = weights if scale is None else write(aten.mul.Tensor, weights, scale)
+        used = write(aten.ne.Scalar, weights, 0)
         vocabulary = found.linear.meta["val"].shape[1]
         _pad_vocabulary(write, found)
         slices = [
-            _slice(write, found, vocabulary, safe, weights, scale, start, min(start + rows, tokens))
+            _slice(write, found, vocabulary, _PerToken(safe, weights, factors, used), start, min(start + rows, tokens))
             for start in range(0, tokens, rows)
         ]
         loss = _added(write, [s.loss for s in slices])
@@ -368,6 +377,16 @@ def _whole(write: _Writer, node: Node, count: int) -> Node:
 
 
 @dataclass(frozen=True)
+class _PerToken:
+    """For each token: its class, what its loss and its gradient are multiplied by, and whether that is not 0."""
+
+    target: Node
+    weights: Node
+    factors: Node
+    used: Node
+
+
+@dataclass(frozen=True)
 class _Slice:
     loss: Node
     gradient: Node
@@ -380,9 +399,7 @@ def _slice(
     write: _Writer,
     found: Loss,
     vocabulary: int,
-    target: Node,
-    weights: Node,
-    scale: Node | None,
+    tokens: _PerToken,
     start: int,
     stop: int,
 ) -> _Slice:
@@ -405,16 +422,16 @@ def _slice(
     shifted = write(aten.sub.Tensor, x, write(aten.amax.default, x, [1], True))
     powers = write(aten.exp.default, shifted)
     norm = write(aten.sum.dim_IntList, powers, [1], True)
-    row_target = write(aten.unsqueeze.default, write(aten.slice.Tensor, target, 0, start, stop), 1)
-    row_weight = write(aten.unsqueeze.default, write(aten.slice.Tensor, weights, 0, start, stop), 1)
+    row_target, row_weight, factor, used = (
+        write(aten.unsqueeze.default, write(aten.slice.Tensor, part, 0, start, stop), 1)
+        for part in (tokens.target, tokens.weights, tokens.factors, tokens.used)
+    )
     hit = write(aten.eq.Tensor, positions, row_target)
     zero = write(aten.full.default, [], 0.0, dtype=wide, device=device, pin_memory=False)
     picked = write(aten.sum.dim_IntList, write(aten.where.self, hit, shifted, zero), [1], True)
     row_loss = write(aten.sub.Tensor, write(aten.log.default, norm), picked)
     # where the weight is zero (ignored tokens) an infinite logit must not turn into NaN
-    used = write(aten.ne.Scalar, row_weight, 0)
     row_loss = write(aten.where.self, used, write(aten.mul.Tensor, row_loss, row_weight), zero)
-    factor = row_weight if scale is None else write(aten.mul.Tensor, row_weight, scale)
     hit_number = write(aten._to_copy.default, hit, dtype=wide)
     difference = write(aten.sub.Tensor, write(aten.div.Tensor, powers, norm), hit_number)
     gradient = write(aten.where.self, used, write(aten.mul.Tensor, difference, factor), zero)

@@ -35,6 +35,36 @@ def test_a_budget_is_kept_on_a_gpu_that_is_not_here() -> None:
     assert {op.device for op in graph.plan.program.operations} == {"cuda:0"}
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_no_slice_of_a_loss_has_its_logits_in_float32(
+    reduction: str, weighted: bool
+) -> None:
+    """The softmax of a slice and its gradient are one kernel, which takes and gives bfloat16: the last slice's too."""
+    tokens, features, vocabulary, rows = 8192, 64, 32000, 4096
+    weights = torch.rand(vocabulary) if weighted else None
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(features, vocabulary, bias=False, dtype=torch.bfloat16)
+
+        def forward(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            logits = self.head(nn.functional.layer_norm(hidden, [features])).float()
+            shifted = nn.functional.pad(target, (0, 1), value=-100)[..., 1:]  # as transformers does it
+            return nn.functional.cross_entropy(
+                logits.view(-1, vocabulary), shifted.reshape(-1), weight=weights, reduction=reduction
+            )
+
+    hidden = torch.randn(4, tokens // 4, features, dtype=torch.bfloat16, requires_grad=True)
+    batch = (hidden, torch.randint(0, vocabulary, (4, tokens // 4)))
+    options = {"target": "h100", "loss_chunk": rows * vocabulary * 2}
+    forward = memplan.analyze(Loss(), batch, options=options)[0].plan
+    sizes = [forward.program.nbytes(n) for n in forward.lifetimes if forward.program.buffers[n].dtype is torch.float32]
+    assert sizes
+    assert max(sizes) < rows * vocabulary * 4
+
+
 def test_nothing_is_built_for_it() -> None:
     compiled = torch.compile(model(), backend="memplan", options={"target": "h100"})
     with pytest.raises(BackendCompilerFailed, match=r"UnsupportedError: .*memplan\.analyze"):

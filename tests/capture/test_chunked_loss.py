@@ -97,6 +97,26 @@ def evaluate_rows(found: Traced) -> list[int]:
     return [int(v.sizes[0]) for v in views if len(v.sizes) == 2 and v.sizes[1] == VOCABULARY and v.sizes[0] != FEATURES]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "most", "rows"),
+    [
+        (8192, 4384, 4096),  # two even slices of BERT's, where 4352 and 3840 would be
+        (16384, 2670, 2432),
+        (8192, 8192, None),
+        (8192, 8191, 4096),
+        (8192, 100, 1024),
+        (2047, 100, None),
+        (2100, 2100, None),
+        (2100, 2099, 1152),
+    ],
+)
+def test_rows_of_a_slice(tokens: int, most: int, rows: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No slice is larger than asked for, but for the fewest rows; they are even, in multiples of a tile."""
+    monkeypatch.setattr(chunked_loss, "MIN_ROWS", 1024)
+    logits = torch.empty(tokens, 1000, dtype=torch.bfloat16, device="meta")
+    assert chunked_loss._rows(logits, most * 2000) == rows
+
+
 def test_the_backward_has_no_matrix_product() -> None:
     compiled, found = traced(lambda h, w, t: cross_entropy(h @ w.t(), t), loss_chunk=SLICE)
     hidden, weight, _, target = inputs()
