@@ -1,12 +1,12 @@
-"""Budgets of a training step on an H100, by simulation: which are met, how much of each is used, what stands at the least.
+"""Budgets of a training step on an H100, by simulation: which are met, how much of each is used, and what is the least.
 
     python -m benchmarks.simulate_budgets [model ...] [--count 20] [-o FILE.md]
 
 Each model is planned for an H100 that need not be there (option ``target``) under ``--count`` budgets, at equal ratios
-from the least that a plan of its step needs to what the fastest one needs, and under half of the least. A budget's bytes
-are those that the caching allocator reserves beyond parameters and batch, three steps through the simulated allocator;
-nothing is measured. Searches share the plans of the rungs that they try, as they would make the same ones; what each
-tries and takes is as if it were alone.
+from the least that a plan of its step needs to what the fastest one needs, and under half of the least. A budget's
+bytes are those that the caching allocator reserves beyond parameters and batch, three steps through the simulated
+allocator; nothing is measured. Searches share the plans of the rungs that they try, as they would make the same ones;
+what each tries and takes is as if it were alone.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -38,6 +38,8 @@ from .simulate_reserved import cudnns, fill
 
 #: Part of the budget that should be used where there is something to use it for.
 USED = 0.95
+HEAD = "| model | budgets | over | falling | distinct | >= 95 % used | less, next is over | less, others | least used |"
+SEARCH_HEAD = "| budget MB | needed MB | used | live MB | rung | next MB | added us | of the step | plans |"
 
 #: The architectures of the GPU cases; of those whose planning takes long, fewer or smaller layers.
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
@@ -58,7 +60,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
 class Found:
     """One search: its limit, the rung that it took and what that needs, and the time that recomputation adds in it.
 
-    ``above``: the least bytes of a rung that does not fit, and how many rungs lie between it and the one taken.
+    ``above``: what the first rung above it that was tried and does not fit needs; ``between``: rungs between the two.
     """
 
     limit: int
@@ -82,11 +84,9 @@ class Found:
 
 @dataclass
 class Shared:
-    """What searches over one graph share: the plans of rungs, by rung."""
+    """What came of a model's searches."""
 
-    tried: dict[int, tuple[Modules, Planned]] = field(default_factory=dict)
     found: list[Found] = field(default_factory=list)
-    ends: tuple[int, int, float] | None = None
     error: str = ""
     #: microseconds of the step without recomputation
     step: float = 0.0
@@ -103,7 +103,6 @@ class Sweeping(Budget):
         most = self.peak(RUNGS)
         least = self.peak(0)
         for share in range(self.count):
-            # halving reaches every rung or its neighbours, so a search finds less than rung 0 where there is any
             limit = math.ceil(least * (max(most, least) / least) ** (share / (self.count - 1)))
             shared.found.append(self.one(limit))
         try:
@@ -121,12 +120,8 @@ class Sweeping(Budget):
         taken = alone.search()
         needs = {n: p.peak.needed for n, (_, p) in alone._tried.items()}
         rung = next(n for n, (modules, _) in alone._tried.items() if modules is taken)
-        over = {n: size for n, size in needs.items() if size > limit}
-        above = min(over.values(), default=None)
-        between = 0
-        if over:
-            next_rung = min(over, key=lambda n: (over[n], n))
-            between = max(0, next_rung - max(n for n in needs if needs[n] == needs[rung]) - 1)
+        over = min((n for n, size in needs.items() if size > limit and n > rung), default=None)
+        above, between = (None, 0) if over is None else (needs[over], over - rung - 1)
         planned = alone._tried[rung][1].peak
         time_added = self.choice(rung).microseconds
         return Found(limit, rung, planned.needed, planned.nbytes, time_added, above, between, len(needs))
@@ -176,3 +171,54 @@ def falls(found: Sequence[Found]) -> list[Found]:
     """Budgets whose plan needs less than that of a smaller one."""
     ordered = sorted(found, key=lambda f: f.limit)
     return [b for a, b in itertools.pairwise(ordered) if b.needed < a.needed]
+
+
+def verdict(model: str, found: Sequence[Found]) -> str:
+    """What a model's budgets say of the promises."""
+    over = sum(f.needed > f.limit for f in found)
+    used = sum(f.used >= USED for f in found)
+    open_ = [f for f in found if not f.explained]
+    return (
+        f"| {model} | {len(found)} | {over} | {len(falls(found))} | {distinct(found)} | {used} | "
+        f"{len(found) - used - len(open_)} | {len(open_)} | {min(f.used for f in found):.3f} |"
+    )
+
+
+def details(model: str, shared: Shared, seconds: float) -> list[str]:
+    """A model's searches, and the error below the least."""
+    lines = [
+        f"## {model}",
+        "",
+        "| budget MB | needed MB | used | live MB | rung | next MB | added us | of the step | plans |",
+    ]
+    lines.append("|---" * 9 + "|")
+    for f in shared.found:
+        above = "" if f.above is None else f"{f.above / 1e6:.1f}" + (f", {f.between} between" if f.between else "")
+        lines.append(
+            f"| {f.limit / 1e6:.1f} | {f.needed / 1e6:.1f} | {f.used:.3f} | {f.live / 1e6:.1f} | {f.rung} | {above} "
+            f"| {f.microseconds:.0f} | {f.microseconds / shared.step:.3f} | {f.planned} |"
+        )
+    said = [re.sub(r"\S*/site-packages/", "", line) for line in shared.error.splitlines()]
+    return [*lines, "", f"Half of the least ({seconds:.0f} s for all of this model):", "", "```", *said, "```", ""]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=list(MODELS))
+    parser.add_argument("--count", type=int, default=20)
+    parser.add_argument("-o", "--output", type=Path)
+    given = parser.parse_args(arguments)
+    summary, pages = [HEAD, "|---" * 9 + "|"], []
+    for model in given.models:
+        shared, seconds = sweep(model, given.count)
+        summary.append(verdict(model, shared.found))
+        pages += details(model, shared, seconds)
+        print("\n".join(details(model, shared, seconds)), flush=True)
+        if given.output:
+            title = ["# Budgets on an H100, simulated", "", (__doc__ or "").strip().split("\n\n", 2)[2], ""]
+            given.output.write_text("\n".join([*title, *summary, "", *pages]))
+    print("\n".join(summary))
+
+
+if __name__ == "__main__":
+    main()

@@ -37,9 +37,7 @@ def test_a_budget_is_kept_on_a_gpu_that_is_not_here() -> None:
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_no_slice_of_a_loss_has_its_logits_in_float32(
-    reduction: str, weighted: bool
-) -> None:
+def test_no_slice_of_a_loss_has_its_logits_in_float32(reduction: str, weighted: bool) -> None:
     """The softmax of a slice and its gradient are one kernel, which takes and gives bfloat16: the last slice's too."""
     tokens, features, vocabulary, rows = 8192, 64, 32000, 4096
     weights = torch.rand(vocabulary) if weighted else None
