@@ -37,8 +37,9 @@ SLABS = (8, 0, 2, 4, 16, 32, 64)
 STEPS = 2
 #: Passes whose gradients are accumulated before an optimiser's update.
 PASSES = (1, 2)
-#: Live bytes may grow by this part of their peak if less is reserved.
+#: Live bytes may grow by this part of their peak if less is reserved; each byte more must save so many reserved ones.
 LIVE_TOLERANCE = 0.01
+LIVE_PRICE = 3
 #: Good enough: reserved bytes over the peak of live ones with every storage an allocation of its own.
 CONTENT = 1.005
 #: What one allocation fewer is worth in reserved bytes.
@@ -47,7 +48,7 @@ ALLOCATION = 16 << 10
 #: lets fragments lie unused where a new segment would be made otherwise; but it is alive for a moment, so it is only
 #: tried where more than `ENOUGH` of the live peak would be reserved else, and not where simulations are slow.
 RESERVES = (1.0, 0.0)
-LARGER_RESERVES = (1.006, 1.003, 1.009)
+LARGER_RESERVES = (1.006, 1.003, 1.009, 1.0015)
 ENOUGH = 1.02
 #: A step that needs less than this has no reserve: the allocator's own segments are as large.
 LEAST_RESERVE = 32 * MIB
@@ -119,26 +120,30 @@ class _Search:
         allowed, needed = int(base.live * (1 + LIVE_TOLERANCE)), base.live + updated
         content = int(needed * CONTENT)
 
-        def rank(c: _Candidate) -> tuple[bool, int]:
+        kinds = 1 + len(PASSES) * (updated > 0)
+
+        def alone(c: _Candidate) -> int:
+            """Bytes that count against it in a step by itself."""
             found = self.trial(c)
-            reserved = found.reserved + self.updating(c).reserved
-            return found.live > allowed, reserved + ALLOCATION * found.allocations
+            above = max(0, found.live - allowed)
+            return found.reserved + ALLOCATION * found.allocations + LIVE_PRICE * kinds * above
+
+        def rank(c: _Candidate) -> int:
+            return alone(c) + self.updating(c).reserved
 
         def better(best: _Candidate, other: _Candidate) -> _Candidate:
             """The other one only if it is; the longer simulation is left out where it cannot change that."""
-            found = self.trial(other)
-            least = found.live > allowed, found.reserved + updated + ALLOCATION * found.allocations
-            return best if least >= rank(best) else min(best, other, key=rank)
+            return best if alone(other) + updated >= rank(best) else min(best, other, key=rank)
 
         most = MOST_TRIALS if self.replay is not None else MOST_TRIALS_PYTHON
         found: list[_Candidate] = []
         for k, reserve in enumerate(self.reserves(), 1):
-            if reserve > 1 and min(map(rank, found)) <= (False, int(needed * ENOUGH)):
+            if reserve > 1 and min(map(rank, found)) <= int(needed * ENOUGH):
                 break
             for start in self.starts(reserve):
                 best = start
                 for what in (*range(programs), "slabs", *range(programs), "slabs"):
-                    if rank(best) <= (False, content):
+                    if rank(best) <= content:
                         return self.result(best)
                     for other in self.others(best, what):
                         if other in self.tried or len(self.tried) < k * most:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memplan.ir.plan import InPlaceOf, InPool, Plan
-from memplan.ir.program import BufferKind, Contract, Phase, Program
+from memplan.ir.program import BufferKind, Contract, Phase, Program, View
 from memplan.ir.verify_plan import verify_plan
 from memplan.passes import step_pools
 from memplan.passes.allocator import MIB
@@ -214,6 +214,43 @@ def test_more_room_in_a_reserve_saves_or_is_not_taken(
     monkeypatch.setattr(step_pools, "LARGER_RESERVES", ())
     assert more.reserved <= found().reserved + step_pools.ALLOCATION * 200
     assert more.live <= own.live * (1 + LIVE_TOLERANCE)
+
+
+def attending(count: int, elements: int) -> Laid:
+    """Blocks of a call that allocates its own result between temporaries of several sizes, without gradients."""
+    p = ProgramBuilder("blocks")
+    x = p.input("x", (2 * elements,))
+    y = p.extern("y", "aten.repeat.default", (x, [1]), (elements,), contract=Contract.OUT)
+
+    def call(name: str, size: int, *args: View, contract: Contract = Contract.OUT) -> View:
+        return p.extern(name, "aten.repeat.default", (*args, [1]), (size,), contract=contract)
+
+    for k in range(count):
+        normed = call(f"normed{k}", elements, x, y)
+        parts = [call(f"part{k}_{n}", elements, normed) for n in range(3)]
+        mixed = call(f"mixed{k}", elements, *parts, contract=Contract.FRESH)
+        out = call(f"out{k}", elements, mixed)
+        x = call(f"x{k}", 2 * elements, x, y, out)
+        hidden = call(f"hidden{k}", 4 * elements, out)
+        y = call(f"y{k}", elements, hidden)
+    program = p.program(call("last", 1, x, y))
+    buffers = {n: replace(b, device="cuda:0") for n, b in program.buffers.items()}
+    operations = tuple(replace(op, device="cuda:0") for op in program.operations)
+    return laid(replace(program, buffers=buffers, operations=operations, phase=Phase.INFERENCE), in_place=False)
+
+
+def test_more_is_alive_where_that_saves_several_times_as_many_reserved_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    libraries, one = planner_libraries(), attending(8, 3 * MIB)
+
+    def found() -> StepMemory:
+        chosen = choose_step_pools([one], (), "cuda:0", pack=libraries.pack, replay=libraries.replay)
+        return step_memory(planned([one], chosen, "cuda:0"))
+
+    priced = found()
+    monkeypatch.setattr(step_pools, "LIVE_PRICE", 10**6)
+    never = found()
+    assert never.live < priced.live
+    assert priced.reserved + 2 * (priced.live - never.live) < never.reserved
 
 
 def test_a_reserve_is_made_of_what_is_alive_at_the_peak() -> None:
