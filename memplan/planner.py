@@ -76,7 +76,7 @@ _NOT_BUILT = (CompilerError, CacheError, OSError)
 @functools.cache
 def _pack_library() -> tuple[PackSearch | None, str]:
     try:
-        return PackSearch(build_library(pack_search.SOURCE.read_text(), name="memplan_pack", openmp=False)), ""
+        return PackSearch(build_library(pack_search.source(), name="memplan_pack", openmp=False)), ""
     except _NOT_BUILT as error:
         return None, str(error).splitlines()[0]
 

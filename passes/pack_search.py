@@ -1,4 +1,4 @@
-"""The compiled half of packing: `pack_search.cpp` through ctypes.
+"""The compiled half of packing, `pack_*.cpp`, through ctypes.
 
 Passes do not build libraries. Whoever does hands the path of the built library to `PackSearch`; without one,
 `memplan.passes.pack` goes on with its heuristics in numpy.
@@ -18,7 +18,12 @@ from numpy.typing import NDArray
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
-SOURCE = Path(__file__).with_name("pack_search.cpp")
+_PARTS = ("pack_fit", "pack_exact", "pack_search")
+
+
+def source() -> str:
+    """The C++ text: its parts one after the other, as each uses those before it."""
+    return "\n".join(Path(__file__).with_name(f"{part}.cpp").read_text() for part in _PARTS)
 
 
 class SearchOutcome(Enum):
