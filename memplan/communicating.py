@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -115,9 +116,18 @@ def _place(plan: Plan, view: View) -> str:
     return f" at {place.offset} of the arena" if isinstance(place, InPool) and place.pool in arenas else ""
 
 
+#: by group what all of its ranks have agreed on before
+_settled: weakref.WeakKeyDictionary[dist.ProcessGroup, set[tuple[str, ...]]] = weakref.WeakKeyDictionary()
+
+
 @dataclass(eq=False)
 class Communicating:
-    """A program that communicates: its ranks agree before it is called first, and when an arena is missing."""
+    """A program that communicates: its ranks agree before it is called first, and when an arena is missing.
+
+    A program that communicates as an earlier one did (the same collectives in the same order, at the same offsets of an
+    arena that is there) goes by that one's agreement: where shapes differ from rank to rank, ranks recompile by
+    themselves, and the others do not come.
+    """
 
     plan: Plan
     config: Config
@@ -188,8 +198,12 @@ class Communicating:
         if torch.distributed.get_backend(group) == "fake" or (not options.agree and use is None):
             return
         arena = None if use is None else use.arena
+        settled = _settled.setdefault(group, set())
+        if tuple(lines) in settled and (use is None or use.arena.capacity >= use.nbytes):
+            return
         state = [0, 0, 0] if arena is None else [arena.needed, arena.capacity, arena.generation]
         told = agree(group, self.plan.program.name, lines, json.dumps(state), options.timeout)
+        settled.add(tuple(lines))
         if arena is None:
             return
         needed, capacity, generations = zip(*map(json.loads, told), strict=True)

@@ -10,13 +10,54 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
+import torch
+import torch.fx
+
 from ..ir.communication import collective_form
 from ..ir.errors import UnsupportedError
 from ..ir.in_flight import Collective, Wait
 from ..ir.loops import Size
 from ..ir.program import Buffer, Contract, Copy, Extern, Literal, Operation, Origin, View, argument_views
 
+#: higher-order operators that call an operator which changes its arguments, on new tensors
+_WRAPPERS = frozenset({"auto_functionalized", "auto_functionalized_v2"})
 WAIT = "_c10d_functional.wait_tensor.default"
+
+
+#: what is called with ``out=`` and what returns its result, by name
+_RETURNING = {
+    "all_gather_into_tensor_out": "all_gather_into_tensor",
+    "reduce_scatter_tensor_out": "reduce_scatter_tensor",
+}
+
+
+def call_by_name(module: torch.fx.GraphModule) -> None:
+    """Collectives inside of torch's wrapper for operators with ``out=`` become calls of their own, in place.
+
+    The wrapper gives a new tensor, and hides that it is not there yet when the call returns.
+
+    Raises
+    ------
+    UnsupportedError
+        For a collective in such a wrapper of which no other form is known.
+    """
+    changed = False
+    for node in module.graph.nodes:
+        if node.op != "call_function" or getattr(node.target, "_name", "") not in _WRAPPERS:
+            continue
+        operator = node.args[0]
+        if not isinstance(operator, torch._ops.OpOverload) or collective_form(str(operator)) is None:
+            continue
+        name = _RETURNING.get(operator._schema.name.rpartition(":")[2])
+        if name is None or not isinstance(node.meta.get("val"), torch.Tensor):
+            where = next(iter(reversed(str(node.meta.get("stack_trace", "")).splitlines())), node.name).strip()
+            raise UnsupportedError(f"{operator} inside of {node.target} cannot be followed to its wait", where=where)
+        node.target = getattr(torch.ops._c10d_functional, name).default
+        node.args = tuple(node.kwargs[a.name] for a in node.target._schema.arguments)
+        node.kwargs = {}
+        changed = True
+    if changed:
+        module.recompile()
 
 
 def started(op: Extern, buffers: dict[str, Buffer]) -> list[Operation]:

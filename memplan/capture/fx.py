@@ -480,6 +480,7 @@ def capture(
         For a construct that has no meaning here, naming the FX node.
     """
     fill_random_values(module)
+    communication.call_by_name(module)
     state = _Capture(module, phase, static_inputs, donated_inputs)
     program = state.run(name)
     if saved_outputs:
@@ -566,7 +567,8 @@ def _view_of(target: torch._ops.OpOverload) -> int | None:
 
 
 def _is_effect(name: str) -> bool:
-    return name.startswith(("aten._assert", "_c10d_functional.", "_c10d_functional_autograd.", "_dtensor.", "c10d."))
+    communicates = ("_c10d_functional.", "_c10d_functional_autograd.", "_dtensor.", "c10d.", "symm_mem.")
+    return name.startswith(("aten._assert", *communicates))
 
 
 def _accessor(step: object) -> str:

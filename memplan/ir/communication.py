@@ -55,18 +55,31 @@ _FORMS: Mapping[str, CollectiveForm] = {
     "all_to_all_single": CollectiveForm("all_to_all", uneven=True),
     "broadcast": CollectiveForm("broadcast", copies=True),
     "broadcast_": CollectiveForm("broadcast"),
-    "shard_dim_alltoall": CollectiveForm("all_to_all"),
     "isend": CollectiveForm("send", uneven=True),
     "irecv": CollectiveForm("receive", uneven=True),
     "batch_p2p_ops": CollectiveForm("send and receive", uneven=True),
 }
-_NAMESPACES = ("_c10d_functional", "_c10d_functional_autograd", "_dtensor")
+_FUNCTIONAL = ("_c10d_functional", "_c10d_functional_autograd")
+#: of other namespaces what needs a wait, too
+_ELSEWHERE: Mapping[str, CollectiveForm] = {
+    "_dtensor.shard_dim_alltoall": CollectiveForm("all_to_all"),
+    "symm_mem._low_contention_all_gather": _GATHER,
+    "symm_mem._low_contention_reduce_scatter": _SCATTER,
+}
 
 
 def collective_form(target: str) -> CollectiveForm | None:
-    """What an operator (``namespace.name.overload``) starts, or None if it is no collective that returns at once."""
+    """What an operator (``namespace.name.overload``) starts, or None if it is no collective that returns at once.
+
+    An operator among functional collectives that is not known here (of a newer torch) is taken for one that reads its
+    arguments until it is waited for.
+    """
     namespace, _, rest = target.partition(".")
-    return _FORMS.get(rest.partition(".")[0]) if namespace in _NAMESPACES else None
+    name = rest.partition(".")[0]
+    if namespace not in _FUNCTIONAL:
+        return _ELSEWHERE.get(f"{namespace}.{name}")
+    known = _FORMS.get(name)
+    return CollectiveForm(name, uneven=True) if known is None and name != "wait_tensor" and name[0] != "_" else known
 
 
 def is_wait(target: str) -> bool:

@@ -89,6 +89,30 @@ def hand_written(x: Tensor, w: Tensor) -> Tensor:
     return other + h
 
 
+def given_out(x: Tensor, w: Tensor) -> Tensor:
+    """Functional collectives with ``out=``, which torch hides in a wrapper; their arguments die before the wait."""
+    ops, ranks = torch.ops._c10d_functional, dist.get_world_size()
+    name = dist.group.WORLD.group_name  # type: ignore[union-attr]
+    whole, part = torch.empty(ranks * x.shape[0], w.shape[1]), torch.empty(x.shape[0] // ranks, w.shape[1])
+    ops.all_gather_into_tensor_out(torch.sin(x @ w), ranks, name, out=whole)
+    ops.reduce_scatter_tensor_out(torch.cos(x @ w), "sum", ranks, name, out=part)
+    other = torch.exp(x @ w - 3)
+    ops.wait_tensor(whole)
+    ops.wait_tensor(part)
+    return whole.sum(0) + part + other[0]
+
+
+def parts(x: Tensor, w: Tensor) -> Tensor:
+    """A part of a tensor, a list of tensors, and a reduction of nothing."""
+    h, part = x @ w, x * 2
+    dist.all_reduce(part[1:3])
+    gathered = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, torch.tanh(part))
+    nothing = part[:0] + 1
+    dist.all_reduce(nothing)
+    return (h + gathered[0] - gathered[1]) * 2 + nothing.sum() + part
+
+
 def changes_input(x: Tensor, w: Tensor) -> Tensor:
     dist.all_reduce(x)
     return x @ w
@@ -108,9 +132,33 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         broadcast,
         coalesced,
         hand_written,
+        parts,
         changes_input,
+        *([given_out] if hasattr(torch.Tag, "out") else []),
     )
 }
+
+
+def recompiles(sizes: list[tuple[int, int]]) -> list[int]:
+    """A sum over batches of other sizes on each rank; programs compiled up to each call. Recompiling asks nobody."""
+    torch.manual_seed(7)
+    w = torch.randn(6, 6)
+
+    def summed(x: Tensor) -> Tensor:
+        out = (x @ w).square().sum(0)
+        dist.all_reduce(out)
+        return out / x.shape[0]
+
+    compiled = torch.compile(summed, backend="memplan", options={"communication": {"timeout": 20}})
+    found = []
+    with memplan.record() as recording:
+        for pair in sizes:
+            x = torch.randn(pair[dist.get_rank()], 6)
+            torch.testing.assert_close(compiled(x), summed(x))
+            found.append(len(recording.graphs))
+    return found
+
+
 #: eager autograd has no formula for the other calls
 WITH_BACKWARD = ("gather_scatter",)
 
