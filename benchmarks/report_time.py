@@ -70,9 +70,7 @@ def trace(name: str) -> None:
         made: torch.Tensor = mode.from_tensor(tensor)
         memo[id(tensor)] = nn.Parameter(made) if isinstance(tensor, nn.Parameter) else made
     model = copy.deepcopy(model, memo)
-    backend = aot_autograd(
-        fw_compiler=compiler, bw_compiler=compiler, partition_fn=min_cut_rematerialization_partition
-    )
+    backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler, partition_fn=min_cut_rematerialization_partition)
     with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
         torch.compile(model, backend=backend)(*pytree.tree_map(mode.from_tensor, batch))
 

@@ -79,4 +79,3 @@ def eager_peak(regions: Sequence[EagerMemory]) -> int:
         peak = max(peak, held + r.backward)
         held += r.after
     return peak
-

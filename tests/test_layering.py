@@ -28,8 +28,15 @@ RANKS = (
     {"template", "in_flight"},
     {"plan", "activation"},
     {
-        "verify", "verify_access", "verify_kernel", "verify_plan", "verify_communication", "verify_template",
-        "verify_slabs", "verify_offload", "printing",
+        "verify",
+        "verify_access",
+        "verify_kernel",
+        "verify_plan",
+        "verify_communication",
+        "verify_template",
+        "verify_slabs",
+        "verify_offload",
+        "printing",
     },
 )
 #: Names that say nothing of what is in a file.
