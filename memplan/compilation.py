@@ -93,6 +93,7 @@ PASSES: tuple[type[Pass], ...] = (Lowering, *PIPELINE, SplitReductions, Template
 #: names that ``options={"disable": [...]}`` accepts
 PASS_NAMES = (
     "attention",
+    "copies",
     "layout",
     "chunked_loss",
     "rematerialize",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -47,5 +49,22 @@ def planned(target: str, request: Request) -> Report:
     """`report_for`, with a bar while it plans."""
     if is_saved(target):
         return report_for(target, request)
-    with working(f"planning {target}"):
+    with working(f"planning {target}"), _few_collections():
         return report_for(target, request)
+
+
+@contextmanager
+def _few_collections() -> Iterator[None]:
+    """The garbage collector looks for cycles seldom: what imports, tracing and planning make is kept to the end.
+
+    With Python's own thresholds a fifth of the time of ``memplan report`` on a GPT-2 of 12 layers went to collections
+    that found nothing. Nothing runs here whose memory is measured. The collection when Python ends is spared too.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(50_000, 10, 10)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        atexit.unregister(gc.freeze)  # once is enough
+        atexit.register(gc.freeze)

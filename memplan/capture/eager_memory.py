@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch.fx
 
 from ..ir.eager import EagerMemory
+from .copies import drops_nothing
 from .joint import is_view, result_bytes
 
 
@@ -21,7 +22,7 @@ def eager_memory(joint: torch.fx.Graph) -> EagerMemory:
     backward: set[torch.fx.Node] = set()
     for k, node in enumerate(nodes):
         sources = node.all_input_nodes
-        root[node] = root[sources[0]] if sources and is_view(node) else node
+        root[node] = root[sources[0]] if sources and (is_view(node) or drops_nothing(node)) else node
         for used in (node, *sources):
             last[root[used]] = len(nodes) if node.op == "output" else k
         tangent = node.op == "placeholder" and node.name.startswith("tangents")

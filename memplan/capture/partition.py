@@ -24,6 +24,7 @@ from ..ir.eager import EagerMemory
 from ..ir.joint import JointGraph
 from .activations import activations
 from .chunked_loss import chunk_losses
+from .copies import without_copies
 from .dropout import seed_dropout
 from .eager_memory import eager_memory
 from .joint import Costs, joint_graph
@@ -86,6 +87,8 @@ def partitioner(config: Config, found: Partitioned, chooser: Chooser) -> Callabl
 
     def partition(joint: torch.fx.GraphModule, inputs: object, *, num_fwd_outputs: int, **kwargs: object) -> Modules:
         found.eager = eager_memory(joint.graph)
+        if config.enabled("copies"):
+            without_copies(joint.graph)
         if config.enabled("layout"):
             convolutions_channels_last(joint)
         if config.random == "fast":
