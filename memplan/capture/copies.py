@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 import torch.fx
 
-from .joint import is_view
+from .joint import is_view, must_save
 from .sizes import size_of
 
 Node = torch.fx.Node
@@ -84,7 +84,8 @@ def _same(copy: Node, source: Node, root: Node) -> bool:
         return False
     if _expressions(a.shape) != _expressions(b.shape) or _expressions(a.stride()) != _expressions(b.stride()):
         return False
-    if any(copy.meta.get(key) != source.meta.get(key) for key in ("recompute", "ac_graph_id")):
+    plain = "recompute" not in copy.meta and must_save(source)
+    if not plain and any(copy.meta.get(key) != source.meta.get(key) for key in ("recompute", "ac_graph_id")):
         return False  # activation checkpointing draws its boundaries by these
     return size_of(a.numel()) == size_of(whole.numel())
 

@@ -23,6 +23,7 @@ from ..ir.config import Config
 from ..ir.eager import EagerMemory
 from ..ir.joint import JointGraph
 from .activations import activations
+from .changed_inputs import keep_changed_inputs
 from .chunked_loss import chunk_losses
 from .copies import without_copies
 from .dropout import seed_dropout
@@ -87,6 +88,7 @@ def partitioner(config: Config, found: Partitioned, chooser: Chooser) -> Callabl
 
     def partition(joint: torch.fx.GraphModule, inputs: object, *, num_fwd_outputs: int, **kwargs: object) -> Modules:
         found.eager = eager_memory(joint.graph)
+        keep_changed_inputs(joint.graph)
         if config.enabled("copies"):
             without_copies(joint.graph)
         if config.enabled("layout"):
