@@ -51,7 +51,7 @@ def captured(exported: ExportedProgram, config: Config) -> Exported:
         If it has inputs or outputs of a kind that cannot be saved, naming them.
     """
     with quiet_copies():
-        own = exported.run_decompositions(decomposition_table(config))
+        own = _without_tokens(exported.run_decompositions(decomposition_table(config)))
     module, signature = own.graph_module, own.graph_signature
     nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
     changed = _mutations_as_copies(module, signature, nodes)
@@ -89,6 +89,20 @@ def captured(exported: ExportedProgram, config: Config) -> Exported:
         _spec_text(own.call_spec.out_spec, "outputs"),
     )
     return Exported(program, interface, tensors)
+
+
+def _without_tokens(exported: ExportedProgram) -> ExportedProgram:
+    """Calls with side effects called plainly; torch exports them on a chain of tokens, which keeps their order.
+
+    Programs keep the order of such calls by themselves.
+    """
+    if all(spec.kind is not OutputKind.TOKEN for spec in exported.graph_signature.output_specs):
+        return exported
+    try:
+        from torch.export._remove_effect_tokens_pass import _remove_effect_tokens
+    except ImportError as error:
+        raise SavedModelError("a model with side effects cannot be saved with this torch: it keeps tokens") from error
+    return _remove_effect_tokens(exported)
 
 
 def _tensor_of(exported: ExportedProgram, name: str) -> torch.Tensor:
@@ -208,6 +222,11 @@ def _spec_text(spec: pytree.TreeSpec | None, what: str) -> str:
     try:
         return pytree.treespec_dumps(spec)
     except (NotImplementedError, TypeError, KeyError, ValueError) as error:
+        if "torch.return_types." in str(error):
+            raise SavedModelError(
+                f"the {what} of the model hold what an operator returned, a class of torch's that it cannot write "
+                "down: return its parts (values, indices = x.sort())"
+            ) from error
         raise SavedModelError(
             f"the {what} of the model hold a class that torch cannot write down: {error}. Register it with "
             "torch.export.register_dataclass or torch.utils._pytree.register_pytree_node(serialized_type_name=...)"

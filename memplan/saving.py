@@ -75,7 +75,10 @@ def save(model: ExportedProgram, path: str | Path, *, options: Mapping[str, obje
         exported = captured(model, config)
         if exported.program.callables:
             name = next(iter(exported.program.callables))
-            raise SavedModelError(f"the model calls {name}, a function over graphs, which cannot be saved yet")
+            raise SavedModelError(
+                f"the model calls {name}, a function over graphs, which torch runs and which is no data: for "
+                "torch.cond compute both branches and choose with torch.where, or save a model for each branch"
+            )
         talks = next((op for op in exported.program.operations if group_of(op) is not None), None)
         if talks is not None:
             raise SavedModelError(

@@ -367,6 +367,9 @@ class _Capture:
                 self.note_symbols(item)
                 results.append(None)
                 held.append(Symbolic(convert(item.node.expr)))
+            elif isinstance(item, torch.SymFloat | torch.SymBool) and node.meta.get("unbacked_bindings"):
+                results.append(None)
+                held.append(Symbolic(convert(item.node.expr)))
             else:
                 results.append(None)
                 held.append(
@@ -568,7 +571,7 @@ def _view_of(target: torch._ops.OpOverload) -> int | None:
 
 def _is_effect(name: str) -> bool:
     communicates = ("_c10d_functional.", "_c10d_functional_autograd.", "_dtensor.", "c10d.", "symm_mem.")
-    return name.startswith(("aten._assert", *communicates))
+    return name.startswith(("aten._assert", "aten._linalg_check_errors", *communicates))
 
 
 def _accessor(step: object) -> str:

@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import sympy
+
 from ..ir.config import Config
 from ..ir.errors import LoweringError
-from ..ir.program import Copy, Extern, KernelOp, Operation, Program, UserKernel, View, argument_views
+from ..ir.program import (
+    Copy,
+    Extern,
+    KernelOp,
+    Operation,
+    Program,
+    Symbolic,
+    Tuple,
+    UserKernel,
+    View,
+    argument_views,
+)
 
 # registers the lowerings
 from . import (  # noqa: F401
@@ -112,7 +125,7 @@ def lower_operation(op: Extern, context: Context) -> tuple[Operation, ...] | Non
     lowering = LOWERINGS.get(op.target)
     if lowering is None or op.effect or op.mutates or op.symbols:
         return None
-    if not _is_plain(op, context):
+    if not _is_plain(op, context) or not _counts_only(op):
         return None
     site = CallSite.of(op, context)
     if site is None:
@@ -125,6 +138,28 @@ def lower_operation(op: Extern, context: Context) -> tuple[Operation, ...] | Non
         where = op.origins[0].location if op.origins else ""
         message = f"{op.target} ({op.name}) cannot be lowered: {error!r}"
         raise LoweringError(message, where=where, operation=op.name) from error
+
+
+def _counts_only(op: Extern) -> bool:
+    """Whether all that is not known before the run is a whole number: kernels take no other arguments beside memory.
+
+    Floats and truth values that come out of tensors (``x.sum().item()``) are none, nor is what is computed of them.
+    """
+    pending: list[object] = [*op.args, *(a for _, a in op.kwargs), *op.results]
+    while pending:
+        match pending.pop():
+            case Tuple(items):
+                pending += items
+            case Symbolic(expr):
+                if expr.is_Boolean or expr.is_Relational or not all(s.is_integer for s in expr.free_symbols):
+                    return False
+            case View() as v:
+                numbers = [n for n in (*v.sizes, *v.strides, v.offset) if isinstance(n, sympy.Expr)]
+                if not all(s.is_integer for n in numbers for s in n.free_symbols):
+                    return False
+            case _:
+                pass
+    return True
 
 
 def _is_plain(op: Extern, context: Context) -> bool:

@@ -236,3 +236,29 @@ def test_a_sparse_gradient_is_refused_before_anything_runs() -> None:
         table(torch.randint(0, 20, (3, 5)))
     reasons = [caught.value, caught.value.__cause__, getattr(caught.value, "inner_exception", None)]
     assert any(isinstance(r, UnsupportedError) for r in reasons)
+
+
+def _scaled_and_clamped(x: torch.Tensor) -> object:
+    number = x.abs().max().item()
+    return x * number, torch.pow(x.abs(), number), x.clamp(max=number / 2), number
+
+
+def _computed_of_a_number(x: torch.Tensor) -> object:
+    number = x.sum().item()
+    return x * (number * 2.5 + 1), torch.full((3,), number), torch.add(x, x, alpha=number)
+
+
+def _truth_and_whole_numbers(x: torch.Tensor) -> object:
+    return x + (x > 0).any().item(), x * int(x.abs().sum().item())
+
+
+@pytest.mark.filterwarnings("error::memplan.fallback.FallbackWarning")
+@pytest.mark.parametrize("function", [_scaled_and_clamped, _computed_of_a_number, _truth_and_whole_numbers])
+@pytest.mark.parametrize("wrapper", ["auto", "python"])
+def test_numbers_taken_out_of_tensors_inside_of_a_graph(function: Callable[..., object], wrapper: str) -> None:
+    """Floats and truth values are no sizes, and no arguments of kernels."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled = torch.compile(function, backend="memplan", fullgraph=True, options={"wrapper": wrapper})
+        for x in (torch.tensor([[1.5, -0.25, 3.125]]), torch.tensor([[-1.75, 0.25, 0.125]]), -torch.ones(1, 3)):
+            torch.testing.assert_close(compiled(x), function(x))

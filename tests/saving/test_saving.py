@@ -157,6 +157,42 @@ def test_sizes_and_numbers_known_only_when_it_runs(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(given), Chosen()(given))
 
 
+class Numbers(nn.Module):
+    """Numbers taken out of tensors, as factors, terms and results."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, float]:
+        return x * x.max().item() + (x > 0).any().item(), x.abs().max().item()
+
+
+def test_numbers_taken_out_of_tensors(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 6)
+    memplan.save(torch.export.export(Numbers(), (x,)), tmp_path / "m")
+    loaded = memplan.load(tmp_path / "m")
+    for given in (x, -x.abs(), x * 3):
+        found, wanted = loaded(given), Numbers()(given)
+        torch.testing.assert_close(found[0], wanted[0])
+        assert found[1] == wanted[1]
+
+
+class Solved(nn.Module):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.linalg.inv(a) @ torch.linalg.solve(a + 1, b)
+
+
+def test_a_check_of_an_operator_is_kept(tmp_path: Path) -> None:
+    """torch exports the check of a factorisation on a chain of tokens."""
+    torch.manual_seed(0)
+    a, b = torch.randn(4, 4) + 4 * torch.eye(4), torch.randn(4, 2)
+    memplan.save(torch.export.export(Solved(), (a, b)), tmp_path / "m")
+    loaded = memplan.load(tmp_path / "m")
+    torch.testing.assert_close(loaded(a, b), Solved()(a, b))
+    with pytest.raises(RuntimeError, match="singular"):
+        Solved()(torch.zeros(4, 4), b)
+    with pytest.raises(RuntimeError, match="singular"):
+        loaded(torch.zeros(4, 4), b)
+
+
 def test_a_loaded_model_is_shown_in_one_line(saved: Path) -> None:
     """Not with its weights, which a debugger or a notebook would print."""
     assert repr(memplan.load(saved)) == f"LoadedModel(path={saved!r})"
@@ -275,8 +311,15 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
             return torch.cond(x.sum() > 0, lambda a: a.sin(), lambda a: a.cos(), (x,))  # type: ignore[no-any-return]
 
     exported = torch.export.export(Branch(), (torch.randn(3),))
-    with pytest.raises(SavedModelError, match="cannot be saved"):
+    with pytest.raises(SavedModelError, match=r"torch\.where"):
         memplan.save(exported, tmp_path / "m")
+
+    class Sorted(nn.Module):
+        def forward(self, x: Tensor) -> object:
+            return x.sort()
+
+    with pytest.raises(SavedModelError, match="return its parts"):
+        memplan.save(torch.export.export(Sorted(), (torch.randn(3),)), tmp_path / "m")
     exported = torch.export.export(nn.Linear(2, 2), (torch.randn(3, 2),))
     with pytest.raises(SavedModelError, match="cannot write"):
         memplan.save(exported, tmp_path / "nowhere" / "m")
