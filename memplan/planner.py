@@ -25,9 +25,11 @@ Two operations read an input and one adds their results; running the one with th
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import SupportsIndex
 
 from .ir.errors import CacheError, CompilerError, PlanningError
 from .passes import allocator_replay, order_search, pack_search
@@ -45,6 +47,8 @@ _WIDEST_BEAM = 4096
 _SMALLEST_UPDATED = 4
 #: A graph file names its operations by a number alone: beyond this, lists of them do not fit a machine's memory.
 LARGEST_OPS = 4_000_000
+#: Seconds that clocks count in 64 bits; a longer limit is this one.
+_LONGEST = 1e8
 
 
 class Inputs(Enum):
@@ -100,14 +104,30 @@ def _replay_library() -> tuple[NativeReplay | None, str]:
 
 def planner_libraries() -> PlannerLibraries:
     """Build the searches, or take them from the cache; without a compiler the heuristics in Python have to do."""
-    packed, reason = _pack_library()
-    ordered, _ = _order_library()
-    replay, _ = _replay_library()
-    return PlannerLibraries(packed, ordered, replay, reason)
+    packed, no_pack = _pack_library()
+    ordered, no_order = _order_library()
+    replay, no_replay = _replay_library()
+    return PlannerLibraries(packed, ordered, replay, no_pack or no_order or no_replay)
+
+
+def _seconds(time_limit: float) -> float:
+    """The limit as the searches take it, to which no seconds would mean no limit."""
+    if not time_limit > 0:
+        raise PlanningError(f"time_limit must be a number of seconds above zero, found {time_limit}")
+    return min(time_limit, _LONGEST)
+
+
+def _row(row: Iterable[SupportsIndex], index: int) -> tuple[int, int, int]:
+    """Whole numbers of any kind; a fraction is refused rather than cut."""
+    try:
+        lower, upper, size = map(operator.index, row)
+    except (TypeError, ValueError) as error:
+        raise PlanningError(f"buffer {index}: expected whole numbers (lower, upper, size), found {row!r}") from error
+    return lower, upper, size
 
 
 def pack(
-    buffers: PackProblem | Iterable[tuple[int, int, int]],
+    buffers: PackProblem | Iterable[Iterable[SupportsIndex]],
     *,
     capacity: int | None = None,
     align: int = 1,
@@ -135,7 +155,8 @@ def pack(
     Raises
     ------
     PlanningError
-        A lifetime is empty, a size is negative, or the sizes overflow.
+        A buffer is not of three whole numbers, a lifetime is empty, a size is negative, the sizes overflow, or the time
+        limit is not above zero.
 
     Examples
     --------
@@ -143,12 +164,12 @@ def pack(
     12
     """
     if not isinstance(buffers, PackProblem):
-        rows = list(buffers)
-        columns = tuple(zip(*rows, strict=True)) if rows else ((), (), ())
-        lower, upper, size = (tuple(int(value) for value in column) for column in columns)
+        rows = [_row(row, index) for index, row in enumerate(buffers)]
+        lower, upper, size = zip(*rows, strict=True) if rows else ((), (), ())
         buffers = PackProblem(lower, upper, size, align)
+    seconds = _seconds(time_limit)
     native, reason = _pack_library()
-    packing = pack_buffers(buffers, work_limit=_UNLIMITED_WORK, capacity=capacity, seconds=time_limit, native=native)
+    packing = pack_buffers(buffers, work_limit=_UNLIMITED_WORK, capacity=capacity, seconds=seconds, native=native)
     return replace(packing, note=f"{packing.note} ({reason})") if reason else packing
 
 
@@ -172,15 +193,16 @@ def order(graph: OrderGraph, *, time_limit: float = 5.0, tolerance: float = 1e-5
     Raises
     ------
     PlanningError
-        The graph has a cycle.
+        The graph has a cycle, or the time limit is not above zero.
     """
+    seconds = _seconds(time_limit)
     native, reason = _order_library()
     result = order_ops(
         graph,
         work_limit=_UNLIMITED_WORK,
         tolerance=tolerance,
         widest=_WIDEST_BEAM,
-        seconds=time_limit,
+        seconds=seconds,
         native=native,
     )
     return replace(result, note=f"{result.note} ({reason})") if reason else result

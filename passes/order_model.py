@@ -64,7 +64,7 @@ class OrderGraph:
     Raises
     ------
     PlanningError
-        An index is out of range, a size is negative, or the sizes overflow 64 bits.
+        An index is out of range, a size is negative or no whole number, or the sizes overflow 64 bits.
     """
 
     ops: int
@@ -80,6 +80,8 @@ class OrderGraph:
             raise PlanningError("scratch must not be negative")
         total = sum(self.scratch)
         for index, buffer in enumerate(self.buffers):
+            if isinstance(buffer.size, float):
+                raise PlanningError(f"buffer {index}: the size must be a whole number, found {buffer.size}")
             if buffer.size < 0:
                 raise PlanningError(f"buffer {index}: negative size {buffer.size}")
             if not -1 <= buffer.producer < self.ops:

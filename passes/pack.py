@@ -51,7 +51,7 @@ class PackProblem:
     Raises
     ------
     PlanningError
-        Lengths differ, a lifetime is empty, a size is negative, or the sizes overflow 64 bits.
+        Lengths differ, a number is not whole, a lifetime is empty, a size is negative, or the sizes overflow 64 bits.
     """
 
     lower: tuple[int, ...]
@@ -66,6 +66,8 @@ class PackProblem:
             raise PlanningError(f"alignment must be at least 1 byte and below 2**61, found {self.alignment}")
         total = 0
         for index, (lower, upper, size) in enumerate(zip(self.lower, self.upper, self.size, strict=True)):
+            if isinstance(lower, float) or isinstance(upper, float) or isinstance(size, float):
+                raise PlanningError(f"buffer {index}: whole numbers are needed, found {(lower, upper, size)}")
             if lower >= upper:
                 raise PlanningError(f"buffer {index}: the lifetime [{lower}, {upper}) is empty")
             if size < 0:

@@ -191,6 +191,7 @@ def test_operations_numbered_out_of_order_are_put_in_order(native):
     ("build", "message"),
     [
         (lambda: OrderGraph(1, (OrderBuffer(-1, 0),)), "negative size"),
+        (lambda: OrderGraph(1, (OrderBuffer(float("nan"), 0),)), "whole number"),
         (lambda: OrderGraph(1, (OrderBuffer(1, 3),)), "no operation 3"),
         (lambda: OrderGraph(1, (OrderBuffer(1, 0, (9,)),)), "no operation 9"),
         (lambda: OrderGraph(1, (OrderBuffer(2**62, 0),)), "64-bit"),

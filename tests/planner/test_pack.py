@@ -7,6 +7,7 @@ import dataclasses
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -116,6 +117,8 @@ def test_impossible_capacities_are_proved(native):
         (((0,), (0,), (1,)), "is empty"),
         (((0,), (1,), (-1,)), "negative size"),
         (((0,), (1,), (2**62,)), "64-bit"),
+        (((0,), (1,), (float("nan"),)), "buffer 0: whole numbers"),
+        (((0,), (float("nan"),), (1,)), "buffer 0: whole numbers"),
         (((0, 1), (1,), (1,)), "one entry"),
         (((0,), (1,), (1,), 0), "alignment"),
         (((0,), (1,), (1,), 2**61), "alignment"),
@@ -124,6 +127,29 @@ def test_impossible_capacities_are_proved(native):
 def test_bad_problems_are_refused(arguments, message):
     with pytest.raises(PlanningError, match=message):
         PackProblem(*arguments)
+
+
+@pytest.mark.parametrize("row", [(0, 1.5, 8), (0, float("nan"), 8), (0, 1), (0, 1, 8, 9), (0, 1, "8"), 7])
+def test_rows_that_are_not_three_whole_numbers_are_refused(row):
+    with pytest.raises(PlanningError, match="buffer 1: expected whole numbers"):
+        planner.pack([(0, 1, 8), row])
+
+
+def test_numbers_of_numpy_are_whole_numbers():
+    assert planner.pack(np.array([[0, 2, 8], [1, 3, 4]], dtype=np.int32)).arena == 12
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, float("nan")])
+def test_no_time_is_refused(limit):
+    with pytest.raises(PlanningError, match="time_limit"):
+        planner.pack([(0, 1, 8)], time_limit=limit)
+    with pytest.raises(PlanningError, match="time_limit"):
+        planner.order(planner.OrderGraph(1, (planner.OrderBuffer(8, 0),)), time_limit=limit)
+
+
+def test_more_seconds_than_a_clock_counts_are_no_reason_to_search_without_end(native):
+    """The end of the limit overflowed, so that each search stopped at once and was started again for ever."""
+    assert planner.pack(read("minimalloc-C"), capacity=1_039_360, time_limit=1e308).arena <= 1_039_360
 
 
 def test_the_topmost_buffer_takes_no_rounding():
