@@ -120,6 +120,19 @@ def write_buffers(path: Path, table: BufferTable, offsets: Sequence[int]) -> Non
         raise PlanningError(f"{path}: {error.strerror or error}") from error
 
 
+class _Repeated(Exception):
+    """A key that an object has twice."""
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object of JSON, whose keys all differ: of two values one would be lost."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Repeated(next(key for key in keys if keys.count(key) > 1))
+    return made
+
+
 def read_json(path: Path) -> object:
     """A JSON file, gzipped or not.
 
@@ -132,7 +145,7 @@ def read_json(path: Path) -> object:
         content = path.read_bytes()
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
-        data: object = json.loads(content.decode("utf-8-sig"))
+        data: object = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise _fail(path, error.lineno, f"not JSON: {error.msg} (column {error.colno})") from error
     except UnicodeDecodeError as error:
@@ -140,6 +153,8 @@ def read_json(path: Path) -> object:
         raise _fail(path, line, f"not UTF-8 text: {error.reason}") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise PlanningError(f"{path}: damaged gzip file: {error}") from error
+    except _Repeated as error:
+        raise PlanningError(f"{path}: the key {str(error)[:60]!r} stands twice in one object") from error
     except RecursionError as error:
         raise PlanningError(f"{path}: nested too deeply") from error
     except ValueError as error:  # a number of thousands of digits

@@ -199,6 +199,7 @@ def test_order_counts_inputs_as_asked(tmp_path):
             "64-bit",
         ),
         ('{"n": 1e9, "edges": [], "bufs": []}', "n must be"),
+        ('{"n": 1, "n": 2, "edges": [], "bufs": []}', "'n' stands twice"),
     ],
 )
 def test_malformed_graphs_are_refused(tmp_path, content, message):
