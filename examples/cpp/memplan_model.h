@@ -39,6 +39,7 @@ int32_t aoti_torch_get_dtype(AtenTensorHandle, int32_t*);
 int32_t aoti_torch_device_type_cpu();
 int32_t aoti_torch_dtype_float32();
 int32_t aoti_torch_dtype_int64();
+size_t aoti_torch_dtype_element_size(int32_t);
 void aoti_torch_grad_mode_set_enabled(bool);
 }
 
@@ -81,6 +82,8 @@ class Tensor {
         aoti_torch_get_dtype(handle(), &found);
         return found;
     }
+    // Bytes of an element.
+    size_t item_bytes() const { return aoti_torch_dtype_element_size(dtype()); }
     // The first element; elements lie as `strides` tells.
     template <class T> const T* data() const {
         void* found = nullptr;

@@ -4,7 +4,7 @@
 //     run_saved model.memplan i64:2x8:tokens.bin f32:16:scale.bin out
 //
 // TYPE is f32 or i64, SIZES are joined by x, FILE holds the elements. Each output is written to PREFIX0.bin, PREFIX1.bin,
-// ... and its sizes are printed. Build (TORCH is `python -c "import torch; print(torch.__path__[0])"`):
+// ... in its own dtype, and its sizes are printed. Build (TORCH is `python -c "import torch; print(torch.__path__[0])"`):
 //
 //     g++ -std=c++17 -O2 run_saved.cpp -o run_saved -L$TORCH/lib -Wl,-rpath,$TORCH/lib -ltorch_cpu -ltorch -lc10 -ldl
 #include "memplan_model.h"
@@ -42,7 +42,7 @@ static int run(int count, char** words) {
         std::cout << "output " << k << ":";
         for (int64_t n : sizes) std::cout << " " << n, total *= n;
         std::cout << "\n";
-        const size_t item = outputs[k].dtype() == aoti_torch_dtype_int64() ? 8 : 4;
+        const size_t item = outputs[k].item_bytes();
         std::ofstream file(words[count - 1] + std::to_string(k) + ".bin", std::ios::binary);
         for (int64_t i = 0; i < total; ++i) {
             int64_t rest = i, at = 0;

@@ -76,6 +76,22 @@ def test_it_gives_the_models_numbers(program: Path, saved: Path, tmp_path: Path)
     assert not re.search(r"lib\w*python\S*\.so", libraries), libraries
 
 
+class Dtypes(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x > 0, x.double() * 2, x.half(), (x * 100).to(torch.int16), x.t() * 3, x.long(), (x < 0).any()
+
+
+def test_outputs_of_every_size_of_element(program: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 5)
+    memplan.save(torch.export.export(Dtypes(), (x,)), tmp_path / "m")
+    done = run(program, tmp_path / "m", [x], tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    for k, wanted in enumerate(Dtypes()(x)):
+        written = torch.frombuffer(bytearray((tmp_path / f"out{k}.bin").read_bytes()), dtype=wanted.dtype)
+        torch.testing.assert_close(written.reshape(wanted.shape), wanted)
+
+
 def test_changed_buffers(program: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = Counter(), torch.randn(5, 6)
