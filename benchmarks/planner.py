@@ -140,6 +140,7 @@ HARD: dict[str, Callable[[int], OrderGraph]] = {
     "transposed randomly wired, 102 operations": transposed,
     "forward and backward of one stage of 50 nodes": lambda seed: differentiated(seed, 50, joint=True),
     "backward of one stage of 100 nodes": lambda seed: differentiated(seed, 100, joint=False),
+    "30 stages of 32 nodes": lambda seed: randomly_wired(seed, 30),
     "one stage of 100 nodes": lambda seed: randomly_wired(seed, 1, 100),
 }
 

@@ -3,8 +3,8 @@
 A portfolio (program order, least peak memory first forwards and from the end, depth and breadth first, randomised
 with fixed seeds), a lower bound by forced live sets and minimum cuts, a beam over downsets around the peak while the
 gap to the bound is open; then branch and bound over which of two operations runs first, each case bounded by cuts of
-its own; and on small graphs an exact search from both ends for what is left. The result is never worse than the order
-that was given.
+its own; and on small graphs an exact search from both ends for what is left. Graphs that fall into stretches are
+searched stretch by stretch. The result is never worse than the order that was given.
 
 Finding the least peak is one-shot black pebbling, strongly NP-complete (arXiv 2312.13526), hence the certificate.
 """
@@ -19,6 +19,7 @@ from .order_bound import cut_bound, forced_bound
 from .order_greedy import breadth_first, depth_first, least_peak_first
 from .order_model import Adjacency, OrderGraph, adjacency, is_order, live_bytes, peak_bytes, topological_order
 from .order_search import OrderSearch
+from .order_split import order_stretches, stretch_starts, stretches
 
 #: Work inside a compilation: at most some tenths of a second where the gap stays open, more for large graphs.
 COMPILE_WORK = 10_000_000
@@ -98,9 +99,18 @@ def order_ops(
         return _order_in_python(graph, near, program, tolerance)
     if work_limit is None:
         work_limit = COMPILE_WORK + COMPILE_WORK_PER_OPERATION * graph.ops
-    found = native.run(
-        graph, program, tolerance=tolerance, widest=widest, work=work_limit, seconds=seconds, exact=exact
-    )
+    starts = stretch_starts(near, program)
+    # in most graphs that can be split there is nothing to gain
+    found = native.run(graph, program, tolerance=tolerance, widest=0, work=0, exact=False) if starts else None
+    if found is not None and found.peak - found.lower_bound > tolerance * found.lower_bound:
+        parts = stretches(graph, program, starts)
+        found = order_stretches(
+            parts, native, tolerance=tolerance, widest=widest, work=work_limit, seconds=seconds, exact=exact
+        )
+    elif found is None:
+        found = native.run(
+            graph, program, tolerance=tolerance, widest=widest, work=work_limit, seconds=seconds, exact=exact
+        )
     return OrderResult(found.order, found.peak, found.program_peak, found.lower_bound, work=found.work)
 
 

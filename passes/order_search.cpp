@@ -10,12 +10,12 @@ constexpr i64 kLongestExact = 8'000'000'000;  // of the last one: by then there 
 
 class Planner {
  public:
-  Planner(const Graph& graph, double tolerance, Budget budget)
+  Planner(const Graph& graph, double tolerance, Budget budget, i64 bound)
       : graph_(graph), tolerance_(tolerance), budget_(budget), best_(graph.ops) {
     std::iota(best_.begin(), best_.end(), 0);
     profile_ = simulate(graph_, best_);
     program_peak_ = profile_.peak;
-    lower_bound_ = graph_.initial;
+    lower_bound_ = std::max(graph_.initial, bound);
     if (graph_.ops > 0) raise_forced(16);
   }
 
@@ -154,8 +154,8 @@ extern "C" {
 
 // The graph comes as arrays: per buffer its size, producer (-1: an input) and whether it is kept; consumers as rows;
 // edges and in-place pairs (operation, output, input) as flat tuples. Operations are numbered in a valid order.
-// `limits`: work limit in, work used out. `bounds`: peak, peak of the given order, lower bound. Returns 0, or 1 if an
-// edge or a consumer goes backwards.
+// `work`: limit in, work used out. `bounds`: peak, peak of the given order, lower bound; in it comes what peak is as good
+// as any lower one. Returns 0, or 1 if an edge or a consumer goes backwards.
 int32_t memplan_order(int32_t ops, int32_t buffers, const int64_t* size, const int32_t* producer, const uint8_t* kept,
                       const int32_t* consumer_start, const int32_t* consumers, int32_t edge_count,
                       const int32_t* edges, const int64_t* scratch, int32_t reuse_count, const int32_t* reuse,
@@ -204,7 +204,7 @@ int32_t memplan_order(int32_t ops, int32_t buffers, const int64_t* size, const i
     budget.end = std::chrono::steady_clock::now() +
                  std::chrono::duration_cast<std::chrono::steady_clock::duration>(std::chrono::duration<double>(seconds));
   }
-  Planner planner(graph, tolerance, budget);
+  Planner planner(graph, tolerance, budget, bounds[2]);
   planner.run(static_cast<size_t>(widest), exact != 0);
   std::copy(planner.order().begin(), planner.order().end(), order);
   bounds[0] = planner.peak();

@@ -51,8 +51,12 @@ class OrderSearch:
         work: int,
         seconds: float = 0.0,
         exact: bool = True,
+        bound: int = 0,
     ) -> SearchedOrder:
-        """Improve on ``program``, a valid order, until the peak is within ``tolerance`` of the bound or limits end."""
+        """Improve on ``program``, a valid order, until the peak is within ``tolerance`` of the bound or limits end.
+
+        ``bound`` is a peak below which nothing is gained, whatever the reason.
+        """
         place = [0] * graph.ops
         for index, op in enumerate(program):
             place[op] = index
@@ -72,7 +76,7 @@ class OrderSearch:
         edges = _array([place[op] for edge in graph.edges for op in edge], np.int32)
         scratch = _array(list(graph.scratch) or [0] * graph.ops, np.int64)
         pairs = _array([x for p in graph.in_place for x in (place[p.op], p.output, p.input)], np.int32)
-        order, bounds = np.zeros(graph.ops, dtype=np.int32), np.zeros(3, dtype=np.int64)
+        order, bounds = np.zeros(graph.ops, dtype=np.int32), np.array([0, 0, bound], dtype=np.int64)
         used = ctypes.c_int64(work)
         status = self._library.memplan_order(
             ctypes.c_int32(graph.ops), ctypes.c_int32(len(buffers)), *(ctypes.c_void_p(a.ctypes.data) for a in arrays),
