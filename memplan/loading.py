@@ -21,7 +21,7 @@ from .moved_model import gpus_of, moved
 from .runtime import cuda_launch
 from .runtime.cpp_launch import load_kernels
 from .runtime.current_device import on_own_device
-from .runtime.python_runtime import namespace
+from .runtime.python_runtime import find_operator, namespace
 from .runtime.toolchain import cpu_instructions
 from .runtime.triton_launch import Launcher
 from .saving_encoding import decode
@@ -154,6 +154,7 @@ def load(path: str | Path, *, device: str | int | torch.device | None = None) ->
         plan = reader.read("plan.json")
         hosts = [n for n in reader.entries if n.startswith("host/")]
         code = {n: reader.read(n) for n in ("kernels.so", *hosts) if n in reader.entries}
+    _check_operators(path, artifact.python.operators.values())
     weights = tuple(_weight(spec, memories[spec.storage]) for spec in interface.weights)
     kernels = _load_code(path, artifact, code)
     names = namespace(artifact.python.operators, {}, constants, kernels)
@@ -231,6 +232,25 @@ def check_machine(reader: package.Reader, gpu: int | None = None) -> None:
                 f"{path} was saved for GPUs of architecture sm_{wanted[0]}{wanted[1]}, this one is "
                 f"sm_{found[0]}{found[1]}: save it again here"
             )
+
+
+def _check_operators(path: Path, targets: Iterable[str]) -> None:
+    """Refuse a model that calls operators which nobody has registered here: before any of its code is loaded.
+
+    Raises
+    ------
+    SavedModelError
+        Naming the first of them.
+    """
+    for target in targets:
+        try:
+            find_operator(target, {})
+        except AttributeError as error:
+            name = "::".join(target.split(".")[:2])
+            raise SavedModelError(
+                f"{path} calls the operator {name}, which is not registered in this process: import the module that "
+                "defines it before memplan.load"
+            ) from error
 
 
 def _one_of_each(interface: Interface) -> list[WeightSpec]:

@@ -193,6 +193,26 @@ def test_a_check_of_an_operator_is_kept(tmp_path: Path) -> None:
         loaded(torch.zeros(4, 4), b)
 
 
+def test_an_operator_of_the_users_has_to_be_registered(tmp_path: Path) -> None:
+    with torch.library._scoped_library("memplan_saved", "DEF") as library:
+        library.define("twice(Tensor x) -> Tensor")
+        library.impl("twice", lambda x: x * 2, "CompositeExplicitAutograd")
+        library.impl("twice", torch.empty_like, "Meta")
+
+        class Twice(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                found: Tensor = torch.ops.memplan_saved.twice(x.sin()) + 1
+                return found
+
+        x = torch.randn(3)
+        memplan.save(torch.export.export(Twice(), (x,)), tmp_path / "m")
+        torch.testing.assert_close(memplan.load(tmp_path / "m")(x), Twice()(x))
+    code = f"import memplan\nmemplan.load({str(tmp_path / 'm')!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert "SavedModelError" in done.stderr
+    assert "operator memplan_saved::twice, which is not registered" in done.stderr
+
+
 def test_a_loaded_model_is_shown_in_one_line(saved: Path) -> None:
     """Not with its weights, which a debugger or a notebook would print."""
     assert repr(memplan.load(saved)) == f"LoadedModel(path={saved!r})"
