@@ -173,6 +173,17 @@ def test_targets_that_come_down_pack_many_buffers_lower(native, monkeypatch):
     assert packing.arena < pack_buffers(problem_of(buffers), work_limit=2_000_000, native=native).arena
 
 
+def test_repeated_dives_pack_dense_problems_lower(native, monkeypatch):
+    draw = random.Random(1)
+    starts = [draw.randrange(800) for _ in range(800)]
+    buffers = [(at, at + 1 + draw.randrange(200), draw.randint(1, 10**6)) for at in starts]
+    packing = pack_buffers(problem_of(buffers), native=native)
+    assert overlaps(buffers, packing.offsets) == []
+    assert packing == pack_buffers(problem_of(buffers), native=native)
+    monkeypatch.setattr(pack, "MOST_IDLE", 0)
+    assert packing.arena < pack_buffers(problem_of(buffers), native=native).arena
+
+
 @pytest.mark.parametrize("error", [CompilerError("no compiler"), CacheError("no place"), None])
 def test_without_the_compiled_search_there_is_a_reason(
     error: Exception | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
