@@ -53,7 +53,7 @@ from memplan.ir.program import (
 STAGES = (
     ("memplan.backend", "simplify_masks", "capture"),
     ("memplan.backend", "capture", "capture"),
-    ("memplan.capture.partition", "seed_dropout", "partition"),
+    ("memplan.capture.partition", "seed_random", "partition"),
     ("memplan.capture.partition", "chunk_losses", "partition"),
     ("memplan.compilation", "ProgramVerifier.__call__", "verify"),
     ("memplan.compilation", "verify_plan", "verify"),

@@ -5,8 +5,10 @@
 Each model is planned for an H100 that need not be there (option ``target``) under ``--count`` budgets, at equal ratios
 from the least that a plan of its step needs to what the fastest one needs, and under half of the least. A budget's
 bytes are those that the caching allocator reserves beyond parameters and batch, three steps through the simulated
-allocator; nothing is measured. Searches share the plans of the rungs that they try, as they would make the same ones;
-what each tries and takes is as if it were alone.
+allocator; nothing is measured. "With AdamW": the same of steps that update the parameters after one pass or after two
+accumulated ones, beyond the optimiser's states and the gradients that are held besides: a budget does not promise
+those. Searches share the plans of the rungs that they try, as they would make the same ones; what each tries and takes
+is as if it were alone.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from unittest import mock
 
@@ -30,29 +33,52 @@ import memplan.backend
 from memplan import convolutions
 from memplan.budget import RUNGS, Budget, Modules, Planned
 from memplan.ir.errors import PlanningError
+from memplan.ir.program import View
+from memplan.passes.reserved import optimizer_step_memory
+from memplan.target import DEVICE
 
 from .budget_table import DISTINCT
-from .models import BF16, F32, LLAMA, Batch, bert, gpt2, images, llama, tokens
+from .models import BF16, F32, LLAMA, Batch, Classifier, bert, gpt2, images, llama, tokens
 from .simulate_reserved import MODELS as FULL
 from .simulate_reserved import cudnns, fill
 
 #: Part of the budget that should be used where there is something to use it for.
 USED = 0.95
 HEAD = "| model | budgets | over | falling | distinct | >= 95 % used | less, next is over | less, others | least used |"
-SEARCH_HEAD = "| budget MB | needed MB | used | live MB | rung | next MB | added us | of the step | plans |"
+SEARCH_HEAD = (
+    "| budget MB | needed MB | used | live MB | rung | next MB | added us | of the step | AdamW | two passes | plans |"
+)
+
+
+def _vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    shape = {"hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 16, "intermediate_size": 4096}
+    plain = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return Classifier(ViTForImageClassification(ViTConfig(num_labels=1000, **shape, **plain)), amp=True)
+
+
+def _convnext() -> nn.Module:
+    from transformers import ConvNextConfig, ConvNextForImageClassification
+
+    shape = ConvNextConfig(hidden_sizes=[128, 256, 512, 1024], depths=[2, 2, 6, 2], num_labels=1000)
+    return Classifier(ConvNextForImageClassification(shape), amp=True)
+
 
 #: The architectures of the GPU cases; of those whose planning takes long, fewer or smaller layers.
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
-    "gpt2": FULL["gpt2"],
-    "gpt2, no dropout": (gpt2(BF16, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0), tokens(50257, 16, 1024)),
     "llama, 8 of 16 layers": (llama(BF16, **{**LLAMA, "num_hidden_layers": 8}), tokens(32000, 4, 2048)),
-    "bert, 8 of 24 layers": (
-        bert(BF16, hidden_size=1024, num_hidden_layers=8, num_attention_heads=16, intermediate_size=4096),
+    "gpt2, 6 of 12 layers, no dropout": (
+        gpt2(BF16, n_layer=6, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0),
+        tokens(50257, 16, 1024),
+    ),
+    "bert, 4 of 24 layers": (
+        bert(BF16, hidden_size=1024, num_hidden_layers=4, num_attention_heads=16, intermediate_size=4096),
         tokens(30522, 16, 512),
     ),
-    "vit-l16": (FULL["vit-l16"][0], images(64, 224, dtype=F32)),
+    "vit, 8 of 24 layers": (_vit, images(64, 224, dtype=F32)),
+    "convnext, 12 of 36 blocks": (_convnext, images(64, 224)),
     "resnet50": FULL["resnet50"],
-    "convnext-b": FULL["convnext-b"],
 }
 
 
@@ -71,6 +97,7 @@ class Found:
     above: int | None
     between: int
     planned: int
+    updated: tuple[int, int]
 
     @property
     def used(self) -> float:
@@ -98,6 +125,11 @@ class Sweeping(Budget):
     count = 20
     shared = Shared()
 
+    @cached_property
+    def updates(self) -> dict[int, tuple[int, int]]:
+        """`updated` of rungs that were taken."""
+        return {}
+
     def search(self) -> Modules:
         shared = self.shared
         most = self.peak(RUNGS)
@@ -109,22 +141,24 @@ class Sweeping(Budget):
             self.one(least // 2)
         except PlanningError as error:
             shared.error = str(error)
-        assert self._choices is not None
-        shared.step = self._choices.menus.segments.graph.microseconds
+        shared.step = self._choices[self.cut.loss_chunks[0]].menus.segments.graph.microseconds
         return self._tried[RUNGS][0]
 
     def one(self, limit: int) -> Found:
         """Search as if nothing had been planned before."""
-        alone = Alone(limit, self.figures, self.cut, self.plan, self._choices)
+        alone = Alone(limit, self.figures, self.cut, self.plan, self._choices, self._chunks, self._cuts)
         alone.known = self._tried
         taken = alone.search()
         needs = {n: p.peak.needed for n, (_, p) in alone._tried.items()}
         rung = next(n for n, (modules, _) in alone._tried.items() if modules is taken)
         over = min((n for n, size in needs.items() if size > limit and n > rung), default=None)
         above, between = (None, 0) if over is None else (needs[over], over - rung - 1)
-        planned = alone._tried[rung][1].peak
+        planned = alone._tried[rung][1]
         time_added = self.choice(rung).microseconds
-        return Found(limit, rung, planned.needed, planned.nbytes, time_added, above, between, len(needs))
+        peak, after = planned.peak, self.updates.setdefault(rung, (0, 0))
+        if after == (0, 0):
+            after = self.updates[rung] = (updated(planned, 1), updated(planned, 2))
+        return Found(limit, rung, peak.needed, peak.nbytes, time_added, above, between, len(needs), after)
 
 
 class Alone(Budget):
@@ -138,6 +172,15 @@ class Alone(Budget):
         needed = super().peak(rung)
         self.known[rung] = self._tried[rung]
         return needed
+
+
+def updated(planned: Planned, passes: int) -> int:
+    """Bytes reserved in steps of some passes and AdamW, beyond parameters, batch, states and gradients held besides."""
+    program = planned.plans[-1].program
+    made = {v.buffer for v in program.outputs if isinstance(v, View) and v.buffer in planned.plans[-1].lifetimes}
+    gradients = sum(map(program.nbytes, made))
+    found = optimizer_step_memory(planned.plans, planned.joins, device=DEVICE, passes=passes)
+    return found.reserved - found.resident - (2 + passes - 1) * gradients
 
 
 def sweep(model: str, count: int) -> tuple[Shared, float]:
@@ -186,17 +229,17 @@ def verdict(model: str, found: Sequence[Found]) -> str:
 
 def details(model: str, shared: Shared, seconds: float) -> list[str]:
     """A model's searches, and the error below the least."""
-    lines = [
-        f"## {model}",
-        "",
-        "| budget MB | needed MB | used | live MB | rung | next MB | added us | of the step | plans |",
+    columns = [
+        *("budget MB", "needed MB", "used", "live MB", "rung", "next MB"),
+        *("added us", "of the step", "AdamW", "two passes", "plans"),
     ]
-    lines.append("|---" * 9 + "|")
+    lines = [f"## {model}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for f in shared.found:
         above = "" if f.above is None else f"{f.above / 1e6:.1f}" + (f", {f.between} between" if f.between else "")
         lines.append(
             f"| {f.limit / 1e6:.1f} | {f.needed / 1e6:.1f} | {f.used:.3f} | {f.live / 1e6:.1f} | {f.rung} | {above} "
-            f"| {f.microseconds:.0f} | {f.microseconds / shared.step:.3f} | {f.planned} |"
+            f"| {f.microseconds:.0f} | {f.microseconds / shared.step:.3f} "
+            f"| {f.updated[0] / f.limit:.3f} | {f.updated[1] / f.limit:.3f} | {f.planned} |"
         )
     said = [re.sub(r"\S*/site-packages/", "", line) for line in shared.error.splitlines()]
     return [*lines, "", f"Half of the least ({seconds:.0f} s for all of this model):", "", "```", *said, "```", ""]

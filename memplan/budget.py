@@ -5,7 +5,8 @@ reserves, by simulation, elsewhere those that are alive.
 
 Menus and a first choice come from a model of the step (`memplan.passes.remat_choice`); what a choice really needs is
 what its plans say, so choices are cut, captured and planned as they will run, and the limit given to the model is
-moved until the plans' own peak is as near to the budget as it gets.
+moved until the plans' own peak is as near to the budget as it gets. Where little is allowed, losses are computed in
+smaller slices too: what a slice of logits takes is alive when all saved tensors are.
 
 Monotone: the limits tried are a fixed ladder from the least to the fastest choice, walked by halving, and of the plans
 within the budget the one with the highest peak is taken. Two budgets take the same way down to a rung that is within
@@ -18,13 +19,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch.fx
 
+from .capture.partition import Cutter
 from .ir.device import DeviceFigures
 from .ir.errors import PlanningError
 from .ir.joint import JointGraph
 from .ir.plan import Plan
+from .ir.program import Origin
 from .passes.remat_choice import Choice, Choices
 from .passes.remat_menu import kept_nodes, make_menus
 from .passes.step_peak import StepPeak, alive_at
@@ -39,6 +43,9 @@ RUNGS = 64
 CURVE = 16
 #: Part of the budget that a plan should use for the search to end.
 CLOSE = 0.97
+#: Slices of logits that a limit should have room for, if they can be made so small: two are alive at once, one of them
+#: with a gradient of the weights that is as large as a slice of a few thousand tokens.
+SLICES = 16
 _SHOWN = 6
 
 
@@ -66,14 +73,18 @@ class CurvePoint:
 
 @dataclass
 class Budget:
-    """A search: ``cut`` makes forward and backward, with the nodes kept that a choice over the joint graph names;
-    ``plan`` plans them."""
+    """A search: ``cut`` makes forward and backward, with the nodes kept that a choice over the joint graph names, and
+    losses in slices of a given size; ``plan`` plans them."""
 
     limit: int
     figures: DeviceFigures
-    cut: Callable[[Callable[[JointGraph], Sequence[int]]], Modules]
+    cut: Cutter
     plan: Callable[[Modules], Planned]
-    _choices: Choices | None = None
+    #: what can be chosen, by the size of the losses' slices
+    _choices: dict[int, Choices] = field(default_factory=dict)
+    #: the size of the losses' slices of rungs that were cut
+    _chunks: dict[int, int] = field(default_factory=dict)
+    _cuts: dict[int, Modules] = field(default_factory=dict)
     _tried: dict[int, tuple[Modules, Planned]] = field(default_factory=dict)
 
     def search(self) -> Modules:
@@ -108,23 +119,15 @@ class Budget:
         found = []
         for rung in (RUNGS, *range(0, RUNGS, RUNGS // CURVE)):
             nbytes = self.peak(rung)
-            assert self._choices is not None
             added = self.choice(rung).microseconds
-            found.append(CurvePoint(nbytes, self._choices.menus.segments.graph.microseconds + added, added))
+            alone = self._choices[self._chunks[rung]].menus.segments.graph.microseconds
+            found.append(CurvePoint(nbytes, alone + added, added))
         return tuple(sorted(found, key=lambda p: (p.nbytes, p.microseconds)))
 
     def peak(self, rung: int) -> int:
         """Bytes that the plans of a rung need."""
         if rung not in self._tried:
-            kept: list[int] = []
-
-            def choose(graph: JointGraph) -> Sequence[int]:
-                if self._choices is None:
-                    self._choices = Choices(make_menus(graph, self.figures))
-                kept.extend(kept_nodes(self._choices.menus.segments, list(self.choice(rung).runs)))
-                return kept
-
-            modules = self.cut(choose)
+            modules = self._modules(rung)
             self._tried[rung] = (modules, self.plan(modules))
             log.info("rung %d of %d: %d bytes", rung, RUNGS, self._tried[rung][1].peak.needed)
         return self._tried[rung][1].peak.needed
@@ -140,12 +143,49 @@ class Budget:
 
     def choice(self, rung: int) -> Choice:
         """What the model chooses at a rung."""
-        assert self._choices is not None
-        most, least = self._choices.fastest, self._choices.least
-        if rung == RUNGS:
-            return most
-        limit = int(least.peak * (most.peak / least.peak) ** (rung / RUNGS))  # every rung higher by the same part
-        return self._choices.within(limit) or least
+        if rung not in self._chunks:
+            self._modules(rung)
+        return self._choice(rung) or self._choices[self._chunks[rung]].least
+
+    def _choice(self, rung: int) -> Choice | None:
+        """`choice` with slices of the size that the rung has, or is tried with; None if the model finds none."""
+        choices = self._choices[self._chunks[rung]]
+        if rung in (0, RUNGS):
+            return choices.least if rung == 0 else choices.fastest
+        return choices.within(self._limit(rung))
+
+    def _limit(self, rung: int) -> int:
+        """The model's limit at a rung: every one higher by the same part."""
+        sizes = self.cut.loss_chunks
+        for end, size in ((RUNGS, sizes[0]), (0, sizes[-1])):
+            if size not in self._choices:
+                self._modules(end)
+        most, least = self._choices[sizes[0]].fastest.peak, self._choices[sizes[-1]].least.peak
+        return int(least * (most / least) ** (rung / RUNGS))
+
+    def _modules(self, rung: int) -> Modules:
+        """The cut of a rung: with slices as large as its limit has room for, or smaller if that is not enough."""
+        if rung not in self._cuts:
+            sizes = self.cut.loss_chunks
+            if rung == RUNGS:
+                sizes = sizes[:1]
+            elif rung == 0:
+                sizes = sizes[-1:]
+            else:
+                limit = self._limit(rung)
+                sizes = tuple(n for n in sizes if SLICES * n <= limit) or sizes[-1:]
+            for size in sizes:
+                self._chunks[rung] = size
+                self._cuts[rung] = self.cut(partial(self._kept, rung, size), size)
+                if self._choice(rung) is not None:
+                    break
+        return self._cuts[rung]
+
+    def _kept(self, rung: int, size: int, graph: JointGraph) -> Sequence[int]:
+        """Nodes to keep at a rung, of a joint graph with losses in slices of a size."""
+        if size not in self._choices:
+            self._choices[size] = Choices(make_menus(graph, self.figures))
+        return kept_nodes(self._choices[size].menus.segments, list(self.choice(rung).runs))
 
 
 def cannot_be_met(limit: int, least: Planned) -> str:
@@ -162,17 +202,23 @@ def cannot_be_met(limit: int, least: Planned) -> str:
         )
     if peak.step < len(plan.order):
         origins = plan.program.by_name[plan.order[peak.step]].origins
-        where = next((o.location for o in origins if o.location), "")
+        where = next((o.location for o in origins if o.location), "") or next((_module(o) for o in origins), "")
         lines.append(f"reached in {plan.program.name} at {plan.order[peak.step]}{' of ' + where if where else ''}")
     lines.append("alive then:")
     rows = alive_at(least.plans, least.joins, peak)
     for nbytes, buffer in rows[:_SHOWN]:
-        what = f"{buffer.name} ({buffer.kind.value}) {buffer.origin.location} {buffer.origin.code}"
+        where = buffer.origin.location or _module(buffer.origin)
+        what = f"{buffer.name} ({buffer.kind.value}) {where} {buffer.origin.code}"
         lines.append(f"  {_size(nbytes):>10}  {what}".rstrip())
     if len(rows) > _SHOWN:
         lines.append(f"  {_size(sum(n for n, _ in rows[_SHOWN:])):>10}  in {len(rows) - _SHOWN} more")
     lines.append("a smaller batch, or gradients accumulated over parts of it, would need less")
     return "\n".join(lines)
+
+
+def _module(origin: Origin) -> str:
+    """The module that it comes from, where no line of the user's is known: layers of torch's own in a row."""
+    return f"module {origin.module}" if origin.module else ""
 
 
 def _size(nbytes: float) -> str:

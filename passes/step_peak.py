@@ -19,7 +19,9 @@ class StepPeak:
     """The largest number of bytes alive, and when: step ``step`` of plan number ``plan``; ``series``: every step's.
 
     ``reserved``: what the device's caching allocator holds for the step beyond parameters and batch, where a device has
-    one and its step was simulated (`Plan.step`); of several devices' the largest.
+    one and its step was simulated (`Plan.step`); of several devices' the largest. It is that of steps whose gradients
+    are let go of before the next one: what accumulated gradients and an optimiser's states do to the allocator is the
+    caller's, and is simulated apart (`memplan.passes.reserved.optimizer_step_memory`).
     """
 
     nbytes: int

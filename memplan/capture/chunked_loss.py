@@ -101,6 +101,18 @@ def chunk_losses(module: torch.fx.GraphModule, chunk_bytes: int) -> int:
     return done
 
 
+def chunk_sizes(graph: torch.fx.Graph, largest: int) -> tuple[int, ...]:
+    """``largest`` and smaller bytes of a slice, each half of another, with which some loss has smaller slices."""
+    calls = [n for n in graph.nodes if n.op == "call_function" and n.target is aten.nll_loss_forward.default]
+    logits = [found.linear.meta["val"] for found in map(_match, calls) if found is not None]
+    sizes, size = [largest], largest
+    while logits and size > 1:
+        size //= 2
+        if [_rows(one, size) for one in logits] != [_rows(one, sizes[-1]) for one in logits]:
+            sizes.append(size)
+    return tuple(sizes)
+
+
 def _rows(logits: torch.Tensor, chunk_bytes: int) -> int | None:
     """Tokens of a slice, or None where slicing is not worth it."""
     tokens, vocabulary = logits.shape
@@ -330,10 +342,14 @@ def _rewrite(graph: torch.fx.Graph, found: Loss, rows: int) -> None:
         used = write(aten.ne.Scalar, weights, 0)
         vocabulary = found.linear.meta["val"].shape[1]
         _pad_vocabulary(write, found)
-        slices = [
-            _slice(write, found, vocabulary, _PerToken(safe, weights, factors, used), start, min(start + rows, tokens))
-            for start in range(0, tokens, rows)
-        ]
+        per_token = _PerToken(safe, weights, factors, used)
+        slices: list[_Slice] = []
+        total: Node | None = None
+        for start in range(0, tokens, rows):
+            made = _slice(write, found, vocabulary, per_token, start, min(start + rows, tokens))
+            slices.append(made)
+            if found.weight_gradients:  # at once: until then the slice's gradient is alive
+                total = _add_weight_gradient(write, found, total, made)
         loss = _added(write, [s.loss for s in slices])
         if scale is not None:
             loss = write(aten.mul.Tensor, loss, scale)
@@ -342,8 +358,8 @@ def _rewrite(graph: torch.fx.Graph, found: Loss, rows: int) -> None:
             loss = write(aten._to_copy.default, loss, dtype=value.dtype)
         hidden = _saved(write(aten.cat.default, [s.hidden for s in slices])) if found.hidden_gradients else None
         weight = bias = None
-        if found.weight_gradients:
-            weight = _saved(_weight_gradient(write, found, vocabulary, slices))
+        if total is not None:
+            weight = _saved(_weight_gradient(write, found, vocabulary, total))
         if found.bias_gradients:
             bias = _added(write, [s.bias for s in slices if s.bias is not None])
             bias = _saved(_whole(write, bias, vocabulary))
@@ -447,27 +463,27 @@ def _slice(
     )
 
 
-def _weight_gradient(write: _Writer, found: Loss, vocabulary: int, slices: list[_Slice]) -> Node:
-    """The sum over slices of gradient.T @ hidden, at least float32 until the end, where it gets the product's dtype."""
+def _add_weight_gradient(write: _Writer, found: Loss, total: Node | None, part: _Slice) -> Node:
+    """``total`` and a slice's gradient.T @ hidden, in float32 or wider."""
     value = found.linear.meta["val"]
-    total: Node | None = None
-    for s in slices:
-        turned = write(aten.permute.default, s.gradient, [1, 0])
-        if value.dtype is found.wide:
-            plain = (turned, s.hidden_rows)
-            total = write(aten.mm.default, *plain) if total is None else write(aten.addmm.default, total, *plain)
-        elif value.device.type in FLOAT32_PRODUCTS and found.wide is torch.float32 and value.dtype.itemsize == 2:
-            # float32 results of half-precision factors: the matrix units accumulate in float32 anyway
-            widened = (turned, s.hidden_rows, found.wide)
-            if total is None:
-                total = write(aten.mm.dtype, *widened)
-            else:
-                # torch 2.11 takes the wide form apart wrongly on fake tensors, so its value is given
-                total = write.like_first(aten.addmm.dtype, total, *widened)
-        else:
-            product = write(aten._to_copy.default, write(aten.mm.default, turned, s.hidden_rows), dtype=found.wide)
-            total = product if total is None else write(aten.add.Tensor, total, product)
-    assert total is not None
+    turned = write(aten.permute.default, part.gradient, [1, 0])
+    if value.dtype is found.wide:
+        plain = (turned, part.hidden_rows)
+        return write(aten.mm.default, *plain) if total is None else write(aten.addmm.default, total, *plain)
+    if value.device.type in FLOAT32_PRODUCTS and found.wide is torch.float32 and value.dtype.itemsize == 2:
+        # float32 results of half-precision factors: the matrix units accumulate in float32 anyway
+        widened = (turned, part.hidden_rows, found.wide)
+        if total is None:
+            return write(aten.mm.dtype, *widened)
+        # torch 2.11 takes the wide form apart wrongly on fake tensors, so its value is given
+        return write.like_first(aten.addmm.dtype, total, *widened)
+    product = write(aten._to_copy.default, write(aten.mm.default, turned, part.hidden_rows), dtype=found.wide)
+    return product if total is None else write(aten.add.Tensor, total, product)
+
+
+def _weight_gradient(write: _Writer, found: Loss, vocabulary: int, total: Node) -> Node:
+    """The sum over all slices as the gradient that the product would give: its dtype, no row of the padding."""
+    value = found.linear.meta["val"]
     if value.dtype is found.wide:
         return _whole(write, total, vocabulary)
     if total.meta["val"].shape[0] != vocabulary:

@@ -17,6 +17,7 @@ import torch._functorch.config as functorch_config
 import torch._functorch.partitioners as partitioners
 import torch.fx
 from functorch.compile import min_cut_rematerialization_partition
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
 from ..ir.activation import Activation
 from ..ir.config import Config
@@ -24,9 +25,9 @@ from ..ir.eager import EagerMemory
 from ..ir.joint import JointGraph
 from .activations import activations
 from .changed_inputs import keep_changed_inputs
-from .chunked_loss import chunk_losses
+from .chunked_loss import chunk_losses, chunk_sizes
 from .copies import without_copies
-from .dropout import seed_dropout
+from .dropout import seed_random
 from .eager_memory import eager_memory
 from .joint import Costs, joint_graph
 from .layout import convolutions_channels_last
@@ -41,8 +42,20 @@ _FATES = "memplan_activations"
 OFFLOADED = "memplan_offloaded"
 Modules = tuple[torch.fx.GraphModule, torch.fx.GraphModule]
 Choose = Callable[[JointGraph], Sequence[int]]
-#: Makes forward and backward with the values kept that a choice names.
-Cutter = Callable[[Choose], Modules]
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """Makes forward and backward with the values kept that a choice names, and losses in slices of a given size.
+
+    ``loss_chunks``: bytes of logits that a slice may have, the largest first, which is the one that is asked for.
+    """
+
+    make: Callable[[Choose, int], Modules]
+    loss_chunks: tuple[int, ...]
+
+    def __call__(self, choose: Choose, loss_chunk: int | None = None) -> Modules:
+        return self.make(choose, self.loss_chunks[0] if loss_chunk is None else loss_chunk)
 
 
 @dataclass(frozen=True)
@@ -94,23 +107,26 @@ def partitioner(config: Config, found: Partitioned, chooser: Chooser) -> Callabl
         if config.enabled("layout"):
             convolutions_channels_last(joint)
         if config.random == "fast":
-            seed_dropout(joint)
-        if config.loss_chunk and config.enabled("chunked_loss"):
-            chunk_losses(joint, config.loss_chunk)
+            seed_random(joint)
         own = config.enabled("rematerialize")
+        sliced = _Sliced.of(joint, config, several=own and chooser.search is not None)
 
-        def cut(choose: Choose) -> Modules:
+        def make(choose: Choose, loss_chunk: int) -> Modules:
             # torch's partitioner changes the graph that it is given (cut again, what it made of it is cut)
-            given = torch.fx.GraphModule(joint, copied(joint.graph)) if chooser.search or found.recut else joint
+            given = sliced.joint(loss_chunk)
+            if chooser.search or found.recut:
+                given = torch.fx.GraphModule(given, copied(given.graph))
             fates: list[tuple[Activation, ...]] = []
             choosing = _choosing(replace(chooser, choose=choose) if own else None, fates)
-            with functorch_config.patch(recompute_views=True), choosing:
+            # (of the modules that it makes only the graphs are read: their Python is not printed, which took as long)
+            with functorch_config.patch(recompute_views=True), choosing, _use_lazy_graph_module(True):
                 modules: Modules = min_cut_rematerialization_partition(
                     given, inputs, num_fwd_outputs=num_fwd_outputs, **kwargs
                 )
             modules[0].meta[_FATES] = fates[-1] if fates else ()
             return modules
 
+        cut = Cutter(make, sliced.sizes)
         parameters = frozenset(kwargs.get("static_lifetime_input_indices") or ())  # type: ignore[call-overload]
         if chooser.search is not None and own:
             forward, backward = chooser.search(cut, num_fwd_outputs, parameters)
@@ -124,6 +140,35 @@ def partitioner(config: Config, found: Partitioned, chooser: Chooser) -> Callabl
         return forward, backward
 
     return partition
+
+
+@dataclass(frozen=True)
+class _Sliced:
+    """A joint graph with its losses in slices of one size or another, made when it is asked for.
+
+    ``whole``: the graph with its losses as they came, where there are several sizes.
+    """
+
+    sizes: tuple[int, ...]
+    whole: torch.fx.GraphModule | None
+    made: dict[int, torch.fx.GraphModule]
+
+    @classmethod
+    def of(cls, joint: torch.fx.GraphModule, config: Config, *, several: bool) -> _Sliced:
+        """``joint`` is changed: its losses are in slices of the size that the user wants."""
+        size = config.loss_chunk if config.enabled("chunked_loss") else 0
+        sizes = chunk_sizes(joint.graph, size) if several and size else (size,)
+        whole = torch.fx.GraphModule(joint, copied(joint.graph)) if len(sizes) > 1 else None
+        if size:
+            chunk_losses(joint, size)
+        return cls(sizes, whole, {size: joint})
+
+    def joint(self, size: int) -> torch.fx.GraphModule:
+        if size not in self.made:
+            assert self.whole is not None, "losses in slices of one size only"
+            self.made[size] = torch.fx.GraphModule(self.whole, copied(self.whole.graph))
+            chunk_losses(self.made[size], size)
+        return self.made[size]
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import memplan
 import memplan.backend
+import memplan.capture.chunked_loss
+import memplan.capture.partition
 from memplan.budget import RUNGS, Budget, Modules
 from memplan.ir.activation import Fate
 from memplan.ir.errors import OptionError
@@ -109,6 +111,54 @@ def test_twenty_budgets_give_rising_peaks_within_them(monkeypatch: pytest.Monkey
     assert peaks == sorted(peaks)
     assert len(set(peaks)) >= 6
     assert peaks[0] < 0.6 * peaks[-1]
+
+
+class Words(nn.Module):
+    """Blocks and a loss over a vocabulary, whose logits are the largest tensor by far."""
+
+    def __init__(self, vocabulary: int = 2000) -> None:
+        super().__init__()
+        self.stack = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(WIDTH, vocabulary, bias=False)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        for block in self.stack:
+            x = block(x)
+        return nn.functional.cross_entropy(self.head(x), target)
+
+
+def least_said(net: nn.Module, batch: tuple[Tensor, ...], **options: object) -> int:
+    """The least bytes that the error under a tiny budget says."""
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="cannot be met") as found:
+        memplan.analyze(net, batch, options={**options, "budget": 1000})
+    return int(str(found.value).partition("before it (")[2].partition(" bytes")[0])
+
+
+def test_a_small_budget_computes_the_loss_in_smaller_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memplan.capture.chunked_loss, "MIN_ROWS", 16)
+    torch.manual_seed(0)
+    net, batch = Words(), (torch.randn(ROWS, WIDTH), torch.randint(0, 2000, (ROWS,)))
+    half = {"loss_chunk": ROWS // 2 * 2000 * 4}
+    least = least_said(net, batch, **half)
+    with monkeypatch.context() as patch:
+        patch.setattr(memplan.capture.partition, "chunk_sizes", lambda graph, largest: (largest,))
+        assert least < 0.8 * least_said(net, batch, **half)
+    torch._dynamo.reset()
+    free = peak_of(memplan.analyze(net, batch, options={**half, "budget": "1GB"}))
+    wanted = torch.autograd.grad(net(*batch), list(net.parameters()))
+    peaks = []
+    for budget in (least, (least + free) // 2, free):
+        torch._dynamo.reset()
+        with memplan.record() as recorded:
+            loss = torch.compile(net, backend="memplan", options={**half, "budget": budget, "poison": True})(*batch)
+            gradients = torch.autograd.grad(loss, list(net.parameters()))
+        for a, b in zip(gradients, wanted, strict=True):
+            torch.testing.assert_close(a, b)
+        peaks.append(peak_of(recorded.graphs))
+        assert peaks[-1] <= budget
+    assert peaks == sorted(peaks)
+    assert peaks[0] == least
 
 
 def test_the_report_accounts_for_all_that_is_kept() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from memplan.capture import operators
-from memplan.capture.dropout import seed_dropout
+from memplan.capture.dropout import seed_random
 from memplan.ir.program import Phase
 from memplan.lowering.lower import lower_program
 from tests.capture.tracing import traced
@@ -177,7 +177,7 @@ def test_eagers_numbers_and_generator() -> None:
 def test_graphs_without_dropout_are_untouched() -> None:
     graph = torch.fx.Graph()
     graph.output(graph.placeholder("x"))
-    assert seed_dropout(torch.fx.GraphModule(torch.nn.Module(), graph)) == 0
+    assert seed_random(torch.fx.GraphModule(torch.nn.Module(), graph)) == 0
 
 
 def test_the_order_of_random_calls_is_kept() -> None:
@@ -208,3 +208,50 @@ def test_kernels_give_the_operators_numbers() -> None:
         torch.manual_seed(2)
         results.append(run_program(form, [x.detach()])[0])
     assert torch.equal(*results)  # type: ignore[arg-type]
+
+
+# -- the user's own random numbers ----------------------------------------------------------------------------------
+
+
+def drawn(kind: str, x: Tensor, p: float) -> Tensor:
+    match kind:
+        case "rand":
+            return (torch.rand(x.shape[0], x.shape[1]) < p).to(x.dtype)
+        case "rand_like":
+            return (torch.rand_like(x, dtype=torch.float32) < p).to(x.dtype)
+        case _:
+            return torch.empty_like(x).bernoulli_(p)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["rand", "rand_like", "bernoulli_"])
+def test_masks_of_the_users_own_are_made_again_from_a_seed(kind: str, dtype: torch.dtype) -> None:
+    compiled, found = traced(lambda x: x * drawn(kind, x, 0.7))
+    x = torch.ones(64, 100, dtype=dtype, requires_grad=True)
+    out = compiled(x)
+    assert isinstance(out, Tensor)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(gradient, out.detach())
+    assert set(out.detach().unique().tolist()) == {0.0, 1.0}
+    assert float(out.detach().float().mean()) == pytest.approx(0.7, abs=5 * math.sqrt(0.21 / 6400))
+    assert found.saved_bytes <= 16
+    assert not torch.equal(compiled(x).detach(), out.detach())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_bernoulli_at_the_ends(p: float) -> None:
+    compiled, _ = traced(lambda x: x * torch.empty_like(x).bernoulli_(p))
+    assert bool((compiled(torch.ones(1000, requires_grad=True)) == p).all())  # type: ignore[union-attr]
+
+
+def test_numbers_that_seeds_do_not_give_stay_torchs() -> None:
+    """Half precision, float64, another order of elements."""
+    for function in (
+        lambda x: x * torch.rand_like(x, dtype=torch.bfloat16),
+        lambda x: x * torch.rand_like(x, dtype=torch.float64),
+        lambda x: x * torch.rand_like(x.t()).t(),
+    ):
+        compiled, found = traced(function)
+        compiled(leaf(8, 16))
+        targets = {str(n.target) for n in found.forward.graph.nodes}
+        assert "memplan.rand.default" not in targets
