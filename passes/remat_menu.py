@@ -150,8 +150,9 @@ class _Run:
 
     @cached_property
     def forced(self) -> list[bool]:
-        """What other segments read must be there when they run, so it is kept if it can be."""
-        return [any(not self.inside(u) for u in self.graph.users[k]) for k in self.own]
+        """What other segments read must be there when the backward runs them again, so it is kept if it can be."""
+        read = self.segments.again_for_backward
+        return [any(not self.inside(u) and read[u] for u in self.graph.users[k]) for k in self.own]
 
     @cached_property
     def network(self) -> Cut:

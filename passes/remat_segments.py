@@ -45,6 +45,21 @@ class Segments:
         return tuple(map(tuple, found))
 
     @cached_property
+    def again_for_backward(self) -> tuple[bool, ...]:
+        """For each node whether its value may be made again in the backward, because something there comes of it.
+
+        What only goes into values that can be kept alone (sums over the slices of a loss) is none of the backward's.
+        """
+        nodes, users = self.graph.nodes, self.graph.users
+        found = [False] * len(nodes)
+        for k in range(len(nodes) - 1, -1, -1):
+            if nodes[k].side is Side.BACKWARD:
+                found[k] = True
+            elif nodes[k].again is not None:
+                found[k] = self.graph.needed[k] or any(found[u] for u in users[k])
+        return tuple(found)
+
+    @cached_property
     def common(self) -> frozenset[int]:
         """Nodes that many segments read (a mask, a table of positions): how far away they are says nothing."""
         users = self.graph.users

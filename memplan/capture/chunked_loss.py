@@ -344,12 +344,12 @@ def _rewrite(graph: torch.fx.Graph, found: Loss, rows: int) -> None:
         _pad_vocabulary(write, found)
         per_token = _PerToken(safe, weights, factors, used)
         slices: list[_Slice] = []
-        total: Node | None = None
+        gathered: Node | None = None
         for start in range(0, tokens, rows):
             made = _slice(write, found, vocabulary, per_token, start, min(start + rows, tokens))
             slices.append(made)
             if found.weight_gradients:  # at once: until then the slice's gradient is alive
-                total = _add_weight_gradient(write, found, total, made)
+                gathered = _add_weight_gradient(write, found, gathered, made)
         loss = _added(write, [s.loss for s in slices])
         if scale is not None:
             loss = write(aten.mul.Tensor, loss, scale)
@@ -358,8 +358,8 @@ def _rewrite(graph: torch.fx.Graph, found: Loss, rows: int) -> None:
             loss = write(aten._to_copy.default, loss, dtype=value.dtype)
         hidden = _saved(write(aten.cat.default, [s.hidden for s in slices])) if found.hidden_gradients else None
         weight = bias = None
-        if total is not None:
-            weight = _saved(_weight_gradient(write, found, vocabulary, total))
+        if gathered is not None:
+            weight = _saved(_weight_gradient(write, found, vocabulary, gathered))
         if found.bias_gradients:
             bias = _added(write, [s.bias for s in slices if s.bias is not None])
             bias = _saved(_whole(write, bias, vocabulary))

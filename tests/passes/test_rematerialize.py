@@ -9,6 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memplan.ir.joint import JointGraph, JointNode, NodeKind, Side
+from memplan.passes.remat_menu import _Run, run_nodes
+from memplan.passes.remat_segments import OUTSIDE, Segments
 from memplan.passes.rematerialize import Kept, Value, choose_kept
 
 
@@ -120,3 +123,30 @@ def test_sizes_of_terabytes_do_not_lose_order() -> None:
     large = 2.0**42
     values = [Value("a", 1.1 * large, None, ()), Value("b", large, large * 0.001, (0,), True)]
     assert choose_kept(values).kept == (1,)
+
+
+def test_what_only_goes_into_sums_that_are_kept_is_not_kept_itself() -> None:
+    """Two slices of a loss: each adds to a gradient, which must be saved; its parts pass from slice to slice."""
+    rows: list[tuple[str, Side, tuple[int, ...], float | None, bool]] = [
+        ("x", Side.FORWARD, (), None, False),
+        ("hidden", Side.FORWARD, (0,), 3.0, False),
+        ("first", Side.FORWARD, (1,), 5.0, False),
+        ("sum_1", Side.FORWARD, (2,), 5.0, False),
+        ("second", Side.FORWARD, (1,), 5.0, False),
+        ("sum_2", Side.FORWARD, (3, 4), 5.0, False),
+        ("saved", Side.FORWARD, (5,), None, False),
+        ("used", Side.FORWARD, (1,), 1.0, False),
+        ("backward", Side.BACKWARD, (6, 7), None, True),
+    ]
+    nodes = tuple(
+        JointNode(
+            name, NodeKind.INPUT if not inputs else NodeKind.CALL, side, inputs, k, 8, None if result else 8, again,
+            False, 1.0, 8, result, name,
+        )
+        for k, (name, side, inputs, again, result) in enumerate(rows)
+    )  # fmt: skip
+    segments = Segments(JointGraph(nodes), (OUTSIDE, 0, 1, 1, 2, 2, 2, 3, 0), 4)
+    again = dict(zip((row[0] for row in rows), segments.again_for_backward, strict=True))
+    assert [name for name, found in again.items() if found] == ["hidden", "used", "backward"]
+    run = _Run(segments, 1, 1, run_nodes(segments, 1, 1))
+    assert run.forced == [False, False]  # `first` and `sum_1`, which the next slice reads
