@@ -25,6 +25,7 @@ Two operations read an input and one adds their results; running the one with th
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -77,12 +78,19 @@ class PlannerLibraries:
 _NOT_BUILT = (CompilerError, CacheError, OSError)
 
 
+def _in_a_line(error: Exception) -> str:
+    """The message; a line that announces others is joined with them, what can be done about it is left out."""
+    first, *rest = str(error).splitlines()
+    listed = itertools.takewhile(lambda line: line.startswith(" "), rest)
+    return f"{first} {'; '.join(map(str.strip, listed))}" if first.endswith(":") else first
+
+
 @functools.cache
 def _pack_library() -> tuple[PackSearch | None, str]:
     try:
         return PackSearch(build_library(pack_search.source(), name="memplan_pack", openmp=False)), ""
     except _NOT_BUILT as error:
-        return None, str(error).splitlines()[0]
+        return None, _in_a_line(error)
 
 
 @functools.cache
@@ -90,7 +98,7 @@ def _order_library() -> tuple[OrderSearch | None, str]:
     try:
         return OrderSearch(build_library(order_search.source(), name="memplan_order", openmp=False)), ""
     except _NOT_BUILT as error:
-        return None, str(error).splitlines()[0]
+        return None, _in_a_line(error)
 
 
 @functools.cache
@@ -99,7 +107,7 @@ def _replay_library() -> tuple[NativeReplay | None, str]:
         source = allocator_replay.SOURCE.read_text()
         return NativeReplay(build_library(source, name="memplan_replay", openmp=False)), ""
     except _NOT_BUILT as error:
-        return None, str(error).splitlines()[0]
+        return None, _in_a_line(error)
 
 
 def planner_libraries() -> PlannerLibraries:

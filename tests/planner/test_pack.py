@@ -184,6 +184,19 @@ def test_repeated_dives_pack_dense_problems_lower(native, monkeypatch):
     assert packing.arena < pack_buffers(problem_of(buffers), native=native).arena
 
 
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("no place", "no place"),
+        ("no compiler. Looked for:\n  g++: not found\n  c++: not found\nInstall one.",
+         "no compiler. Looked for: g++: not found; c++: not found"),
+        ("it failed\n  at line 3", "it failed"),
+    ],
+)  # fmt: skip
+def test_the_reason_is_a_whole_line(message, line):
+    assert planner._in_a_line(CompilerError(message)) == line
+
+
 @pytest.mark.parametrize("error", [CompilerError("no compiler"), CacheError("no place"), None])
 def test_without_the_compiled_search_there_is_a_reason(
     error: Exception | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
