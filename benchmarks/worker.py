@@ -92,9 +92,7 @@ def _work(case: Case, system: System, given: argparse.Namespace) -> None:
         return
     used = device_memory.of_this_process if device_memory is not None else lambda: None
     resident = resident_bytes(case.device)
-    found = dict(
-        measure(step, case.device, repeats=given.repeats, seconds=given.seconds, used=used, resident=resident)
-    )
+    found = dict(measure(step, case.device, repeats=given.repeats, seconds=given.seconds, used=used, resident=resident))
     if given.optimizer and case.training:
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5)
         accumulated = _accumulating_step(compiled, optimizer, batch)

@@ -85,7 +85,10 @@ def complain(error: MemplanError) -> None:
     lines = [clean(line, 2000) for line in str(error).splitlines()]
     colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     label = "\x1b[31merror:\x1b[0m" if colour else "error:"
-    print(label, "\n".join(lines), file=sys.stderr)
+    try:
+        print(label, "\n".join(lines), file=sys.stderr, flush=True)
+    except BrokenPipeError:  # nobody reads it: the exit code says the rest
+        silence(sys.stderr)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from .text import size
+
 State = Literal["ok", "note", "BAD"]
 _PROGRAM = '#include <cmath>\n#include <omp.h>\nextern "C" int threads() { return omp_get_max_threads(); }\n'
 
@@ -118,7 +120,7 @@ def _cache() -> Finding:
     except OSError as error:
         return Finding("note", "cache", f"{folder}: {error}", "set MEMPLAN_CACHE_DIR to a folder that can be written")
     nbytes = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-    return Finding("ok", "cache", f"{folder}, {nbytes >> 20} MiB")
+    return Finding("ok", "cache", f"{folder}, {size(nbytes)}")
 
 
 def _notebook() -> Finding:

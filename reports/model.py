@@ -489,5 +489,6 @@ def parse_report(text: str, where: str = "") -> Report:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(p) for p in first["loc"])
-        message = f"the report contradicts itself or its schema ({error.error_count()} faults)"
+        count = error.error_count()
+        message = f"the report contradicts itself or its schema ({count} fault{'s' if count > 1 else ''})"
         raise ReportError(f"{message}: {place + ': ' if place else ''}{first['msg'][:300]}", where=where) from error

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import cast
 
 import torch
@@ -40,11 +41,18 @@ def run_script(script: Path, arguments: Sequence[str], *, override: bool = False
         except KeyboardInterrupt:
             failure = f"{script} was interrupted"
         except BaseException as error:
-            traceback.print_exc()
+            traceback.print_exception(type(error), error, _from_script(error.__traceback__, script))
             failure = f"{script} failed: {type(error).__name__}: {error}"
     if failure and not recording.graphs:
         return None, failure
     return report_from(recording.graphs, target=str(script)), failure
+
+
+def _from_script(trace: TracebackType | None, script: Path) -> TracebackType | None:
+    """A traceback from the script's own first frame on; none of what led to it where there is no such frame."""
+    while trace is not None and trace.tb_frame.f_code.co_filename != str(script):
+        trace = trace.tb_next
+    return trace
 
 
 @contextmanager

@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import logging
 import platform
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from ..ir.errors import MemplanError
+from ..ir.errors import MemplanError, OptionError
 from .model import Measurement, Report, StepRecord, read_report
 
 if TYPE_CHECKING:
@@ -152,33 +155,83 @@ def _module(place: str, target: str) -> ModuleType:
 
 
 def analysed(made: Made, request: Request, target: str) -> Report:
-    """Plan a model without running it."""
+    """Plan a model without running it.
+
+    Raises
+    ------
+    OptionError
+        If there is no such option, or it has no such value.
+    TargetError
+        If the model cannot be compiled, or does nothing with tensors.
+    """
     import memplan
 
     backward = wants_backward(made.model) if request.backward is None else request.backward
     try:
-        graphs = memplan.analyze(
-            made.model,
-            made.args,
-            made.kwargs,
-            fake=request.fake,
-            backward=backward,
-            dynamic=request.dynamic,
-            options=dict(request.options),
-        )
+        with _said_once():
+            graphs = memplan.analyze(
+                made.model,
+                made.args,
+                made.kwargs,
+                fake=request.fake,
+                backward=backward,
+                dynamic=request.dynamic,
+                options=dict(request.options),
+            )
+    except OptionError:
+        raise
     except MemplanError as error:
         raise TargetError(str(error)) from error
     except Exception as error:
+        inner = getattr(error, "inner_exception", None)
+        if isinstance(inner, OptionError):
+            raise inner from None
         raise TargetError(_compiling(target, error)) from error
+    if not graphs:
+        raise TargetError(f"there is nothing to plan: the model of {target!r} ran without one operation on its tensors")
     return report_from(graphs, target=target)
+
+
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """What fails on fake tensors is an error's to tell: torch logs it, with a traceback of its own frames, as well."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _compiling(target: str, error: Exception) -> str:
     """Why a target was not compiled; where the reason is one of ours, without what Dynamo says around it."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
     inner = getattr(error, "inner_exception", None)
     if isinstance(inner, MemplanError):
         return str(inner)
-    return f"{target!r} could not be compiled: {type(error).__name__}: {error}"
+    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+        return (
+            f"{target!r} could not be traced on fake tensors: {_place(error)} asks for the values of a tensor "
+            f"({error.func}), and these have none; --real traces with the values that the factory gives"
+        )
+    about = str(error).partition("Set TORCHDYNAMO_VERBOSE")[0]  # torch's advice to those who look for its own faults
+    paragraphs = [part for part in about.split("\n\n") if not part.strip().startswith(_TORCHS_OWN)]
+    return f"{target!r} could not be compiled: {type(error).__name__}: " + "\n\n".join(paragraphs).rstrip()
+
+
+_TORCHS_OWN = ("Developer debug context", "For more details about this graph break")
+
+
+def _place(error: Exception) -> str:
+    """The line of the user's from which an error came: the last outside of torch and of memplan."""
+    import torch
+
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).resolve().parents[1]), "<")
+    frames = traceback.extract_tb(error.__traceback__)
+    found = [f for f in frames if not f.filename.startswith(ours)]
+    return f"{found[-1].filename}:{found[-1].lineno}" if found else "it"
 
 
 def wants_backward(model: object) -> bool:

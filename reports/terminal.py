@@ -8,6 +8,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from typing import TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -36,10 +37,10 @@ class PlainConsole(Console):
         silence()
 
 
-def silence() -> None:
-    """Let everything written to standard output from now on go nowhere."""
+def silence(stream: TextIO | None = None) -> None:
+    """Let everything written to a stream (standard output) from now on go nowhere."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
+    os.dup2(nowhere, (stream or sys.stdout).fileno())
     os.close(nowhere)
 
 
@@ -153,10 +154,10 @@ def _remainder(table: Table, graph: Graph, at: int, total: int) -> None:
     """Scratch of the running operation, and room in pools, so that the rows sum to what is allocated."""
     if at < len(graph.steps) and graph.steps[at].scratch:
         scratch = graph.steps[at].scratch
-        table.add_row(size(scratch), percent(scratch, total), "scratch of this step")
+        table.add_row(size(scratch), percent(scratch, total), "", "scratch of this step")
     spare = room(graph, at)
     if spare:
-        table.add_row(size(spare), percent(spare, total), "rounding, and room in pools", style="dim")
+        table.add_row(size(spare), percent(spare, total), "", "rounding, and room in pools", style="dim")
 
 
 def _what(largest: Buffer, count: int) -> Text:

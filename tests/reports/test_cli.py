@@ -160,6 +160,61 @@ def test_help_has_an_example_for_every_command(folder: Path) -> None:
         assert f"memplan {command}" in memplan(command, "--help", cwd=folder).stdout
 
 
+ODD = """
+import torch
+from torch import nn
+
+class Asks(nn.Module):
+    def forward(self, x):
+        if x.sum() > 0:
+            return x * 2
+        return x.sin()
+
+def asks(): return Asks(), (torch.ones(4),)
+def other_sizes(): return nn.Sequential(nn.Linear(3, 4)), (torch.randn(2, 5),)
+def idle(): return (lambda x: x), (torch.ones(4),)
+def good(): return nn.Linear(3, 4), (torch.randn(2, 3),)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (("odd.py:asks",), 3, "odd.py:7 asks for the values of a tensor"),
+        (("odd.py:asks", "--real"), 0, "Peak memory"),
+        (("odd.py:other_sizes",), 3, "a and b must have same reduction dim"),
+        (("odd.py:idle",), 3, "there is nothing to plan"),
+        (("odd.py:good", "--option", "wraper=cpp"), 2, "did you mean 'wrapper'"),
+        (("odd.py:good", "--option", "target=h300"), 2, "'target' is one of"),
+    ],
+)
+def test_odd_targets_say_what_is_odd(folder: Path, arguments: tuple[str, ...], code: int, expected: str) -> None:
+    """In a few lines: neither our own frames nor what torch logs beside its error."""
+    (folder / "odd.py").write_text(ODD)
+    done = memplan("report", *arguments, cwd=folder)
+    assert done.returncode == code, done.stderr
+    assert expected in (done.stdout if code == 0 else done.stderr)
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) < 25
+
+
+def test_a_scripts_failure_starts_at_the_script(folder: Path) -> None:
+    (folder / "script.py").write_text("def work():\n    raise ValueError('no data')\nwork()\n")
+    done = memplan("run", "script.py", cwd=folder)
+    assert done.returncode == 3
+    assert done.stderr.startswith('Traceback (most recent call last):\n  File "script.py", line 3')
+    assert "runpy" not in done.stderr
+
+
+def test_an_error_that_nobody_reads_keeps_its_code(folder: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "memplan.reports.cli", "report", "nowhere.json"]
+    done = subprocess.run(command, cwd=folder, stdout=writing, stderr=writing, timeout=120)
+    os.close(writing)
+    assert done.returncode == 4
+
+
 def test_a_script_is_run_and_reported(folder: Path) -> None:
     (folder / "script.py").write_text(SCRIPT.format(backend="memplan", end=""))
     done = memplan("run", "-o", "out.json", "script.py", "--epochs", "3", cwd=folder)
