@@ -124,9 +124,9 @@ _settled: weakref.WeakKeyDictionary[dist.ProcessGroup, set[tuple[str, ...]]] = w
 class Communicating:
     """A program that communicates: its ranks agree before it is called first, and when an arena is missing.
 
-    A program that communicates as an earlier one did (the same collectives in the same order, at the same offsets of an
-    arena that is there) goes by that one's agreement: where shapes differ from rank to rank, ranks recompile by
-    themselves, and the others do not come.
+    A program without an arena that communicates as an earlier one did (the same collectives in the same order) goes by
+    that one's agreement: where shapes differ from rank to rank, ranks recompile by themselves, and the others do not
+    come. With an arena all ranks have to come: one may still have the memory of a program that another has freed.
     """
 
     plan: Plan
@@ -199,7 +199,7 @@ class Communicating:
             return
         arena = None if use is None else use.arena
         settled = _settled.setdefault(group, set())
-        if tuple(lines) in settled and (use is None or use.arena.capacity >= use.nbytes):
+        if use is None and tuple(lines) in settled:
             return
         state = [0, 0, 0] if arena is None else [arena.needed, arena.capacity, arena.generation]
         told = agree(group, self.plan.program.name, lines, json.dumps(state), options.timeout)

@@ -245,26 +245,6 @@ def dynamic(folder: str) -> tuple[list[str], tuple[tuple[str, str], ...]]:
         return targets(plan), plan.notes
 
 
-def recompiles(folder: str) -> tuple[list[int], list[str], list[int]]:
-    """Sums of one size over batches of other sizes on each rank: allocations, the last program's targets, graphs."""
-    with shared_files(folder) as backend, torch.no_grad():
-        group = dist.new_group([0, 1])
-        torch.manual_seed(7)
-        w = torch.randn(16, 16)
-
-        def summed(x: Tensor) -> Tensor:
-            return collectives.all_reduce((x @ w).square().sum(0), "sum", group) / x.shape[0]
-
-        compiled = torch.compile(summed, backend="memplan", options={"communication": {"timeout": 20}})
-        counts = []
-        with memplan.record() as recording:
-            for pair in ((4, 4), (5, 4), (6, 4), (6, 7)):
-                x = torch.randn(pair[dist.get_rank()], 16)
-                assert_near(compiled(x), summed(x), "sum")
-                counts.append(len(recording.graphs))
-        return backend.sizes[1:], targets(recording.graphs[-1].plan), counts
-
-
 def gathers(x: Tensor) -> Tensor:
     """In the group that has this name when it is called."""
     return collectives.all_gather_tensor(torch.sin(x), 0, "0").cos()  # type: ignore[arg-type]

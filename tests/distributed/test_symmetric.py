@@ -95,15 +95,6 @@ def test_dynamic_sizes_go_to_the_library(ranks: Ranks, tmp_path: Path) -> None:
         assert any("known only at the call" in text for _, text in notes)
 
 
-def test_ranks_recompile_by_themselves_in_one_arena(ranks: Ranks, tmp_path: Path) -> None:
-    outcomes = ranks.run(CASES, "recompiles", str(tmp_path))
-    for sizes, targets, _ in outcomes:
-        assert len(sizes) == 1
-        assert len(targets) == 1
-        assert targets[0].startswith("symm_mem.")
-    assert [counts for *_, counts in outcomes] == [[1, 2, 2, 2], [1, 1, 1, 2]]
-
-
 def test_a_group_that_was_destroyed_is_named(ranks: Ranks, tmp_path: Path) -> None:
     for text in ranks.run(CASES, "group_that_goes", str(tmp_path)):
         assert "does not exist" in text
