@@ -136,6 +136,11 @@ def test_condition_and_mask_that_are_not_bool() -> None:
     rejects_kernel(sixteen(a, store=Store("b", X0, 0, F32, mask=0)), "mask v0")
 
 
+def test_a_checked_index_takes_positions() -> None:
+    a = Load("a", X0, F32)
+    rejects_kernel(sixteen(a, Call("checked_index", (0, 0), torch.int64)), "takes a position and a size of int64")
+
+
 def test_reduction_without_a_row() -> None:
     rejects_kernel(sixteen(Load("a", X0, F32), Reduce("sum", (0,), F32)), "no row range")
 
@@ -251,6 +256,7 @@ def test_inputs() -> None:
     rejects(replace(program, inputs=(*program.inputs, again)), "two inputs have position 0")
     ghost = TensorInput(1, replace(x, buffer="ghost"))
     rejects(replace(program, inputs=(*program.inputs, ghost)), "'ghost', which does not exist")
+    rejects(replace(program, outputs=(View("ghost", F32, (4,), (1,)),)), "output 0 names the buffer 'ghost'")
     p.symbol("s0", 3)
     rejects(replace(p.program(x), hints={}), "symbol s0", "no hint")
     q, x = small()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import torch
 
 from memplan.ir.communication import SYMMETRIC_FORMS, Memory, SymmetricForm
 from memplan.ir.errors import VerificationError
-from memplan.ir.plan import InPool, Lifetime, Own, Plan, Pool
+from memplan.ir.plan import InPlaceOf, InPool, Lifetime, Own, Plan, Pool
 from memplan.ir.program import (
     Buffer,
     BufferKind,
@@ -23,6 +24,7 @@ from memplan.ir.program import (
     TensorInput,
     View,
 )
+from memplan.ir.verify_communication import check_arenas
 from memplan.ir.verify_plan import verify_plan
 from memplan.passes.schedule import make_plan
 
@@ -81,8 +83,15 @@ def test_what_lies_where(change: dict[str, object], message: str) -> None:
     made = plan(IN_TURN, {"a": 0, "b": 0})
     places = change.pop("placements", {})
     wrong = replace(made, placements={**made.placements, **places}, pools=(replace(made.pools[0], **change),))
-    with pytest.raises(VerificationError, match=message):
+    with pytest.raises(VerificationError, match=re.escape(message)):
         verify_plan(wrong, check_program=False)
+
+
+def test_nothing_takes_the_storage_of_another_memory() -> None:
+    made = plan(IN_TURN, {"a": 0, "b": 0})
+    wrong = replace(made, placements={**made.placements, "b": InPlaceOf("ra")})
+    with pytest.raises(VerificationError, match=r"'b' \(symmetric memory\) is in place of 'ra' \(plain memory\)"):
+        check_arenas(wrong, VerificationError)
 
 
 @pytest.fixture

@@ -68,6 +68,7 @@ def test_a_wait_between_is_right() -> None:
         ((MAKE, GATHER, replace(WAIT, args=(view("g", 16),)), USE), "does not keep 'h'"),
         ((MAKE, GATHER, WAIT, replace(GATHER, name="again", results=(view("out", 16),))),
          "nothing waits for its result 'out'"),
+        ((MAKE, GATHER, replace(WAIT, mutates=("g", "h")), USE), "changes the buffer that it waits for, and no other"),
     ],
 )  # fmt: skip
 def test_what_is_in_flight_is_left_alone(operations: tuple[Operation, ...], message: str) -> None:
@@ -79,6 +80,11 @@ ONE_SHOT = Extern(
     "reduce", "symm_mem.one_shot_all_reduce_out.default", (view("h"), Literal("sum"), Literal("0")), (),
     (view("out", 8),), Contract.OUT, "cpu",
 )  # fmt: skip
+
+
+def test_a_symmetric_operation_without_its_tensor_is_refused() -> None:
+    with pytest.raises(VerificationError, match="its argument 0 is no tensor"):
+        verify_program(program(MAKE, replace(ONE_SHOT, args=(Literal("sum"), Literal("0")))))
 
 
 @pytest.mark.parametrize(

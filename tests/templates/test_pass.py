@@ -20,6 +20,7 @@ from memplan.ir.program import BufferKind, Copy, Extern, KernelOp, Program, View
 from memplan.ir.template import ACCUMULATOR, Method, Product, ProductConfig, Template
 from memplan.ir.verify import verify_program
 from memplan.ir.verify_plan import verify_plan
+from memplan.ir.verify_template import check_template
 from memplan.passes.schedule import make_plan
 from memplan.passes.templates import Candidate, Templates, candidates
 from memplan.runtime.python_runtime import left_zero, zero_workspace
@@ -180,6 +181,73 @@ def test_the_verifier_rejects_wrong_workspaces() -> None:
     other = Copy("other", source, target, template.device, mutates=(out.buffer,))
     with pytest.raises(VerificationError, match="not its own"):
         verify_program(replace(program, operations=(*program.operations, other)))
+
+
+def _product_with(change: Callable[[Product], Product]) -> Callable[[Template], Template]:
+    def apply(op: Template) -> Template:
+        assert op.product is not None
+        return replace(op, product=change(op.product))
+
+    return apply
+
+
+def _read_elsewhere(product: Product) -> Product:
+    """Its epilogue loads something that the operation does not declare."""
+    nodes = (*product.epilogue.nodes, replace(product.epilogue.loads[0], buffer="elsewhere"))
+    return replace(product, epilogue=replace(product.epilogue, nodes=nodes))
+
+
+def _stored_elsewhere(product: Product) -> Product:
+    stores = tuple(replace(s, buffer="elsewhere") for s in product.epilogue.stores)
+    return replace(product, epilogue=replace(product.epilogue, stores=stores))
+
+
+def _transposed(view: View) -> View:
+    return replace(view, sizes=tuple(reversed(view.sizes)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda op: replace(op, product=None), "a template of nothing"),
+        (_product_with(lambda p: replace(p, a=_transposed(p.a))), "its factors have the shapes"),
+        (_product_with(lambda p: replace(p, a=replace(p.a, sizes=(1, 16, 64)))), "its epilogue runs over"),
+        (lambda op: replace(op, args=tuple(reversed(op.args))), "not its first arguments"),
+        (_product_with(_stored_elsewhere), "its epilogue writes"),
+        (_product_with(_read_elsewhere), "which it does not declare"),
+    ],
+)
+def test_the_verifier_rejects_a_template_that_is_not_what_it_declares(
+    change: Callable[[Template], Template], message: str
+) -> None:
+    program = with_workspace()
+    verify_program(program)
+    operations = tuple(change(op) if isinstance(op, Template) else op for op in program.operations)
+    with pytest.raises(VerificationError, match=message):
+        verify_program(replace(program, operations=operations))
+
+
+def test_a_template_reads_nothing_that_it_writes() -> None:
+    program = with_workspace()
+    template = next(op for op in program.operations if isinstance(op, Template))
+    result = template.results[0]
+    assert result is not None
+    both = replace(template, args=(*template.args, result))
+    with pytest.raises(VerificationError, match="in one tile while another writes it"):
+        check_template(both, program, lambda message, op: VerificationError(f"{op.name}: {message}"), "")
+
+
+def test_the_verifier_rejects_workspaces_of_another_size_and_those_that_leave() -> None:
+    program = with_workspace()
+    template = next(op for op in program.operations if isinstance(op, Template))
+    partials = template.workspace_buffers[0]
+    buffers = dict(program.buffers)
+    buffers[partials] = replace(buffers[partials], nbytes=buffers[partials].nbytes * 2)
+    with pytest.raises(VerificationError, match="its partials need"):
+        verify_program(replace(program, buffers=buffers))
+    space = next(v for v in template.results if v is not None and v.buffer == partials)
+    with pytest.raises(VerificationError, match=f"workspace '{partials}' leaves|would not outlive"):
+        verify_program(replace(program, outputs=(*program.outputs, space)))
 
 
 def test_the_verifier_rejects_a_zero_filled_workspace_in_a_pool() -> None:
