@@ -89,6 +89,8 @@ class Context:
     deterministic: bool = False
     #: names of operations that read each buffer, and whether every reader can become a kernel
     kernel_readers: Mapping[str, bool] = field(default_factory=dict)
+    #: buffers that a call makes which stays one, and can write where it is told
+    made_by_calls: frozenset[str] = frozenset()
     added: dict[str, Buffer] = field(default_factory=dict)
 
     @classmethod

@@ -9,6 +9,7 @@ import sympy
 from ..ir.config import Config
 from ..ir.errors import LoweringError
 from ..ir.program import (
+    Contract,
     Copy,
     Extern,
     KernelOp,
@@ -40,6 +41,7 @@ from . import (  # noqa: F401
 )
 from .builder import KernelBuilder
 from .call_site import LOWERINGS, SUPPORTED, CallSite, Context
+from .contracts import contract
 from .creation import EMPTY
 
 
@@ -81,6 +83,13 @@ def lower_program(program: Program, config: Config, kept: Kept = NOTHING_KEPT) -
     """
     context = Context.of(program, config)
     context.kernel_readers = _kernel_readers(program, kept)
+    context.made_by_calls = frozenset(
+        buffer
+        for op in program.operations
+        if isinstance(op, Extern) and (op.target not in LOWERINGS or op in kept)
+        if contract(op.target, op.device.partition(":")[0]).contract is Contract.OUT
+        for buffer in op.writes
+    )
     operations: list[Operation] = []
     failures: list[LoweringError] = []
     for op in program.operations:

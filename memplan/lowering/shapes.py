@@ -143,6 +143,9 @@ def _constant_pad(site: CallSite) -> Operations | None:
     for k in range(len(pad) // 2):
         before[rank - 1 - k] = pad[2 * k]
     fill = bool(fill) if source.dtype is torch.bool else fill if source.dtype.is_floating_point else int(fill)
+    pieces = _padded_rows(site, source, before, fill)
+    if pieces is not None:
+        return pieces
 
     def body(builder: KernelBuilder) -> Value:
         if is_empty(source):
@@ -150,6 +153,37 @@ def _constant_pad(site: CallSite) -> Operations | None:
         return load_padded(builder, source, builder.outer_coordinates, before, result.sizes, fill)
 
     return pointwise_kernel(site, result, body)
+
+
+def _padded_rows(site: CallSite, source: View, before: Sequence[Size], fill: Scalar) -> Operations | None:
+    """Rows above and below as kernels of their own, so that the call that makes ``source`` can write between them.
+
+    None where it could not: `Concat` moves what a call makes only whole, and a product writes badly into rows that are
+    padded at their ends. Not where kernels alone read the result either, which take the padding in themselves.
+    """
+    result = site.result
+    padded = [d for d, (a, b) in enumerate(zip(source.sizes, result.sizes, strict=True)) if a != b or before[d] != 0]
+    if len(padded) != 1 or padded[0] == len(source.sizes) - 1 or source.buffer not in site.context.made_by_calls:
+        return None
+    (dim,) = padded
+    start, stop = before[dim], before[dim] + source.sizes[dim]
+    sizes = [start, result.sizes[dim] - stop]
+    if any(not isinstance(n, int) or n < 0 for n in (*sizes, start)) or is_empty(source):
+        return None
+    if source.dtype is not result.dtype or site.context.kernel_readers.get(result.buffer, False):
+        return None
+
+    def rows(first: Size, count: Size) -> View:
+        shape = (*result.sizes[:dim], count, *result.sizes[dim + 1 :])
+        return View(result.buffer, result.dtype, shape, result.strides, result.offset + first * result.strides[dim])
+
+    out = converted_kernel(site, source, rows(start, source.sizes[dim]), "inside")
+    for name, first, count in (("above", 0, sizes[0]), ("below", stop, sizes[1])):
+        if count:
+            out += pointwise_kernel(
+                site, rows(first, count), lambda builder: builder.constant(fill, source.dtype), name
+            )
+    return out
 
 
 def reflected(builder: KernelBuilder, position: IndexExpr, size: Size) -> IndexExpr:
