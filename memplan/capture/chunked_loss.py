@@ -6,9 +6,10 @@ on the backward pass by a factor (the tangent of the loss) alone. So the joint g
 logits are made, turned into their loss and their gradient in place, and multiplied into the gradients of hidden and
 weight, all in the forward pass; the backward multiplies those by the tangent. No product is computed twice.
 
-Exact but for the order of summation. Not applied where logits have other readers, nor for float16 (its range needs
-the tangent's scale inside). The idea of computing the gradient in the forward is that of Hsu et al., "Liger Kernel"
-(2024), and Wijmans et al., "Cut Your Losses" (2024), who does without the logits altogether.
+Exact but for the order of summation. Label smoothing is another head over the same logits, with a factor of the same
+tangent (`label_smoothing`). Not applied where logits have other readers, for smoothing with class weights, nor for
+float16 (its range needs the tangent's scale inside). The idea of computing the gradient in the forward is that of Hsu
+et al., "Liger Kernel" (2024), and Wijmans et al., "Cut Your Losses" (2024), who does without the logits altogether.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch.fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from .activations import CHUNKED
+from .label_smoothing import Smoothing, match_smoothing, sums_over_vocabulary
 from .rewriting import call_node
 
 log = logging.getLogger(__name__)
@@ -68,9 +70,15 @@ class Loss:
     ignore_index: int
     backward: Node
     window: tuple[int, int, int] | None  # (length, start, stop): the sequence positions that have a target
+    smoothing: Smoothing | None
     hidden_gradients: list[Node] = field(default_factory=list)
     weight_gradients: list[tuple[Node, bool]] = field(default_factory=list)  # (node, is it (features, vocabulary))
     bias_gradients: list[Node] = field(default_factory=list)
+
+    @property
+    def tangent(self) -> object:
+        """What the gradients that the forward makes are multiplied by."""
+        return self.backward.args[0] if self.smoothing is None else self.smoothing.tangent
 
     @property
     def wide(self) -> torch.dtype:
@@ -159,12 +167,18 @@ def _match(nll: Node) -> Loss | None:
             return None
     else:
         return None
-    backward = [u for u in _readers(log_probabilities) if u.target is aten.nll_loss_backward.default]
+    readers = _readers(log_probabilities)
+    backward = [u for u in readers if u.target is aten.nll_loss_backward.default]
     if len(backward) != 1:
         return None
+    smoothing = None
+    if sums := sums_over_vocabulary(readers):
+        smoothing = match_smoothing(nll, backward[0], sums[0])
+        if smoothing is None:
+            return None
     found = Loss(
         nll, linear, hidden, weight_t, bias, target,  # type: ignore[arg-type]
-        class_weight, reduction, int(ignore_index), backward[0], window,  # type: ignore[arg-type]
+        class_weight, reduction, int(ignore_index), backward[0], window, smoothing,  # type: ignore[arg-type]
     )  # fmt: skip
     if not _follow_gradient(found) or not _only_reader(found):
         return None
@@ -239,8 +253,9 @@ def _follow_gradient(found: Loss) -> bool:
     """From the loss's backward to the products that use the gradient of the logits; fills in the gradients found."""
     hidden, weight_t = found.hidden.meta["val"], found.weight_t.meta["val"]
     tokens, vocabulary = found.linear.meta["val"].shape
-    stack: list[tuple[Node, bool]] = [(u, False) for u in found.backward.users]
-    sources = {found.backward}
+    first = found.backward if found.smoothing is None else found.smoothing.gradient
+    stack: list[tuple[Node, bool]] = [(u, False) for u in first.users]
+    sources = {first}
     while stack:
         node, turned = stack.pop()
         if _is_part_of(node, aten._log_softmax_backward_data.default) or node.target in _GRADIENT_CHAIN:
@@ -285,6 +300,8 @@ def _same_storage(a: object, b: Node) -> bool:
 def _only_reader(found: Loss) -> bool:
     """Whether nothing but the loss reads the logits."""
     allowed = {found.nll, found.backward}
+    if found.smoothing is not None:
+        allowed.add(found.smoothing.reader)
     stack, seen = [found.linear], {found.linear}
     while stack:
         for user in stack.pop().users:
@@ -353,9 +370,10 @@ def _rewrite(graph: torch.fx.Graph, found: Loss, rows: int) -> None:
         loss = _added(write, [s.loss for s in slices])
         if scale is not None:
             loss = write(aten.mul.Tensor, loss, scale)
-        value = _getitem(found.nll, 0).meta["val"]
-        if value.dtype is not wide:
-            loss = write(aten._to_copy.default, loss, dtype=value.dtype)
+        loss = _narrowed(write, loss, _getitem(found.nll, 0))
+        if found.smoothing is not None:
+            smooth = _added(write, [s.smooth for s in slices if s.smooth is not None])
+            found.smoothing.total.replace_all_uses_with(_narrowed(write, smooth, found.smoothing.total))
         hidden = _saved(write(aten.cat.default, [s.hidden for s in slices])) if found.hidden_gradients else None
         weight = bias = None
         if gathered is not None:
@@ -370,6 +388,12 @@ def _rewrite(graph: torch.fx.Graph, found: Loss, rows: int) -> None:
         _scaled(graph, node, weight, found, turned=turned)
     for node in found.bias_gradients:
         _scaled(graph, node, bias, found)
+
+
+def _narrowed(write: _Writer, made: Node, old: Node) -> Node:
+    """A loss in the dtype of the one that it takes the place of."""
+    dtype = old.meta["val"].dtype
+    return made if made.meta["val"].dtype is dtype else write(aten._to_copy.default, made, dtype=dtype)
 
 
 def _pad_vocabulary(write: _Writer, found: Loss) -> None:
@@ -405,6 +429,7 @@ class _PerToken:
 @dataclass(frozen=True)
 class _Slice:
     loss: Node
+    smooth: Node | None
     gradient: Node
     hidden_rows: Node
     hidden: Node | None
@@ -431,10 +456,11 @@ def _slice(
     wide = found.wide
     x = logits if dtype is wide else write(aten._to_copy.default, logits, dtype=wide)
     positions = write(aten.arange.default, columns, dtype=torch.int64, device=device, pin_memory=False)
-    if columns != vocabulary:
+    words = None if columns == vocabulary else write(aten.lt.Scalar, positions, vocabulary)
+    if words is not None:
         # padding has no part in the softmax and no gradient
         lowest = write(aten.full.default, [], -math.inf, dtype=wide, device=device, pin_memory=False)
-        x = write(aten.where.self, write(aten.lt.Scalar, positions, vocabulary), x, lowest)
+        x = write(aten.where.self, words, x, lowest)
     shifted = write(aten.sub.Tensor, x, write(aten.amax.default, x, [1], True))
     powers = write(aten.exp.default, shifted)
     norm = write(aten.sum.dim_IntList, powers, [1], True)
@@ -445,17 +471,32 @@ def _slice(
     hit = write(aten.eq.Tensor, positions, row_target)
     zero = write(aten.full.default, [], 0.0, dtype=wide, device=device, pin_memory=False)
     picked = write(aten.sum.dim_IntList, write(aten.where.self, hit, shifted, zero), [1], True)
-    row_loss = write(aten.sub.Tensor, write(aten.log.default, norm), picked)
+    log_norm = write(aten.log.default, norm)
+    row_loss = write(aten.sub.Tensor, log_norm, picked)
     # where the weight is zero (ignored tokens) an infinite logit must not turn into NaN
     row_loss = write(aten.where.self, used, write(aten.mul.Tensor, row_loss, row_weight), zero)
-    hit_number = write(aten._to_copy.default, hit, dtype=wide)
-    difference = write(aten.sub.Tensor, write(aten.div.Tensor, powers, norm), hit_number)
+    label = write(aten._to_copy.default, hit, dtype=wide)
+    probability = write(aten.div.Tensor, powers, norm)
+    smooth = None
+    if found.smoothing is not None:
+        # the negative log-probabilities of all words: neither part is negative, so nothing cancels
+        inside = shifted if words is None else write(aten.where.self, words, shifted, zero)
+        row_smooth = write(aten.mul.Scalar, log_norm, float(vocabulary))
+        row_smooth = write(aten.sub.Tensor, row_smooth, write(aten.sum.dim_IntList, inside, [1], True))
+        smooth = write(aten.sum.default, write(aten.where.self, used, row_smooth, zero))
+        on_target, on_all = found.smoothing.nll_factor, found.smoothing.smooth_factor
+        label = write(aten.add.Scalar, write(aten.mul.Scalar, label, on_target), on_all)
+        if words is not None:
+            label = write(aten.where.self, words, label, zero)
+        probability = write(aten.mul.Scalar, probability, on_target + on_all * vocabulary)
+    difference = write(aten.sub.Tensor, probability, label)
     gradient = write(aten.where.self, used, write(aten.mul.Tensor, difference, factor), zero)
     if dtype is not wide:
         gradient = write(aten._to_copy.default, gradient, dtype=dtype)
     weight = write(aten.permute.default, found.weight_t, [1, 0])
     return _Slice(
         loss=write(aten.sum.default, row_loss),
+        smooth=smooth,
         gradient=gradient,
         hidden_rows=hidden,
         hidden=write(aten.mm.default, gradient, weight) if found.hidden_gradients else None,
@@ -524,12 +565,11 @@ def _scaled(graph: torch.fx.Graph, node: Node, made: Node | None, found: Loss, *
     assert made is not None
     with graph.inserting_before(node):
         write = _Writer(graph, node)
-        tangent = found.backward.args[0]
         source = write(aten.permute.default, made, [1, 0]) if turned else made
         shape = node.meta["val"].shape
         if tuple(source.meta["val"].shape) != tuple(shape):
             source = write(aten.view.default, source, list(shape))
-        out = write(aten.mul.Tensor, source, tangent)
+        out = write(aten.mul.Tensor, source, found.tangent)
         if out.meta["val"].dtype is not node.meta["val"].dtype:
             out = write(aten._to_copy.default, out, dtype=node.meta["val"].dtype)
     node.replace_all_uses_with(out)
