@@ -244,6 +244,20 @@ def test_terms_of_another_form_stay_whole() -> None:
         assert_whole(compare(function, (hidden, weight, target)))
 
 
+def test_class_weights_of_one_term_alone_stay_whole() -> None:
+    """The likelihood has class weights, some zero, and the sum of all words has none."""
+    hidden, weight, _, target = inputs(ignored=0.2)
+    classes = torch.rand(VOCABULARY)
+    classes[::2] = 0.0
+
+    def function(h: Tensor, w: Tensor, c: Tensor, t: Tensor) -> Tensor:
+        found = log_softmax(h @ w.t(), 1)
+        loss = nll_loss(found, t, weight=c) * 0.9
+        return loss + (-found.sum(1)).masked_fill(t == -100, 0.0).sum() / (~(t == -100)).sum() * 0.1
+
+    assert_whole(compare(function, (hidden, weight, classes, target)))
+
+
 def test_the_term_written_out_is_right() -> None:
     """In the form of `cross_entropy`, with weights that do not sum to one, and before the loss itself."""
 
