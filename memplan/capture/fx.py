@@ -14,6 +14,7 @@ import sympy
 import torch
 import torch.fx
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.singleton_int import SingletonInt
 
 from ..ir.communication import is_wait
 from ..ir.errors import UnsupportedError
@@ -498,10 +499,23 @@ def capture(
 
 
 def symbol_hint(env: object, symbol: sympy.Symbol) -> int:
-    """The traced value of a size symbol; 1 where it has none (unbacked sizes)."""
+    """The traced value of a size symbol; 1 where it has none (unbacked sizes).
+
+    Raises
+    ------
+    UnsupportedError
+        For the ragged size of a nested tensor, which is no number.
+    """
     table = "backed_var_to_val" if hasattr(env, "backed_var_to_val") else "var_to_val"
     known: Mapping[sympy.Symbol, object] = getattr(env, table, None) or {}
-    return int(known[symbol]) if symbol in known else 1  # type: ignore[call-overload]
+    value = known.get(symbol, 1)
+    if isinstance(value, SingletonInt):
+        raise UnsupportedError(
+            "memplan does not compile nested tensors (torch.jagged): give the compiled part their values() and "
+            "offsets(), or leave what takes them out by torch.compiler.disable"
+        )
+    traced: int = int(value)  # type: ignore[call-overload]
+    return traced
 
 
 def renamed_symbol(value: object, symbol: sympy.Symbol) -> sympy.Symbol:

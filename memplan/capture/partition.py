@@ -117,7 +117,7 @@ def partitioner(config: Config, found: Partitioned, chooser: Chooser) -> Callabl
             if chooser.search or found.recut:
                 given = torch.fx.GraphModule(given, copied(given.graph))
             fates: list[tuple[Activation, ...]] = []
-            choosing = _choosing(replace(chooser, choose=choose) if own else None, fates)
+            choosing = _choosing(replace(chooser, choose=choose) if own else None, num_fwd_outputs, fates)
             # (of the modules that it makes only the graphs are read: their Python is not printed, which took as long)
             with functorch_config.patch(recompute_views=True), choosing, _use_lazy_graph_module(True):
                 modules: Modules = min_cut_rematerialization_partition(
@@ -172,7 +172,7 @@ class _Sliced:
 
 
 @contextmanager
-def _choosing(chooser: Chooser | None, fates: list[tuple[Activation, ...]]) -> Iterator[None]:
+def _choosing(chooser: Chooser | None, forward_outputs: int, fates: list[tuple[Activation, ...]]) -> Iterator[None]:
     """torch's partitioner with the choice of kept values replaced (compilation holds Dynamo's lock meanwhile)."""
     if chooser is None:
         yield
@@ -183,7 +183,7 @@ def _choosing(chooser: Chooser | None, fates: list[tuple[Activation, ...]]) -> I
         if memory_budget != 1:
             # the user set torch's own budget: theirs is the say
             return original(joint_graph, node_info, memory_budget)  # type: ignore[arg-type]
-        return choose_saved(joint_graph, node_info, chooser, fates)
+        return choose_saved(joint_graph, node_info, chooser, forward_outputs, fates)
 
     partitioners.choose_saved_values_set = choose
     try:
@@ -193,16 +193,27 @@ def _choosing(chooser: Chooser | None, fates: list[tuple[Activation, ...]]) -> I
 
 
 def choose_saved(
-    graph: torch.fx.Graph, node_info: object, chooser: Chooser, fates: list[tuple[Activation, ...]]
+    graph: torch.fx.Graph,
+    node_info: object,
+    chooser: Chooser,
+    forward_outputs: int,
+    fates: list[tuple[Activation, ...]],
 ) -> list[torch.fx.Node]:
     """The forward nodes whose values are kept for the backward; what became of all is added to ``fates``."""
     joint, nodes = joint_graph(graph, node_info, chooser.costs)
     positions = chooser.choose(joint)
     fates.append(activations(joint, nodes, positions))
     kept = [nodes[k] for k in positions]
-    # what is no tensor (the mesh of a DTensor) may be an input of the forward that the backward returns as it is
-    objects = [n for n in graph.output_node().all_input_nodes if n.op == "placeholder" and not _is_tensor(n)]
-    kept += [n for n in objects if n not in kept and n not in node_info.tangents_closure]  # type: ignore[attr-defined]
+    # the backward may return an input of the forward as it is: the mesh of a DTensor, the offsets of a nested tensor
+    # (a gradient of its own has the same ones)
+    results = graph.output_node().args[0]
+    assert isinstance(results, (tuple, list))
+    returned = dict.fromkeys(
+        n
+        for k, n in enumerate(results)
+        if isinstance(n, torch.fx.Node) and n.op == "placeholder" and (k >= forward_outputs or not _is_tensor(n))
+    )
+    kept += [n for n in returned if n not in kept and n not in node_info.tangents_closure]  # type: ignore[attr-defined]
     log.debug("%d of %d values are kept", len(kept), len(nodes))
     return kept
 
