@@ -168,7 +168,7 @@ def _padded_rows(site: CallSite, source: View, before: Sequence[Size], fill: Sca
     (dim,) = padded
     start, stop = before[dim], before[dim] + source.sizes[dim]
     sizes = [start, result.sizes[dim] - stop]
-    if any(not isinstance(n, int) or n < 0 for n in (*sizes, start)) or is_empty(source):
+    if any(not isinstance(n, int) or n < 0 for n in sizes) or is_empty(source):
         return None
     if source.dtype is not result.dtype or site.context.kernel_readers.get(result.buffer, False):
         return None
