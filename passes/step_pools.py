@@ -123,10 +123,12 @@ class _Search:
         kinds = 1 + len(PASSES) * (updated > 0)
 
         def alone(c: _Candidate) -> int:
-            """Bytes that count against it in a step by itself."""
+            """Bytes that count against it in a step by itself. Live bytes may buy reserved ones, but no quicker step:
+            what fits the segments that small tensors have anyway would be alive for nothing."""
             found = self.trial(c)
-            above = max(0, found.live - allowed)
-            return found.reserved + ALLOCATION * found.allocations + LIVE_PRICE * kinds * above
+            above = max(0, found.live - (allowed if found.reserved < base.reserved else base.live))
+            allocations = base.allocations if above else found.allocations
+            return found.reserved + ALLOCATION * allocations + LIVE_PRICE * kinds * above
 
         def rank(c: _Candidate) -> int:
             return alone(c) + self.updating(c).reserved

@@ -253,6 +253,18 @@ def test_more_is_alive_where_that_saves_several_times_as_many_reserved_bytes(mon
     assert priced.reserved + 2 * (priced.live - never.live) < never.reserved
 
 
+def test_a_small_step_has_nothing_more_alive_for_fewer_allocations() -> None:
+    """All of it fits the segment that the allocator has for small tensors: pools with holes would save no byte."""
+    libraries, (pair, joins) = planner_libraries(), layers(30, 256)
+    chosen = choose_step_pools(pair, joins, "cuda:0", pack=libraries.pack, replay=libraries.replay)
+    received = {later: earlier for earlier, later in joins}
+    own = step_memory([make_plan(one.program, one.order, in_place={}) for one in pair], received)
+    found = step_memory(planned(pair, chosen, "cuda:0"), received)
+    assert (found.reserved, found.live) <= (own.reserved, own.live)
+    pooled = choose_step_pools(pair, joins, "cuda:0", pack=libraries.pack, replay=libraries.replay, always=True)
+    assert step_memory(planned(pair, pooled, "cuda:0"), received).live > own.live
+
+
 def test_a_reserve_is_made_of_what_is_alive_at_the_peak() -> None:
     pair, joins = layers(8, 4 * MIB)
     step = whole_step(pair, joins, "cuda:0")
