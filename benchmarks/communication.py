@@ -32,7 +32,7 @@ import tempfile
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -45,7 +45,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import memplan
 from memplan.runtime.agreement import group_timeout
 
-SYSTEMS = ("eager", "inductor", "inductor-auto", "memplan-library", "memplan", "memplan-cpp")
+SYSTEMS = ("eager", "inductor", "inductor-auto", "memplan-library", "memplan-python", "memplan")
+CHECKS = ("delays", "another-plan", "killed-rank")
 Step = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -176,7 +177,7 @@ class Run:
             if system == "memplan-library" and layers == 1:
                 continue
             row: dict[str, object] = {"layers": layers, "tokens": tokens, "system": system}
-            if not self.time_left(25):
+            if not self.time_left(self.args.spare):
                 self.report({**row, "left out": "no time"})
                 continue
             try:
@@ -309,6 +310,12 @@ class Run:
 
 
 KILL_TIMEOUT = 15
+#: by name in `SYSTEMS`
+MEMPLAN_OPTIONS: Mapping[str, Mapping[str, object]] = {
+    "memplan": {},
+    "memplan-python": {"wrapper": "python"},
+    "memplan-library": {"communication": {"all_reduce": "library"}},
+}
 
 
 def _child(rank: int, world: int, path: str, args: argparse.Namespace) -> None:
@@ -346,16 +353,12 @@ def compiled(model: nn.Module, system: str) -> Step:
     match system:
         case "eager":
             return model
-        case "memplan" | "memplan-library" | "memplan-cpp":
-            options: dict[str, object] = {}
-            if system == "memplan-library":
-                options = {"communication": {"all_reduce": "library"}}
-            elif system == "memplan-cpp":
-                options = {"wrapper": "cpp"}
-            return torch.compile(model, backend="memplan", dynamic=False, options=options)  # type: ignore[no-any-return]
+        case "inductor" | "inductor-auto":
+            selection = {"_collective.auto_select": True} if system == "inductor-auto" else {}
+            return torch.compile(model, backend="inductor", dynamic=False, options=selection)  # type: ignore[no-any-return]
         case _:
-            options = {"_collective.auto_select": True} if system == "inductor-auto" else {}
-            return torch.compile(model, backend="inductor", dynamic=False, options=options)  # type: ignore[no-any-return]
+            options = MEMPLAN_OPTIONS[system]
+            return torch.compile(model, backend="memplan", dynamic=False, options=dict(options))  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
@@ -424,8 +427,10 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=11008)
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--checks", nargs="*", default=list(CHECKS), choices=CHECKS)
     parser.add_argument("--delays", type=int, default=10_000, help="iterations with random delays")
     parser.add_argument("--seconds", type=float, default=330, help="what does not fit is left out")
+    parser.add_argument("--spare", type=float, default=25, help="seconds that have to be left for a line to begin")
     parser.add_argument("--results", default="communication-results", help="folder for JSON and Markdown")
     args = parser.parse_args()
     if args.device == "cuda":
@@ -433,7 +438,8 @@ def main() -> None:
     backend = "nccl" if args.device == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=120))  # a failure on one rank is not to last
     run = Run(args)
-    checks = [lambda: run.delays(1, args.tokens[0], args.delays), run.other_plan, run.killed_rank]
+    every = (lambda: run.delays(1, args.tokens[0], args.delays), run.other_plan, run.killed_rank)
+    checks = [check for name, check in zip(CHECKS, every, strict=True) if name in args.checks]
     for layers in args.layers:
         for tokens in args.tokens:
             run.case(layers, tokens)
