@@ -43,9 +43,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import memplan
-from memplan.runtime.agreement import group_timeout
+from memplan.runtime.process_groups import group_timeout
 
-SYSTEMS = ("eager", "inductor", "inductor-auto", "memplan-library", "memplan-python", "memplan")
+SYSTEMS = ("eager", "inductor", "inductor-auto", "memplan-library", "memplan-registered", "memplan-python", "memplan")
 CHECKS = ("delays", "another-plan", "killed-rank")
 Step = Callable[[torch.Tensor], torch.Tensor]
 
@@ -315,6 +315,7 @@ MEMPLAN_OPTIONS: Mapping[str, Mapping[str, object]] = {
     "memplan": {},
     "memplan-python": {"wrapper": "python"},
     "memplan-library": {"communication": {"all_reduce": "library"}},
+    "memplan-registered": {"communication": {"all_reduce": "library", "registered": "on"}},
 }
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
@@ -18,25 +19,25 @@ from .ir.in_flight import Collective
 from .ir.plan import InPool, Plan
 from .ir.program import Extern, Literal, Operation, Program, Symbolic, View, argument_views
 from .runtime.agreement import agree
+from .runtime.arenas import ArenaUse
 from .runtime.cache import Cache
 from .runtime.communication_times import calibrate
 from .runtime.groups import forget_facts, group_facts
-from .runtime.symmetric import ArenaUse, resolve
+from .runtime.process_groups import in_common_order, resolve
 
 
 def facts_of(program: Program, config: Config) -> dict[str, GroupFacts]:
     """Facts of the groups in which a program communicates."""
+    options = config.communication
+    if not (options.asks_symmetric or options.asks_registered):
+        return {}  # nothing hangs on them
+    devices = {op.group: op.device for op in program.operations if isinstance(op, Collective)}
     found: dict[str, GroupFacts] = {}
-    if not config.communication.asks_symmetric:
-        return found  # nothing hangs on them
-    for op in program.operations:
-        if isinstance(op, Collective) and op.group not in found:
-            ask = config.communication.agree and not config.plan_only
-            facts = group_facts(
-                op.group, with_index(op.device), ask=ask, cache=_cache(config), seconds=config.communication.timeout
-            )
-            if facts is not None:
-                found[op.group] = facts
+    for group in in_common_order(devices):
+        ask = options.agree and not config.plan_only
+        facts = group_facts(group, with_index(devices[group]), options, ask=ask, cache=_cache(config))
+        if facts is not None:
+            found[group] = facts
     return found
 
 
@@ -83,7 +84,7 @@ def communication_lines(plan: Plan) -> dict[str, tuple[str, ...]]:
         if group is not None:
             found.setdefault(group, []).append(_line(plan, op))
     for pool in plan.arenas:
-        found[pool.group].append(f"an arena of {pool.nbytes} bytes")
+        found[pool.group].append(f"an arena of {pool.nbytes} bytes of {pool.memory.value} memory")
     return {group: tuple(lines) for group, lines in found.items()}
 
 
@@ -112,8 +113,8 @@ def _line(plan: Plan, op: Operation) -> str:
 
 def _place(plan: Plan, view: View) -> str:
     place = plan.placements[plan.storage_of(view.buffer)]
-    arenas = {p.name for p in plan.arenas}
-    return f" at {place.offset} of the arena" if isinstance(place, InPool) and place.pool in arenas else ""
+    memory = {p.name: p.memory for p in plan.arenas}.get(place.pool) if isinstance(place, InPool) else None
+    return "" if memory is None else f" at {place.offset} of the {memory.value} arena"  # type: ignore[union-attr]
 
 
 #: by group what all of its ranks have agreed on before
@@ -131,7 +132,7 @@ class Communicating:
 
     plan: Plan
     config: Config
-    uses: dict[str, ArenaUse] = field(default_factory=dict)  # by group
+    uses: dict[str, ArenaUse] = field(default_factory=dict)  # by arena's name
     agreed: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -143,12 +144,13 @@ class Communicating:
         made = cls(plan, config)
         for pool in plan.arenas:
             assert isinstance(pool.nbytes, int)
-            made.uses[pool.group] = ArenaUse(pool.group, str(with_index(pool.device)), pool.nbytes, made.renew)
+            device = str(with_index(pool.device))
+            made.uses[pool.name] = ArenaUse(pool.group, device, pool.nbytes, made.renew, pool.memory)
         return made
 
     def names(self) -> Mapping[str, Callable[..., object]]:
         """What the wrapper calls to have its arenas."""
-        return {f"{pool.name}_memory": self.uses[pool.group] for pool in self.plan.arenas}
+        return {f"{name}_memory": use for name, use in self.uses.items()}
 
     def guarded(self, call: Callable[..., object]) -> Callable[..., object]:
         """The call, after an agreement the first time."""
@@ -169,23 +171,24 @@ class Communicating:
         return agreeing
 
     def renew(self) -> None:
-        """Agree with the other ranks of each group on what is about to happen, and on the size of its arena.
+        """Agree with the other ranks of each group on what is about to happen, and on the sizes of its arenas.
 
         Raises
         ------
         CommunicationError
             If a rank has other plans or does not come, or a group does not exist.
         """
+        lines = communication_lines(self.plan)
         try:
-            for name, lines in communication_lines(self.plan).items():
-                self.agree_in(name, lines)
+            for name in in_common_order(lines):
+                self.agree_in(name, lines[name])
         except CommunicationError:
             for use in self.uses.values():
                 use.leave()
             raise
         self.agreed = True
 
-    def agree_in(self, name: str, lines: Sequence[str]) -> None:
+    def agree_in(self, name: str, lines: tuple[str, ...]) -> None:
         """`renew` for one group."""
         group = resolve(name)
         if group is None:
@@ -193,19 +196,37 @@ class Communicating:
                 f"{self.plan.program.name} communicates in process group {name!r}, which does not exist (any more): "
                 "call init_process_group, and compile again"
             )
-        use = self.uses.get(name)
+        arenas = [use.arena for use in self.uses.values() if use.group == name]
         options = self.config.communication
-        if torch.distributed.get_backend(group) == "fake" or (not options.agree and use is None):
+        if dist.get_backend(group) == "fake" or (not options.agree and not arenas):
             return
-        arena = None if use is None else use.arena
         settled = _settled.setdefault(group, set())
-        if use is None and tuple(lines) in settled:
+        if not arenas and lines in settled:
             return
-        state = [0, 0, 0] if arena is None else [arena.needed, arena.capacity, arena.generation]
-        told = agree(group, self.plan.program.name, lines, json.dumps(state), options.timeout)
-        settled.add(tuple(lines))
-        if arena is None:
-            return
-        needed, capacity, generations = zip(*map(json.loads, told), strict=True)
-        if min(capacity) < max(needed) or len(set(generations)) > 1:
-            arena.grow(max(needed), max(generations) + 1)
+        state = [[arena.needed, arena.capacity, arena.generation] for arena in arenas]
+        hint = _of_one_rank(lines, settled)
+        told = agree(group, self.plan.program.name, lines, json.dumps(state), options.timeout, hint)
+        settled.add(lines)
+        for arena, states in zip(arenas, zip(*map(json.loads, told), strict=True), strict=True):
+            needed, capacity, generations = zip(*states, strict=True)
+            if min(capacity) < max(needed) or len(set(generations)) > 1:
+                arena.grow(max(needed), max(generations) + 1)
+
+
+def _of_one_rank(lines: tuple[str, ...], settled: Collection[tuple[str, ...]]) -> str:
+    """What it may mean that no other rank comes to agree on these lines, where it has agreed on others before."""
+    if not settled:
+        return ""
+    if lines in settled:
+        return (
+            ". If only this rank compiled again (its shapes or what it guards on differ from its peers'), they go on "
+            "with the program before, which communicates alike; but arenas are agreed on by all ranks: compile again "
+            "on every rank, or leave these collectives to the library in plain memory, where ranks recompile alone"
+        )
+    pairs = [zip_longest(lines, other, fillvalue="nothing more") for other in settled]
+    differences = ([(mine, theirs) for mine, theirs in pair if mine != theirs] for pair in pairs)
+    mine, theirs = min(differences, key=lambda found: (len(found), found))[0]
+    return (
+        ". If only this rank compiled again (its shapes or what it guards on differ from its peers'), it now "
+        f"communicates otherwise than they do: it has {mine!r} where the program before had {theirs!r}"
+    )

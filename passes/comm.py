@@ -11,8 +11,9 @@ operations that make its argument write into the arena, and those that use the r
   a buffer like any other.
 
 A coalesced call becomes one operation for each of its tensors, if all of them can. What cannot (a call allocates the
-argument itself, it is the caller's, its size is known only at the call) is left to the library, and the program's notes
-say why. `place_in_arenas` packs the buffers of each group into one arena.
+argument itself, it is the caller's, its size is known only at the call) is left to the library: in memory registered
+with it where the options ask for that and all its buffers can lie there, else in plain memory, and the program's notes
+say why. `place_in_arenas` packs the buffers of each group and type of memory into one arena.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
-from ..ir.communication import BUILT_SIZES, SYMMETRIC_DTYPES, GroupFacts, Memory, collective_form
+from ..ir.communication import ARENA_MEMORY, BUILT_SIZES, SYMMETRIC_DTYPES, GroupFacts, Memory, collective_form
 from ..ir.communication_options import CommunicationOptions
 from ..ir.config import Config
 from ..ir.in_flight import Collective
 from ..ir.plan import Lifetime, Pool
-from ..ir.program import Extern, Literal, Program, Tuple, View
+from ..ir.program import Extern, Literal, Program, View
+from .comm_registered import even, register
 from .comm_rewriting import ALIGNMENT, Rewriting, singles
 from .pack import PackProblem, pack_buffers
 from .pack_search import PackSearch
@@ -76,9 +78,17 @@ class Communication:
         for position, op in enumerate(program.operations):
             if isinstance(op, Collective):
                 reason = self.rewrite(rewriting, op, position)
+                reason = reason and self.left(rewriting, op, position, reason)
                 if reason:
                     rewriting.notes.append((op.name, f"{op.target} runs on unregistered memory: {reason}"))
         return rewriting.result()
+
+    def left(self, rewriting: Rewriting, op: Collective, position: int, reason: str) -> str:
+        """See to the memory of what is left to the library for a reason; why it is unregistered, "" if it is not."""
+        if not self.options.asks_registered:
+            return reason
+        why = self.refused or register(rewriting, op, position, self.groups.get(op.group))
+        return f"{reason}; with the library, {why}" if why else ""
 
     def rewrite(self, rewriting: Rewriting, op: Collective, position: int) -> str:
         """Put operations on symmetric memory in place of the collective, or say why not."""
@@ -184,37 +194,27 @@ def _moved(rewriting: Rewriting, op: Collective, view: View, facts: GroupFacts) 
         if _nbytes(view) % (step * facts.size):
             return f"{_nbytes(view)} bytes are not {facts.size} times a multiple of {step}"
         return partial(rewriting.out_of_arena, op, _SCATTER, view, result, (Literal(op.group), Literal(False)))
-    if form.kind == "all_to_all" and not _even(op, facts.size):
+    if form.kind == "all_to_all" and not even(op, facts.size):
         return "ranks may give and take different numbers of elements"
     return partial(rewriting.out_of_arena, op, _MOVES[form.kind], view, result, (Literal(op.group),))
-
-
-def _even(op: Collective, ranks: int) -> bool:
-    """Whether an all-to-all gives every rank as much, and takes as much from it."""
-    for given in op.args[1:3]:
-        if not isinstance(given, Tuple) or len(given.items) not in (0, ranks) or len(set(given.items)) > 1:
-            return False
-        if not all(isinstance(i, Literal) for i in given.items):
-            return False
-    return True
 
 
 def place_in_arenas(
     program: Program, steps: int, stores: Sequence[Storage], native: PackSearch | None
 ) -> tuple[tuple[Pool, ...], dict[str, tuple[str, int]]]:
-    """One arena for each device and group, and for each storage in one: (arena, offset in bytes).
+    """One arena for each device, group and type of memory, and for each storage in one: (arena, offset in bytes).
 
-    Lifetimes in it are those of the plan: every operation on symmetric memory ends with a barrier of all ranks, so
-    what is dead here is not read there.
+    Lifetimes in it are those of the plan: every operation on symmetric memory ends with a barrier of all ranks, and a
+    library has done with memory when its wait has, so what is dead here is not read there.
     """
-    wanted: dict[tuple[str, str], list[Storage]] = {}
+    wanted: dict[tuple[str, str, str], list[Storage]] = {}
     for s in stores:
         b = program.buffers[s.root]
-        if b.memory is Memory.SYMMETRIC:
-            wanted.setdefault((b.device, b.group), []).append(s)
+        if b.memory in ARENA_MEMORY:
+            wanted.setdefault((b.device, b.group, b.memory.value), []).append(s)
     pools: list[Pool] = []
     offsets: dict[str, tuple[str, int]] = {}
-    for number, ((device, group), inside) in enumerate(sorted(wanted.items())):
+    for number, ((device, group, memory), inside) in enumerate(sorted(wanted.items(), key=lambda found: found[0])):
         problem = PackProblem(
             tuple(s.lifetime.start for s in inside),
             tuple(s.lifetime.stop for s in inside),
@@ -224,6 +224,6 @@ def place_in_arenas(
         packing = pack_buffers(problem, native=native)
         name = f"arena{number}"
         nbytes = rounded(packing.arena, device)
-        pools.append(Pool(name, nbytes, device, Lifetime(0, steps + 1), Memory.SYMMETRIC, group))
+        pools.append(Pool(name, nbytes, device, Lifetime(0, steps + 1), Memory(memory), group))
         offsets.update((s.root, (name, at)) for s, at in zip(inside, packing.offsets, strict=True))
     return tuple(pools), offsets

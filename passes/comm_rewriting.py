@@ -82,10 +82,12 @@ class Rewriting:
 
     def may_stay(self, buffer: str) -> bool:
         """Whether the buffer may lie in the arena for good: it dies in the program, and one collective is given it."""
-        b = self.buffers[buffer]
-        leaves = b.kind is not BufferKind.TEMPORARY or buffer in self.program.output_buffers
         given = [op for p in self.uses[buffer] for op in self.operations[p] if isinstance(op, Collective)]
-        return not leaves and len(given) == 1
+        return not self.leaves(buffer) and len(given) == 1
+
+    def leaves(self, buffer: str) -> bool:
+        """Whether the buffer is somebody else's before the program or after it."""
+        return self.buffers[buffer].kind is not BufferKind.TEMPORARY or buffer in self.program.output_buffers
 
     # -- doing it -----------------------------------------------------------------------------------------------------
 
@@ -104,11 +106,11 @@ class Rewriting:
                 self.operations[p] = ()
                 return
 
-    def hold(self, buffer: str, group: str) -> None:
-        """The buffer lies in the arena."""
+    def hold(self, buffer: str, group: str, memory: Memory = Memory.SYMMETRIC) -> None:
+        """The buffer lies in an arena of the group."""
         b = self.buffers[buffer]
         alignment = max(b.alignment, ALIGNMENT)
-        self.buffers[buffer] = replace(b, memory=Memory.SYMMETRIC, group=group, alignment=alignment)
+        self.buffers[buffer] = replace(b, memory=memory, group=group, alignment=alignment)
 
     def in_place(self, op: Collective, target: str, view: View, options: Sequence[Literal]) -> Extern:
         """The operation that changes the buffer where it lies, in the arena."""

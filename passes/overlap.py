@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..ir.communication import Memory
 from ..ir.in_flight import Collective, Wait
 from ..ir.program import EXTERNAL_KINDS, Program
-from .schedule import lifetimes, rounded, storages, timeline
+from .schedule import UNCOUNTED, lifetimes, rounded, storages, timeline
 
 
 def overlap(program: Program, order: Sequence[str], extra: int = 0) -> tuple[str, ...]:
@@ -57,7 +56,7 @@ class _Moving:
 
     def size(self, buffer: str) -> int:
         b = self.program.buffers[buffer]
-        if b.memory is Memory.SYMMETRIC or (b.kind in EXTERNAL_KINDS and not b.donated):
+        if b.memory in UNCOUNTED or (b.kind in EXTERNAL_KINDS and not b.donated):
             return 0
         return rounded(self.program.nbytes(buffer), b.device)
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ..ir.communication import Memory
+from ..ir.communication import ARENA_MEMORY, Memory
 from ..ir.loops import Size
 from ..ir.plan import (
     Certificate,
@@ -27,7 +27,7 @@ from ..ir.plan import (
 from ..ir.program import EXTERNAL_KINDS, BufferKind, Contract, Extern, Program, all_views_buffers, evaluate
 
 #: Memory that is in no count of a device's bytes.
-UNCOUNTED = (Memory.SYMMETRIC, Memory.PINNED)
+UNCOUNTED = (*ARENA_MEMORY, Memory.PINNED)
 #: Bytes to which the device allocators round a request (CUDA's caching allocator: 512; the CPU's: 64).
 ROUNDING = {"cuda": 512, "cpu": 64}
 
@@ -156,7 +156,7 @@ def timeline(
         size = rounded(s.nbytes, b.device)
         change[s.lifetime.start] += size
         change[min(s.lifetime.stop, n + 1)] -= size
-    plain = [p for p in pools if p.memory is not Memory.SYMMETRIC]
+    plain = [p for p in pools if p.memory not in ARENA_MEMORY]
     spans = [(p.nbytes, p.device, p.lifetime.start, p.lifetime.stop) for p in plain]
     spans += [(slab.nbytes, slab.device, 0, ends[slab.name]) for slab in slabs if slab.name in ends]
     for nbytes, device, start, stop in spans:

@@ -109,8 +109,8 @@ class Pool(Model):
 class Arena(Model):
     """Communication memory that stays from call to call, shared by the programs of its process group.
 
-    ``memory`` is its type (``"symmetric"``). Its bytes are in no peak. ``buffers`` lie in it one after another and
-    beside one another; apart they would take ``apart`` bytes.
+    ``memory`` is its type (``"symmetric"``, ``"registered"``). Its bytes are in no peak. ``buffers`` lie in it one
+    after another and beside one another; apart they would take ``apart`` bytes.
     """
 
     name: str

@@ -17,6 +17,11 @@ class Memory(Enum):
     PLAIN = "plain"  # any allocation of its device
     PINNED = "pinned"  # page-locked memory of the host: in no count of the device's bytes
     SYMMETRIC = "symmetric"  # the same allocation and offset on every rank of a group, which its peers read and write
+    REGISTERED = "registered"  # the same, for the kernels of the group's library: they work in it, not in copies
+
+
+#: Communication memory: arenas that stay from call to call, in no count of a program's bytes.
+ARENA_MEMORY = (Memory.SYMMETRIC, Memory.REGISTERED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,7 @@ _FUNCTIONAL = ("_c10d_functional", "_c10d_functional_autograd")
 #: of other namespaces what needs a wait, too
 _ELSEWHERE: Mapping[str, CollectiveForm] = {
     "_dtensor.shard_dim_alltoall": CollectiveForm("all_to_all"),
+    "memplan.library_all_to_all": CollectiveForm("all_to_all"),
     "symm_mem._low_contention_all_gather": _GATHER,
     "symm_mem._low_contention_reduce_scatter": _SCATTER,
 }
@@ -171,7 +177,13 @@ TWO_RANKS = Thresholds(0, 256 * 2**20, reduce_scatter_bytes=256 * 2**20)
 class GroupFacts:
     """What a plan has to know of a process group: equal on all its ranks.
 
-    ``obstacle`` says why the group has no symmetric memory on ``device`` (its type), "" where it has.
+    Attributes
+    ----------
+    device:
+        Its type.
+    obstacle, unregistered, no_multicast:
+        Why the group has no symmetric memory there, its library no registered memory, and symmetric memory no
+        multicast; "" where there is.
     """
 
     name: str
@@ -179,3 +191,5 @@ class GroupFacts:
     device: str
     obstacle: str
     thresholds: Thresholds
+    unregistered: str = "the options do not ask for it"
+    no_multicast: str = "the options do not ask for it"

@@ -17,6 +17,8 @@ WAYS: Mapping[str, tuple[str, ...]] = {
     "broadcast": ("auto", "library", "symmetric"),
     "all_to_all": ("library", "symmetric"),
 }
+#: when the library's collectives work in registered memory
+REGISTERED = ("off", "on")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +46,11 @@ class CommunicationOptions:
         How far starting collectives earlier and waiting for them later may raise the peak of live bytes.
     timeout:
         Seconds to wait for the other ranks' plans; None: the process group's own timeout.
+    registered:
+        ``"on"``: what is left to the library works in memory that is registered with it, where buffers can lie there.
     multicast:
-        Whether operations that need NVLink multicast may be used. Not built: refused.
+        Operations on symmetric memory use NVLink multicast where the group has it; elsewhere they run without, and the
+        program's notes say why.
     """
 
     all_reduce: str = "auto"
@@ -59,6 +64,7 @@ class CommunicationOptions:
     agree: bool = True
     overlap_bytes: int = 0
     timeout: float | None = None
+    registered: str = "off"
     multicast: bool = False
 
     @classmethod
@@ -92,6 +98,11 @@ class CommunicationOptions:
         """Whether anything may be on symmetric memory."""
         return any(self.way(kind) != "library" for kind in WAYS)
 
+    @property
+    def asks_registered(self) -> bool:
+        """Whether anything may be in memory that is registered with the library."""
+        return self.registered != "off"
+
     def algorithm(self, kind: str, thresholds: Thresholds, nbytes: int) -> str:
         """How a collective of a message of ``nbytes`` bytes runs: one of `WAYS` other than "auto"."""
         way = self.way(kind)
@@ -123,9 +134,11 @@ def _check(name: str, value: object) -> None:
                 raise OptionError(f"option 'timeout' in 'communication' takes seconds or None, not {value!r}")
         case "multicast":
             if value is not False:
+                raise OptionError("option 'multicast' in 'communication' is not there yet")
+        case "registered":
+            if value not in REGISTERED:
                 raise OptionError(
-                    "option 'multicast' in 'communication' is not there yet: operations that need NVLink multicast are "
-                    "not used"
+                    f"option 'registered' in 'communication' is one of {', '.join(REGISTERED)}, not {value!r}"
                 )
         case _:
             if not isinstance(value, bool):

@@ -62,7 +62,7 @@ Placement = External | Own | InPool | InPlaceOf
 class Pool:
     """One allocation that holds many buffers, made at its lifetime's start, freed at its end.
 
-    An *arena* (``memory`` is symmetric) is there before the program and after it, at the same place in every call, and
+    An *arena* (of communication memory) is there before the program and after it, at the same place in every call, and
     shared by all programs that communicate in its ``group``. Its bytes are in no timeline and no peak.
     """
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
-from .communication import SYMMETRIC_FORMS, Memory
+from .communication import ARENA_MEMORY, SYMMETRIC_FORMS, Memory
 from .errors import VerificationError
-from .in_flight import InFlight, Wait
+from .in_flight import Collective, InFlight, Wait
 from .plan import InPool, Plan
 from .program import Buffer, Extern, Operation, View
 from .verify_kernel import evaluate_index
@@ -79,7 +79,9 @@ class Flights:
 
 
 def check_memory(op: Operation, buffers: Mapping[str, Buffer], fail: Fail) -> None:
-    """Raise if an operation on symmetric memory is given another, or that of another group."""
+    """Raise if an operation on communication memory is given another, or that of another group."""
+    if isinstance(op, Collective):
+        _check_registered(op, buffers, fail)
     if not isinstance(op, Extern) or op.target not in SYMMETRIC_FORMS:
         return
     form = SYMMETRIC_FORMS[op.target]
@@ -94,6 +96,18 @@ def check_memory(op: Operation, buffers: Mapping[str, Buffer], fail: Fail) -> No
         raise fail(f"{view.buffer!r} is in the symmetric memory of group {given.group!r}, not of the call's", op)
 
 
+def _check_registered(op: Collective, buffers: Mapping[str, Buffer], fail: Fail) -> None:
+    """Raise unless all that a library's collective works on is registered with its own group, or nothing is."""
+    names = dict.fromkeys((*op.reads, *op.writes, *op.mutates))
+    registered = [n for n in names if buffers[n].memory is Memory.REGISTERED]
+    for name in registered:
+        if buffers[name].group != op.group:
+            raise fail(f"{name!r} is registered with group {buffers[name].group!r}, not with the call's", op)
+    for name in names if registered else ():
+        if name not in registered:
+            raise fail(f"its {registered[0]!r} is registered with its library, and its {name!r} is not", op)
+
+
 def check_flights(operations: Iterable[Operation], fail: Fail) -> None:
     """Raise at the first operation that touches what is in flight, in the order given."""
     flights = Flights(fail)
@@ -103,7 +117,10 @@ def check_flights(operations: Iterable[Operation], fail: Fail) -> None:
 
 
 def check_arenas(plan: Plan, fail: PlanFail) -> None:
-    """Symmetric buffers, and no others, lie in the arena of their group, and are overwritten when no peer reads them.
+    """Buffers of communication memory, and no others, lie in the arena of their group and type.
+
+    They are overwritten when no peer reads them. (Registered ones are read and written by the library's calls alone,
+    between the call and its wait: `check_flights` holds steps to that.)
 
     Raises
     ------
@@ -121,9 +138,9 @@ def check_arenas(plan: Plan, fail: PlanFail) -> None:
         there = Memory.PLAIN if pool is None else pool.memory
         if (b.memory, b.group) != (root.memory, root.group):
             raise fail(f"{name!r} ({b.memory.value} memory) is in place of {root.name!r} ({root.memory.value} memory)")
-        if (b.memory is Memory.SYMMETRIC) != (there is Memory.SYMMETRIC):
+        if there is not (b.memory if b.memory in ARENA_MEMORY else Memory.PLAIN):
             raise fail(f"{name!r} wants {b.memory.value} memory, and lies in {there.value} memory")
-        if pool is not None and b.memory is Memory.SYMMETRIC:
+        if pool is not None and b.memory in ARENA_MEMORY:
             if pool.group != b.group:
                 raise fail(f"{name!r} is of group {b.group!r}, its arena {pool.name!r} of group {pool.group!r}")
             if pool.lifetime.start != 0 or pool.lifetime.stop != len(plan.order) + 1:

@@ -8,7 +8,7 @@ What it takes a plan to mean:
 * live bytes at a step are those of the storages that exist then, each rounded up as its device's allocator does,
   without the externals that the caller keeps (donated inputs count from step 0 until they stop), and the scratch of
   the operation that runs; the certificate's peak is the largest of these;
-* arenas of symmetric memory, and what lies in them, are in no count: they are there before and after;
+* arenas of communication memory, and what lies in them, are in no count: they are there before and after;
 * held bytes count whole pools instead of the storages inside them: the plan's timeline, and its placed peak;
 * a slab is an allocation of the forward with several donated inputs in it: it is held from step 0 until the last of
   their storages ends, and none of them may leave with the results, which would keep all of it alive.
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import sympy
 
-from .communication import Memory
+from .communication import ARENA_MEMORY, Memory
 from .errors import VerificationError
 from .loops import Size
 from .plan import External, InPlaceOf, InPool, Lifetime, Own, Plan, Pool
@@ -37,7 +37,7 @@ Values = Mapping[sympy.Symbol, int]
 #: Bytes to which an allocator rounds a request; 64 where nothing else is known.
 _ROUNDING = {"cuda": 512}
 #: Arenas are there before and after; pinned memory is the host's.
-_UNCOUNTED = (Memory.SYMMETRIC, Memory.PINNED)
+_UNCOUNTED = (*ARENA_MEMORY, Memory.PINNED)
 _LEAVING = frozenset({BufferKind.OUTPUT, BufferKind.SAVED})
 
 
@@ -469,7 +469,7 @@ class _PlanCheck:
             whole = Lifetime(min(x.start for x in lives), max(x.stop for x in lives))
             count(whole, self.program.nbytes(root), b.device)
         if placed:
-            for p in (p for p in self.plan.pools if p.memory is not Memory.SYMMETRIC):
+            for p in (p for p in self.plan.pools if p.memory not in ARENA_MEMORY):
                 count(p.lifetime, evaluate_index(p.nbytes, self.hints), p.device)
             for slab, life in slabs.items():
                 count(life, evaluate_index(slab.nbytes, self.hints), slab.device)

@@ -6,6 +6,7 @@ number that counts the agreements of the group, and reads the others'. The wait 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -13,29 +14,15 @@ import weakref
 from collections.abc import Sequence
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
 from ..ir.errors import CommunicationError
+from .process_groups import group_timeout
 
+#: in place of the text of a rank that waits no more
+_GONE = "gave up"
 _counts: weakref.WeakKeyDictionary[dist.ProcessGroup, itertools.count[int]] = weakref.WeakKeyDictionary()
-
-
-def group_timeout(group: dist.ProcessGroup) -> float:
-    """Seconds until torch gives up a collective of the group."""
-    from torch.distributed.distributed_c10d import _get_default_timeout, default_pg_timeout
-
-    for name in ("cuda", "cpu"):
-        try:
-            options = group._get_backend(torch.device(name)).options
-            return float(options._timeout.total_seconds())
-        except (RuntimeError, AttributeError):
-            continue
-    try:
-        return float(_get_default_timeout(dist.get_backend(group)).total_seconds())
-    except (RuntimeError, ValueError):
-        return float(default_pg_timeout.total_seconds())
 
 
 def store_of(group: dist.ProcessGroup) -> PrefixStore:
@@ -56,10 +43,17 @@ def exchange(group: dist.ProcessGroup, what: str, text: str, seconds: float | No
     return _gather(group, next(_counts.setdefault(group, itertools.count())), what, text, seconds)
 
 
-def agree(group: dist.ProcessGroup, what: str, lines: Sequence[str], extra: str, seconds: float | None) -> list[str]:
+def agree(
+    group: dist.ProcessGroup, what: str, lines: Sequence[str], extra: str, seconds: float | None, hint: str = ""
+) -> list[str]:
     """Compare ``lines`` with those of all ranks; the ranks' ``extra`` by rank.
 
     The lines themselves are read only where the hashes differ.
+
+    Parameters
+    ----------
+    hint:
+        What else to say to the user if a rank does not come.
 
     Raises
     ------
@@ -70,14 +64,16 @@ def agree(group: dist.ProcessGroup, what: str, lines: Sequence[str], extra: str,
     number = next(_counts.setdefault(group, itertools.count()))
     store_of(group).set(f"{number}/text/{group.rank()}", text)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    found = [json.loads(t) for t in _gather(group, number, what, json.dumps([digest, extra]), seconds)]
+    found = [json.loads(t) for t in _gather(group, number, what, json.dumps([digest, extra]), seconds, hint)]
     for rank, (other, _) in enumerate(found):
         if other != found[0][0]:
             raise CommunicationError(_difference(group, number, rank, what))
     return [str(e) for _, e in found]
 
 
-def _gather(group: dist.ProcessGroup, number: int, what: str, text: str, seconds: float | None) -> list[str]:
+def _gather(
+    group: dist.ProcessGroup, number: int, what: str, text: str, seconds: float | None, hint: str = ""
+) -> list[str]:
     seconds = group_timeout(group) if seconds is None else seconds
     store, mine = store_of(group), group.rank()
     store.set(f"{number}/{mine}", text)
@@ -87,12 +83,21 @@ def _gather(group: dist.ProcessGroup, number: int, what: str, text: str, seconds
         try:
             store.wait([key], timedelta(seconds=seconds))
         except (RuntimeError, ValueError) as error:
+            with contextlib.suppress(RuntimeError):  # the store itself may have gone: then nobody reads there
+                store.set(f"{number}/{mine}", _GONE)
             raise CommunicationError(
                 f"rank {rank} of process group {group.group_name!r} did not come to {what} within {seconds:g} s; rank "
                 f"{mine} waits for it. Every rank of a group has to compile and call the same programs in the same "
                 "order; options={'communication': {'timeout': ...}} waits longer, {'agree': False} does not compare"
+                f"{hint}"
             ) from error
-        found.append(store.get(key).decode())
+        told = store.get(key).decode()
+        if told == _GONE:
+            raise CommunicationError(
+                f"rank {rank} of process group {group.group_name!r} waited for the others and gave up before rank "
+                f"{mine} came to {what}. It has said which rank it missed, and in which program"
+            )
+        found.append(told)
     return found
 
 

@@ -38,15 +38,21 @@ class Symmetric:
         This rank.
     barrier:
         Puts on the current stream that it waits until all ranks' streams have come there.
+    multicast:
+        Whether one address stands for the memory of all ranks.
     """
 
     own: Tensor
     ranks: Sequence[Tensor]
     rank: int
     barrier: Callable[[], None]
+    multicast: bool = False
 
     def __post_init__(self) -> None:
         _allocations.add(self)
+
+    def close(self) -> None:
+        """Nothing: the peers' memory is given back with the tensors."""
 
     def offset(self, view: Tensor) -> int | None:
         """Where a dense view begins in it, in bytes; None if it lies somewhere else."""

@@ -10,6 +10,7 @@ import gc
 import random
 import time
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,8 +22,10 @@ import torch.distributed._symmetric_memory  # defines the operations
 from torch import Tensor
 
 from memplan.runtime import groups
+from memplan.runtime.arenas import release_arenas
 from memplan.runtime.peers import Symmetric
-from memplan.runtime.symmetric import BACKENDS, release_arenas
+from memplan.runtime.registered import LIBRARIES, Registered
+from memplan.runtime.symmetric import BACKENDS
 
 
 class SharedFiles:
@@ -32,13 +35,15 @@ class SharedFiles:
         self.folder, self.told = folder, obstacle
         self.allocations: list[weakref.ref[Symmetric]] = []
         self.sizes: list[int] = []
+        self.numbers: Counter[str] = Counter()  # allocations, by group
 
     def obstacle(self, group: dist.ProcessGroup, device: torch.device) -> str:
         return self.told
 
     def allocate(self, nbytes: int, group: dist.ProcessGroup, device: torch.device) -> Symmetric:
-        number = len(self.allocations)
-        names = [str(self.folder / f"{number}-{rank}") for rank in range(group.size())]
+        number = self.numbers[group.group_name]
+        self.numbers[group.group_name] += 1
+        names = [str(self.folder / f"{group.group_name}-{number}-{rank}") for rank in range(group.size())]
         own = torch.from_file(names[group.rank()], shared=True, size=nbytes, dtype=torch.uint8)
         dist.barrier(group)
         ranks = [torch.from_file(name, shared=True, size=nbytes, dtype=torch.uint8) for name in names]
@@ -60,6 +65,28 @@ class SharedFiles:
             if at is not None:
                 return [p.view(view.shape) for p in allocation.at_peers(view, at)]
         raise RuntimeError("the tensor is not in symmetric memory")
+
+
+class RegisteredMemory:
+    """Memory that a library would know, of which is kept what is there; the library itself (gloo) takes any."""
+
+    def __init__(self, obstacle: str = "") -> None:
+        self.told = obstacle
+        self.alive: list[Tensor] = []
+        self.made: list[int] = []
+
+    def obstacle(self, group: dist.ProcessGroup, device: torch.device) -> str:
+        return self.told
+
+    def allocate(self, nbytes: int, group: dist.ProcessGroup, device: torch.device) -> Registered:
+        own = torch.empty(nbytes, dtype=torch.uint8)
+        dist.barrier(group)  # collective, as NCCL's is
+        self.alive.append(own)
+        self.made.append(nbytes)
+        return Registered(own, partial(self.unregister, own))
+
+    def unregister(self, own: Tensor) -> None:
+        self.alive = [t for t in self.alive if t is not own]
 
 
 #: the backend in use, and how long ranks tarry at barriers at most, in seconds
@@ -115,6 +142,21 @@ def reduce_scatter_out(input: Tensor, group_name: str, split_last_dim: bool, out
 _library = torch.library.Library("symm_mem", "IMPL")
 for _function in (one_shot_all_reduce_out, two_shot_all_reduce_, two_shot_all_reduce_out, reduce_scatter_out):
     _library.impl(_function.__name__, _function, "CPU")
+
+
+@contextmanager
+def registered_memory(obstacle: str = "") -> Iterator[RegisteredMemory]:
+    """A library for CPUs that registers memory inside the block."""
+    torch._dynamo.reset()
+    gc.collect()
+    made = LIBRARIES["cpu"] = RegisteredMemory(obstacle)
+    groups._known.clear()
+    try:
+        yield made
+    finally:
+        release_arenas()
+        del LIBRARIES["cpu"]
+        groups._known.clear()
 
 
 @contextmanager

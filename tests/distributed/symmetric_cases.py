@@ -18,15 +18,16 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import memplan
 from memplan.communicating import group_of
 from memplan.ir.communication import Thresholds
+from memplan.ir.communication_options import CommunicationOptions
 from memplan.ir.plan import Plan
 from memplan.ir.program import Copy, Extern
 from memplan.reports.allocation import residue
 from memplan.reports.build import build_report
 from memplan.reports.terminal import rendered, summary
+from memplan.runtime.arenas import ArenaUse, arena_of, arenas, release_arenas
 from memplan.runtime.cache import Cache
 from memplan.runtime.communication_times import calibrate
 from memplan.runtime.groups import group_facts
-from memplan.runtime.symmetric import ArenaUse, arena_of, arenas, release_arenas
 from tests.distributed import shared_memory
 from tests.distributed.shared_memory import shared_files
 from tests.tolerances import assert_near
@@ -155,6 +156,34 @@ def one_rank_only(folder: str) -> str:
         assert time.monotonic() - begun < 30
         return str(error)
     return "nothing"
+
+
+def compiled_alone(folder: str, longer: bool) -> str:
+    """Rank 0 compiles again by itself, then rank 1 comes too late, then both are in time: what the first errors say."""
+    with shared_files(folder), torch.no_grad():
+        group = dist.new_group([0, 1])
+
+        def scaled(x: Tensor, factor: int) -> Tensor:
+            return collectives.all_reduce(torch.sin(x * factor), "sum", group).cos()
+
+        options = {"communication": {"all_reduce": "one_shot", "timeout": 20}}
+        compiled = torch.compile(scaled, backend="memplan", dynamic=False, options=options)
+        x = torch.arange(8.0)
+        assert_near(compiled(x, 1), scaled(x, 1), "together")
+        late = torch.compile(scaled, backend="memplan", dynamic=False, options={
+            "communication": {"all_reduce": "one_shot", "timeout": 0.5 if dist.get_rank() == 0 else 20}
+        })  # fmt: skip
+        if dist.get_rank() == 1:
+            dist.barrier()
+        found = "nothing"
+        try:
+            late(torch.arange(16.0) if longer else x, 2)
+        except memplan.ir.errors.CommunicationError as error:
+            found = str(error)
+        if dist.get_rank() == 0:
+            dist.barrier()
+        assert_near(compiled(x, 3), scaled(x, 3), "together again")
+        return found
 
 
 def fallback(folder: str) -> tuple[list[str], tuple[tuple[str, str], ...]]:
@@ -370,7 +399,7 @@ def calibrated(folder: str) -> tuple[tuple[int, int], tuple[int, int]]:
         group = dist.new_group([0, 1])
         device, cache = torch.device("cpu"), Cache(f"{folder}/cache{dist.get_rank()}")
         made = calibrate(group, device, cache, sizes=(1024, 4096))
-        facts = group_facts(group.group_name, device, ask=True, cache=cache)
+        facts = group_facts(group.group_name, device, CommunicationOptions(), ask=True, cache=cache)
         assert facts is not None
         return bytes_of(made), bytes_of(facts.thresholds)
 

@@ -9,7 +9,7 @@ import pytest
 from tests.distributed.ranks import Ranks
 from tests.distributed.symmetric_forms import ALL_SYMMETRIC
 
-FORMS = "tests.distributed.symmetric_forms"
+FORMS, MESH = "tests.distributed.symmetric_forms", "tests.distributed.mesh_cases"
 TWO_SHOT, TAKE = "symm_mem.two_shot_all_reduce_.default", "memplan.peer_broadcast_.default"
 GATHER, SCATTER = "memplan.peer_all_gather.out", "symm_mem.reduce_scatter_out.default"
 
@@ -40,3 +40,17 @@ def test_a_part_of_the_ranks(
 ) -> None:
     for rank, found in enumerate(four_ranks.run(FORMS, "in_part", str(tmp_path), members, scatter)):
         assert found == (targets if rank in members else None)
+
+
+def test_rows_and_columns_of_a_mesh_agree_whatever_order_ranks_name_them_in(four_ranks: Ranks) -> None:
+    assert four_ranks.run(MESH, "crossed", True) == [""] * 4
+
+
+def test_without_a_common_order_they_would_wait_in_a_cycle(four_ranks: Ranks) -> None:
+    assert all("did not come" in str(text) for text in four_ranks.run(MESH, "crossed", False))
+
+
+def test_arenas_of_rows_and_columns(four_ranks: Ranks, tmp_path: Path) -> None:
+    for targets, held in four_ranks.run(MESH, "two_arenas", str(tmp_path)):
+        assert targets == ["symm_mem.one_shot_all_reduce_out.default"] * 2
+        assert held == 2

@@ -57,6 +57,25 @@ def test_a_rank_alone_is_told(ranks: Ranks, tmp_path: Path) -> None:
     assert "did not come" in str(text)
 
 
+@pytest.mark.parametrize(
+    ("longer", "hint"),
+    [
+        (False, "the program before, which communicates alike; but arenas are agreed on by all ranks"),
+        (True, "16 of torch.float32 at 0 of the symmetric arena, sum' where the program before had"),
+    ],
+)
+def test_a_rank_that_compiles_again_alone_is_told_what_that_means(
+    ranks: Ranks, tmp_path: Path, longer: bool, hint: str
+) -> None:
+    first, second = ranks.run(CASES, "compiled_alone", str(tmp_path), longer)
+    assert "rank 1" in first
+    assert "did not come" in first
+    assert "only this rank compiled again" in first
+    assert hint in first
+    assert "rank 0" in second
+    assert "gave up before rank 1 came" in second
+
+
 def test_a_rank_without_symmetric_memory_sends_all_to_the_library(ranks: Ranks, tmp_path: Path) -> None:
     for targets, notes in ranks.run(CASES, "fallback", str(tmp_path)):
         assert targets == ["_c10d_functional.all_reduce_.default"] * 3

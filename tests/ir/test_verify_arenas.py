@@ -77,6 +77,7 @@ def test_one_place_after_the_other_is_right() -> None:
         ({"placements": {"ra": InPool("arena0", 256)}}, "leaves the program"),
         ({"group": "7"}, "of group '0', its arena 'arena0' of group '7'"),
         ({"lifetime": Lifetime(0, 4)}, "does not stay from call to call"),
+        ({"memory": Memory.REGISTERED}, "'a' wants symmetric memory, and lies in registered memory"),
     ],
 )
 def test_what_lies_where(change: dict[str, object], message: str) -> None:

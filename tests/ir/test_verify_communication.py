@@ -100,3 +100,23 @@ def test_symmetric_operations_take_symmetric_memory(change: Callable[[Buffer], B
     verify_program(replace(made, buffers={**made.buffers, "h": right}))
     with pytest.raises(VerificationError, match=message):
         verify_program(replace(made, buffers={**made.buffers, "h": change(made.buffers["h"])}))
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"h": "0"}, "its 'h' is registered with its library, and its 'g' is not"),
+        ({"g": "0"}, "its 'g' is registered with its library, and its 'h' is not"),
+        ({"g": "0", "h": "7"}, "'h' is registered with group '7', not with the call's"),
+    ],
+)
+def test_a_collective_works_in_registered_memory_of_its_group_or_in_none(groups: dict[str, str], message: str) -> None:
+    made = program(MAKE, GATHER, WAIT, USE)
+
+    def registered(names: dict[str, str]) -> Program:
+        held = {n: replace(made.buffers[n], memory=Memory.REGISTERED, group=g) for n, g in names.items()}
+        return replace(made, buffers={**made.buffers, **held})
+
+    verify_program(registered({"g": "0", "h": "0"}))
+    with pytest.raises(VerificationError, match=message):
+        verify_program(registered(groups))
