@@ -13,8 +13,8 @@ import torch
 
 from memplan.ir.loops import Call, Cast, Constant, Index, Item, Kernel, Node, Random, Reduce, operands
 
-from .cpp_costs import EXPENSIVE
 from .cpp_loops import renumber, renumber_store
+from .point_costs import EXPENSIVE
 
 #: functions whose float versions the prelude computes itself
 _OWN = frozenset(["exp", "expm1", "log", "log1p", "tanh", "sigmoid", "erf", "erfc", "mod", "floordiv"])

@@ -21,9 +21,8 @@ from functools import lru_cache
 
 import sympy
 
-from memplan.ir.loops import CHECKED_INDEX, Call, Kernel, Level, Load, Random, Range, Reduce, Store, operands
+from memplan.ir.loops import CHECKED_INDEX, Call, Kernel, Level, Load, Random, Range, Store, operands
 
-from .cpp_costs import DEAR, EXPENSIVE, point_cost
 from .cpp_loops import (
     Access,
     Hints,
@@ -40,6 +39,8 @@ from .cpp_loops import (
 from .cpp_owners import owns_its_elements, updates
 from .cpp_reductions import in_two_passes
 from .cpp_tiles import COLUMNS, Tiles, find_tiles
+from .point_costs import DEAR, EXPENSIVE, point_cost
+from .row_schedule import depths, schedule
 
 #: points (weighted by what they cost) from which a parallel region pays: waking threads takes 2 to 5 microseconds
 PARALLEL_WORK = 32768
@@ -231,8 +232,8 @@ def _collapse(sizes: list[int]) -> int:
 def _row(kernel: Kernel, form: Form, hints: Hints, threads: bool) -> Schedule:
     short = math.prod(r.size if isinstance(r.size, int) else MOST_KEPT for r in kernel.row) < MOST_KEPT
     kernel = share(in_two_passes(kernel, welford=short and form is Form.ROW))
-    stage = _stages(kernel)
-    passes = _passes(kernel, stage)
+    stage = depths(kernel)
+    passes = _passes(kernel)
     outer = [hinted(r.size, hints) for r in kernel.outer]
     row = [hinted(r.size, hints) for r in kernel.row]
     cost = point_cost(kernel)
@@ -319,33 +320,8 @@ def _chunk(row: list[int], multiple: int, least: int) -> int:
     return -(-wanted // multiple) * multiple
 
 
-def _stages(kernel: Kernel) -> tuple[int, ...]:
-    """For every node the number of dependent reductions that must be done before it has its value."""
-    found: list[int] = []
-    for node in kernel.nodes:
-        before = max((found[k] for k in operands(node)), default=0)
-        found.append(before + 1 if isinstance(node, Reduce) else before)
-    return tuple(found)
-
-
-def _passes(kernel: Kernel, stage: tuple[int, ...]) -> tuple[Pass, ...]:
-    """Reductions as early as their operands allow; stores too, unless a later pass still loads from their buffer."""
-    reductions: dict[int, list[int]] = {}
-    for k in kernel.reductions:
-        reductions.setdefault(stage[k] - 1, []).append(k)
-    stores = [s for s in kernel.stores if kernel.store_level(s) is Level.POINT]
-    earliest = [max(stage[k] for k in store_operands(s)) for s in stores]
-    last_load: dict[str, int] = {}
-    roots = [(p, k) for p, ks in reductions.items() for k in ks]
-    roots += [(p, k) for s, p in zip(stores, earliest, strict=True) for k in store_operands(s)]
-    for p, root in roots:
-        for name in _point_loads(kernel, root):
-            last_load[name] = max(last_load.get(name, 0), p)
-    by_pass: dict[int, list[Store]] = {}
-    for s, p in zip(stores, earliest, strict=True):
-        by_pass.setdefault(max(p, last_load.get(s.buffer, 0)), []).append(s)
-    count = max([*reductions, *by_pass], default=-1) + 1
-    return tuple(Pass(tuple(reductions.get(p, ())), tuple(by_pass.get(p, ()))) for p in range(count))
+def _passes(kernel: Kernel) -> tuple[Pass, ...]:
+    return tuple(Pass(s.reductions, tuple(kernel.stores[k] for k in s.stores)) for s in schedule(kernel).sections)
 
 
 @lru_cache(maxsize=4096)
@@ -359,27 +335,7 @@ def pass_variants(kernel: Kernel) -> tuple[Kernel, ...]:
 def point_buffers_by_pass(kernel: Kernel) -> tuple[tuple[frozenset[str], frozenset[str]], ...]:
     """For every pass over the row the buffers that it loads from point by point, and those that it stores to."""
     found = []
-    for step in _passes(kernel, _stages(kernel)):
-        roots = [o for k in step.reductions for o in operands(kernel.nodes[k])]
-        roots += [k for s in step.stores for k in store_operands(s)]
-        read: set[str] = set()
-        for root in roots:
-            read |= _point_loads(kernel, root)
-        found.append((frozenset(read), frozenset(s.buffer for s in step.stores)))
+    for section in schedule(kernel).sections:
+        read = [n.buffer for k in section.points if isinstance(n := kernel.nodes[k], Load)]
+        found.append((frozenset(read), frozenset(kernel.stores[k].buffer for k in section.stores)))
     return tuple(found)
-
-
-def _point_loads(kernel: Kernel, root: int) -> set[str]:
-    """Buffers that are loaded at the points of the row when ``root`` (a reduction or a stored value) is computed."""
-    found: set[str] = set()
-    stack, seen = [root], {root}
-    while stack:
-        k = stack.pop()
-        node = kernel.nodes[k]
-        if isinstance(node, Load):
-            found.add(node.buffer)
-        for o in operands(node):
-            if o not in seen and not isinstance(kernel.nodes[o], Reduce):
-                seen.add(o)
-                stack.append(o)
-    return found

@@ -30,12 +30,12 @@ from memplan.ir.loops import (
     value_references,
 )
 
+from .row_schedule import Schedule, Section
 from .triton_configs import LaunchConfig, divisible
 from .triton_loops import Loops
 from .triton_pointwise import LITERAL_OPERANDS, pointwise
 from .triton_printer import IndexPrinter, compute_type, literal, texpr, type_name
 from .triton_reduce import Reduction, finish, start, step, whole
-from .triton_schedule import Schedule, Section
 
 Dims = frozenset[int]
 _NO_DIMS: Dims = frozenset()
@@ -360,6 +360,9 @@ class Body:
         for r in reductions:
             for text in start(r, self.shape(self.all_dims)):
                 self.line(text)
+        if self.plan.moved.intersection(section.stores):
+            # what it writes over, other warps may still read in the section before: nothing else parts the two
+            self.line("tl.debug_barrier()")
         row = self.loops.axes[1]
         self.line(f"for roffset in range(0, {self.size(row.numel)}, RBLOCK):")
         outside, self.indent, self.local = self.indent, self.indent + "    ", {}

@@ -13,8 +13,8 @@ import sympy
 
 from memplan.ir.program import evaluate
 
+from .row_schedule import Schedule, kept_values
 from .triton_loops import Loops
-from .triton_schedule import Schedule, kept_values
 
 _MULTIPROCESSORS = 132
 #: elements that a block may keep over several sections

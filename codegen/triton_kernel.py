@@ -14,13 +14,13 @@ from memplan.ir.index import FloorDiv
 from memplan.ir.loops import Kernel, Level, Load, Size, StoreMode
 from memplan.ir.program import evaluate
 
+from .row_schedule import schedule
 from .triton_body import emit_body
 from .triton_configs import LaunchConfig, Shape, choose
 from .triton_device_functions import device_source
 from .triton_loops import Loops, arrange, duplicates, extents
 from .triton_online import with_online_softmax
 from .triton_printer import signature_name
-from .triton_schedule import schedule
 
 _HEADER = "import triton\nimport triton.language as tl\nfrom triton.language.extra import libdevice\n"
 _INT32_LIMIT = 2**31 - 1

@@ -19,13 +19,13 @@ from memplan.ir.loops import Kernel, Load
 from memplan.ir.program import View
 from memplan.ir.template import ACCUMULATOR, Method, Product
 
+from .row_schedule import schedule
 from .triton_body import Body, Dims, Value
 from .triton_configs import LaunchConfig
 from .triton_device_functions import device_source
 from .triton_kernel import TritonKernel, pointer_type
 from .triton_loops import Axis, Loops
 from .triton_printer import signature_name
-from .triton_schedule import schedule
 
 _HEADER = "import triton\nimport triton.language as tl\nfrom triton.language.extra import libdevice\n"
 _LIMIT = 2**31

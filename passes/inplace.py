@@ -183,16 +183,23 @@ class _Decision:
     # -- choice -----------------------------------------------------------------------------------------------------
 
     def match(self, pairs: list[tuple[str, str, int]]) -> list[tuple[str, str]]:
-        """Each old and each new buffer at most once, for the most bytes."""
+        """Each old and each new buffer at most once, for the most bytes; between equals the oldest storages.
+
+        So what was made last is freed first, as on a stack, and leaves no gap below what goes on.
+        """
         if len(pairs) <= 1:
             return [(old, new) for old, new, _ in pairs]
-        olds = list(dict.fromkeys(old for old, _, _ in pairs))
+        olds = sorted(dict.fromkeys(old for old, _, _ in pairs), key=self.born)
         news = list(dict.fromkeys(new for _, new, _ in pairs))
         saved = np.zeros((len(olds), len(news)))
         for old, new, nbytes in pairs:
             saved[olds.index(old), news.index(new)] = nbytes
         rows, columns = linear_sum_assignment(saved, maximize=True)
         return [(olds[i], news[j]) for i, j in zip(rows, columns, strict=True) if saved[i, j] > 0]
+
+    def born(self, name: str) -> int:
+        """The step that made the storage of a buffer."""
+        return self.lives[self.root.get(name, name)].start
 
     def take(self, old: str, new: str, step: int) -> None:
         root = self.root.get(old, old)

@@ -132,8 +132,41 @@ class _Timing:
             latest = max((self.ready[k] for k in operands(node)), default=0)
             self.ready.append(latest + isinstance(node, Reduce))
 
-    def pass_of(self, store: Store) -> int:
+        #: for each pass the point values that it computes whatever stores are moved: for its reductions, and in the
+        #: last one for the stores that have to be there
+        self.computed: list[frozenset[int]] = []
+        stores = [s for s in kernel.stores if kernel.store_level(s) is Level.POINT]
+        passes = [*(self.first_pass_of(s) for s in stores), *(self.ready[k] - 1 for k in kernel.reductions)]
+        last = max(passes, default=0)
+        for number in range(last + 1):
+            made = [kernel.nodes[k] for k in kernel.reductions if self.ready[k] == number + 1]
+            roots = [o for node in made for o in operands(node)]
+            if number == last:
+                roots += [k for s in stores if self.first_pass_of(s) == last for k in _values(s)]
+            self.computed.append(self.at_points(roots))
+
+    def at_points(self, roots: Sequence[int]) -> frozenset[int]:
+        """The values along the row that are computed for these."""
+        seen: set[int] = set()
+        todo = list(roots)
+        while todo:
+            k = todo.pop()
+            if k not in seen and self.kernel.levels[k] is Level.POINT:
+                seen.add(k)
+                todo += operands(self.kernel.nodes[k])
+        return frozenset(seen)
+
+    def first_pass_of(self, store: Store) -> int:
+        """The first pass that has the values of the store."""
         return max(self.ready[k] for k in _values(store))
+
+    def pass_of(self, store: Store) -> int:
+        """The pass that makes the store: the last that computes its values anyway (`memplan.ir.loops`)."""
+        first = self.first_pass_of(store)
+        if not self.kernel.row or self.kernel.store_level(store) is not Level.POINT:
+            return first
+        needed = self.at_points(_values(store))
+        return max((p for p, found in enumerate(self.computed) if p > first and needed <= found), default=first)
 
     def last_use(self, load: int) -> int:
         """The last pass in which the load, or what is computed from it without a reduction, is used."""
@@ -149,7 +182,8 @@ class _Timing:
                 depends.add(k)
         for store in self.kernel.stores:
             if not depends.isdisjoint(_values(store)):
-                last = max(last, self.pass_of(store))
+                # a store that is made later reads nothing for it that is not read there anyway
+                last = max(last, self.first_pass_of(store))
         return last
 
     def read_by_store(self, load: int, store: Store) -> bool:
@@ -166,7 +200,7 @@ class _Timing:
 
 
 def _values(store: Store) -> Sequence[int]:
-    return (store.value,) if store.mask is None else (store.value, store.mask)
+    return (store.value, *value_references(store.index), *(() if store.mask is None else (store.mask,)))
 
 
 def _distinct(kernel: Kernel, store: Store, index: sympy.Expr) -> bool:

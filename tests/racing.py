@@ -1,7 +1,7 @@
 """Runs programs with storages shared as in-place reuse says, and kernels in the worst order that is allowed.
 
 Every row of a kernel (every point of a pointwise one) is a thread; threads are interleaved at random, point by point.
-A row is passed over once per reduction stage; each pass reads memory anew and stores what it has computed at once.
+A row is passed over once per reduction stage; each pass reads memory anew and makes its stores (`due_stores`) at once.
 So a kernel that reads what another point has overwritten gives a wrong answer here, sooner or later.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 import sympy
 import torch
 
-from memplan.ir.loops import Call, Cast, Constant, Index, Kernel, Load, Reduce, Store, operands
+from memplan.ir.loops import Call, Cast, Constant, Index, Kernel, Level, Load, Reduce, Store, operands
 from memplan.ir.program import EXTERNAL_KINDS, KernelOp, Program, evaluate
 from tests.program_runner import ProgramRunner
 
@@ -88,7 +88,7 @@ def _row(
     for number in range(max(ready, default=0) + 1):
         points = list(itertools.product(*[range(int(r.size)) for r in kernel.row]))
         rng.shuffle(points)
-        due = [s for s in kernel.stores if ready[s.value] == number]
+        due = due_stores(kernel, ready, number)
         sums = {k: n for k, n in enumerate(kernel.nodes) if isinstance(n, Reduce) and ready[k] == number + 1}
         for point in points:
             at = {**outer, **dict(zip(symbols, point, strict=True))}
@@ -101,6 +101,36 @@ def _row(
             for store, value in zip(due, results, strict=True):
                 _store(store, value, at, memory)
             yield
+
+
+def due_stores(kernel: Kernel, ready: Sequence[int], number: int) -> list[Store]:
+    """The stores of pass ``number``: those that cannot be made before and not later without computing more for them."""
+    reductions = [ready[k] - 1 for k, n in enumerate(kernel.nodes) if isinstance(n, Reduce)]
+    last = max(
+        [*reductions, *(ready[s.value] for s in kernel.stores if kernel.store_level(s) is Level.POINT)], default=0
+    )
+
+    def values(roots: Sequence[int]) -> set[int]:
+        along_row = {r.symbol for r in kernel.row}
+        found: set[int] = set()
+        for k in roots:
+            node = kernel.nodes[k]
+            if not isinstance(node, Reduce):
+                own = {k} if isinstance(node, Load) and node.index.free_symbols & along_row else set()
+                below = values(operands(node))
+                found |= below | own | ({k} if below else set())
+        return found
+
+    def computed(p: int) -> set[int]:
+        reduced = [o for k, n in enumerate(kernel.nodes) if isinstance(n, Reduce) and ready[k] == p + 1 for o in n.args]
+        return values(reduced + [s.value for s in kernel.stores if p == last == ready[s.value]])
+
+    def made(store: Store) -> int:
+        needed = values([store.value])
+        later = [p for p in range(ready[store.value] + 1, last + 1) if needed and needed <= computed(p)]
+        return max(later, default=ready[store.value])
+
+    return [s for s in kernel.stores if made(s) == number]
 
 
 def _store(store: Store, value: float, at: Mapping[sympy.Symbol, int], memory: Mapping[str, np.ndarray]) -> None:

@@ -10,7 +10,11 @@ names its operands by their position, always smaller than ``k``. A value is of o
 
 A kernel without row ranges is pointwise. A kernel may reduce several times over the same row (softmax, LayerNorm):
 a point value may use an outer value that a reduction made. Emitters cut it into passes over the row where it does
-not fit into a block.
+not fit into a block; what may be written over what depends on them. A reduction is made in the first pass that can. A
+store at the points is made in the last pass that computes all the point values it needs anyway, for reductions or, in
+the last pass of all, for stores that no earlier one can make; where no pass does, in the first that can. So the sum
+that a LayerNorm of a sum stores besides is stored when its terms are read for the last time. An emitter may store later
+than that, where it reads nothing more for it.
 
 Index expressions are sympy expressions over the range symbols (``x0, x1, ...`` outer, ``r0, r1, ...`` row), size
 symbols (dynamic shapes) and ``v<k>``, the integer value of ``nodes[k]`` (indirect access). They count elements of the

@@ -152,7 +152,7 @@ def _pair_hazard(kernel: Kernel, position: int, load: Load, store: Store, ranges
             f"{store.dtype.itemsize}: a point overwrites what another still reads"
         )
     point = kernel.store_level(store) is Level.POINT
-    written = max((passes[k] for k in _store_values(store)), default=0)
+    written = store_pass(kernel, store)
     sinks = list(_sinks(kernel, position, passes))
     late = [p for p, along_row in sinks if p > written or (p == written and along_row and not point)]
     if late:
@@ -183,6 +183,37 @@ def row_passes(kernel: Kernel) -> tuple[int, ...]:
         before = max((found[k] for k in operands(node)), default=0)
         found.append(before + 1 if isinstance(node, Reduce) else before)
     return tuple(found)
+
+
+def store_pass(kernel: Kernel, store: Store) -> int:
+    """The pass over the row that makes the store (`memplan.ir.loops`)."""
+    passes = row_passes(kernel)
+
+    def ready(s: Store) -> int:
+        return max(passes[k] for k in _store_values(s))
+
+    if not kernel.row or kernel.store_level(store) is not Level.POINT:
+        return ready(store)
+    stores = [s for s in kernel.stores if kernel.store_level(s) is Level.POINT]
+    last = max([*(ready(s) for s in stores), *(passes[k] - 1 for k in kernel.reductions)])
+    needed = _point_values(kernel, _store_values(store))
+    for number in range(last, ready(store), -1):
+        roots = [o for k in kernel.reductions if passes[k] - 1 == number for o in operands(kernel.nodes[k])]
+        if number == last:
+            roots += [k for s in stores if ready(s) == last for k in _store_values(s)]
+        if needed <= _point_values(kernel, roots):
+            return number
+    return ready(store)
+
+
+def _point_values(kernel: Kernel, roots: Sequence[int]) -> set[int]:
+    """The nodes at point level that a pass computes for these."""
+    found: set[int] = set()
+    for k in range(max(roots, default=-1), -1, -1):
+        if kernel.levels[k] is Level.POINT and (k in roots or k in found):
+            found.add(k)
+            found.update(o for o in operands(kernel.nodes[k]) if kernel.levels[o] is Level.POINT)
+    return found
 
 
 def _sinks(kernel: Kernel, position: int, passes: Sequence[int]) -> Iterator[tuple[int, bool]]:

@@ -9,6 +9,7 @@ import sympy
 import torch
 from cpp_running import compare, run_cpp
 from reference_kernel import run_reference
+from sample_kernels import layer_norm
 
 from memplan.codegen.cpp_kernel import emit_cpp, safe_in_place
 from memplan.codegen.cpp_schedule import Form, Threads, plan_loops
@@ -294,11 +295,33 @@ def test_in_place_pointwise() -> None:
 
 def test_in_place_rows_depend_on_the_last_pass_that_reads() -> None:
     assert safe_in_place(softmax(10, 33), "a", "o")
-    early = row_kernel(10, 33, Reduce("max", (0,), f32), Call("sub", (0, 1), f32), Reduce("sum", (2,), f32),
+    cheap = row_kernel(10, 33, Reduce("max", (0,), f32), Call("sub", (0, 1), f32), Reduce("sum", (2,), f32),
                        Call("neg", (0,), f32), point=4, once=3)  # fmt: skip
-    assert not safe_in_place(early, "a", "o")
-    mean = row_kernel(10, 33, Reduce("welford", (0,), f32), Item(1, 1, f32), Call("neg", (0,), f32), point=3, once=2)
+    assert safe_in_place(cheap, "a", "o")
+    dear = row_kernel(10, 33, Reduce("max", (0,), f32), Call("sub", (0, 1), f32), Reduce("sum", (2,), f32),
+                      Call("exp", (0,), f32), point=4, once=3)  # fmt: skip
+    assert not safe_in_place(dear, "a", "o"), "exponentials are not computed once more"
+    mean = row_kernel(10, 33, Reduce("welford", (0,), f32), Item(1, 1, f32), Call("exp", (0,), f32), point=3, once=2)
     assert not safe_in_place(mean, "a", "o"), "the deviations may be a second pass"
+
+
+@pytest.mark.parametrize("columns", [33, 40_000])
+def test_a_residual_sum_in_place_of_a_term_of_it(columns: int) -> None:
+    """It is stored by the last pass over the row, which reads the terms once more; so do rows cut into chunks."""
+    kernel = layer_norm(5, columns, f32, residual=True)
+    assert safe_in_place(kernel, "a", "sum")
+    assert safe_in_place(kernel, "b", "sum")
+    sizes = {"a": 5 * columns, "b": 5 * columns, "weight": columns, "bias": columns}
+    given = {n: torch.randn(k) for n, k in sizes.items()}
+    made = {"sum": torch.zeros(5 * columns), "out": torch.zeros(5 * columns)}
+    made |= {"mean": torch.zeros(5), "rstd": torch.zeros(5)}
+    apart = {**given, **made}
+    run_cpp(kernel, apart)
+    shared = {**given, "mean": torch.zeros(5), "rstd": torch.zeros(5)}
+    shared |= {"a": given["a"].clone(), "b": given["b"].clone()}
+    shared |= {"sum": shared["a"], "out": shared["b"]}
+    run_cpp(kernel, shared)
+    assert all(torch.equal(shared[n], apart[n]) for n in made)
 
 
 def test_in_place_softmax_gives_the_same_bytes() -> None:

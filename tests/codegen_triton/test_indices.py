@@ -299,6 +299,37 @@ def test_not_in_place_under_a_later_pass() -> None:
     assert safe_in_place(k.done(), "a", "out")
 
 
+def test_a_residual_sum_in_place_of_a_term_of_it(interpreter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row in one block and a row that is looped over: there the last loop stores it, once all have left the first."""
+    rows, columns = 3, 90
+    kernel = s.layer_norm(rows, columns, F32, residual=True)
+    canonical = canonicalize(kernel)
+    assert safe_in_place(kernel, "a", "sum")
+    given = {n: torch.randn(rows * columns) for n in ("a", "b")}
+    given |= {n: torch.randn(columns) for n in ("weight", "bias")}
+    for looped in (False, True):
+        if looped:
+            monkeypatch.setattr("memplan.codegen.triton_configs._PERSISTENT_ELEMENTS", 16)
+        emitted = emit_triton(canonical, name="kernel", hints={})
+        made = {n: torch.zeros(rows * columns) for n in ("sum", "out")} | {
+            n: torch.zeros(rows) for n in ("mean", "rstd")
+        }
+        apart = interpreter.run(emitted, 0, [{**given, **made}[n].clone() for n in canonical.buffers], {})
+        old = given["a"].clone()
+        shared = {**given, **made, "a": old, "sum": old}
+        together = interpreter.run(emitted, 0, [shared[n] for n in canonical.buffers], {})
+        for n, expected, got in zip(canonical.buffers, apart, together, strict=True):
+            assert n == "a" or torch.equal(expected, got), n
+        assert torch.equal(together[canonical.buffers.index("a")], apart[canonical.buffers.index("sum")])
+        if looped:
+            first, barrier, last = emitted.source.partition("tl.debug_barrier()")
+            assert barrier
+            assert (first.count("for roffset"), last.count("for roffset")) == (1, 1)
+            assert (first.count("tl.store"), last.count("tl.store")) == (0, 4)
+        else:
+            assert "barrier" not in emitted.source
+
+
 def test_mutation_of_what_is_read(check) -> None:
     """A softmax written over its input: the same buffer in the kernel itself, over several passes."""
     k = Builder((3,), (40,))
