@@ -23,7 +23,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
-from ..ir.communication import ARENA_MEMORY, BUILT_SIZES, SYMMETRIC_DTYPES, GroupFacts, Memory, collective_form
+from ..ir.communication import (
+    ARENA_MEMORY,
+    BUILT_SIZES,
+    MULTICAST_KINDS,
+    SYMMETRIC_DTYPES,
+    GroupFacts,
+    Memory,
+    collective_form,
+)
 from ..ir.communication_options import CommunicationOptions
 from ..ir.config import Config
 from ..ir.in_flight import Collective
@@ -40,6 +48,9 @@ _REDUCE_INTO = {
     "one_shot": "symm_mem.one_shot_all_reduce_out.default",
     "two_shot": "symm_mem.two_shot_all_reduce_out.default",
 }
+_MULTICAST_IN_PLACE = "symm_mem.multimem_all_reduce_.default"
+_MULTICAST_INTO = "symm_mem.multimem_one_shot_all_reduce_out.default"
+_MULTICAST_GATHER = "symm_mem.multimem_all_gather_out.default"
 _SCATTER = "symm_mem.reduce_scatter_out.default"
 _BROADCAST_IN_PLACE, _BROADCAST_INTO = "memplan.peer_broadcast_.default", "memplan.peer_broadcast.out"
 _MOVES = {"all_gather": "memplan.peer_all_gather.out", "all_to_all": "memplan.peer_all_to_all.out"}
@@ -98,8 +109,18 @@ class Communication:
         if not reason and len({b for part in parts for b in part.reads}) < len(parts):
             reason = "it is given one buffer twice"
         if not reason:
-            rewriting.replaced(position, [d() for d in decisions if not isinstance(d, str)])
+            made = [d() for d in decisions if not isinstance(d, str)]
+            rewriting.replaced(position, made)
+            self.say_without_multicast(rewriting, op, made)
         return reason
+
+    def say_without_multicast(self, rewriting: Rewriting, op: Collective, made: Sequence[Extern]) -> None:
+        """Note where multicast is asked for, and an operation that could use it does not."""
+        form = collective_form(op.target)
+        without = [new for new in made if "multimem" not in new.target]
+        if self.options.multicast and without and form is not None and form.kind in MULTICAST_KINDS:
+            why = self.groups[op.group].no_multicast or "its buffers cannot be as that needs them"
+            rewriting.notes.append((op.name, f"{without[0].target} runs without multicast: {why}"))
 
     def decide(self, rewriting: Rewriting, op: Collective, position: int) -> Decision:
         """What becomes of a call of one tensor."""
@@ -159,6 +180,10 @@ def _all_reduce(
     if reason:
         return reason
     options = (Literal("sum"), Literal(op.group))
+    if not facts.no_multicast:
+        if algorithm == "two_shot" and rewriting.may_stay(view.buffer):
+            return partial(rewriting.in_place, op, _MULTICAST_IN_PLACE, view, options)
+        return partial(rewriting.from_arena, op, position, _MULTICAST_INTO, view, options, spoils=False)
     if algorithm == "two_shot" and rewriting.may_stay(view.buffer):
         return partial(rewriting.in_place, op, _TWO_SHOT_IN_PLACE, view, options)
     if algorithm == "two_shot" and facts.size not in BUILT_SIZES:
@@ -178,25 +203,41 @@ def _broadcast(rewriting: Rewriting, op: Collective, position: int, view: View) 
 
 
 def _moved(rewriting: Rewriting, op: Collective, view: View, facts: GroupFacts) -> Decision:
-    """All-gather, all-to-all, reduce-scatter: from the arena into the result."""
+    """All-gather, all-to-all, reduce-scatter: from the arena into the result, or through multicast into the arena."""
     form, result = collective_form(op.target), op.results[0]
     assert form is not None
     if result is None or rewriting.whole_bytes(result) is None:
         return "its result is a part of a buffer"
+    if form.kind == "all_gather" and not facts.no_multicast and _multicast_takes(rewriting, result, facts.size):
+        return partial(rewriting.into_arena, op, _MULTICAST_GATHER, view, result, (Literal(op.group),))
     if not rewriting.may_stay(view.buffer):
         return f"{view.buffer!r} outlives the program, or other collectives use it"
     if form.kind == "reduce_scatter":
-        # torch's kernel takes 4, 8 or 16 bytes at once, as many as divide the message, and each rank as many of them
-        step = next(n for n in (16, 8, 4, 1) if _nbytes(view) % n == 0)
         reason = _unsummable(op, view, facts)
         if reason or facts.size not in BUILT_SIZES:
             return reason or f"it is not built for {facts.size} ranks"
-        if _nbytes(view) % (step * facts.size):
-            return f"{_nbytes(view)} bytes are not {facts.size} times a multiple of {step}"
+        reason = _in_uneven_steps(_nbytes(view), facts.size)
+        if reason:
+            return reason
         return partial(rewriting.out_of_arena, op, _SCATTER, view, result, (Literal(op.group), Literal(False)))
     if form.kind == "all_to_all" and not even(op, facts.size):
         return "ranks may give and take different numbers of elements"
     return partial(rewriting.out_of_arena, op, _MOVES[form.kind], view, result, (Literal(op.group),))
+
+
+def _multicast_takes(rewriting: Rewriting, result: View, ranks: int) -> bool:
+    """Whether an all-gather through multicast can have this result: in the arena, in parts of whole steps."""
+    nbytes = _nbytes(result)
+    return rewriting.may_stay(result.buffer) and nbytes % _GRANULE == 0 and not _in_uneven_steps(nbytes, ranks)
+
+
+def _in_uneven_steps(message: int, ranks: int) -> str:
+    """Why torch's kernels cannot part a message among ranks, "" if they can.
+
+    They take 4, 8 or 16 bytes at once, as many as divide the message, and each rank a whole number of times.
+    """
+    step = next(n for n in (16, 8, 4, 1) if message % n == 0)
+    return f"{message} bytes are not {ranks} times a multiple of {step}" if message % (step * ranks) else ""
 
 
 def place_in_arenas(

@@ -126,6 +126,12 @@ class Rewriting:
         args: tuple[Argument, ...] = (flat(view), *options)
         return Extern(op.name, target, args, (), (flat(result),), Contract.OUT, op.device, op.origins, effect=True)
 
+    def into_arena(self, op: Collective, target: str, view: View, result: View, options: Sequence[Literal]) -> Extern:
+        """The operation that writes its result there on all ranks, from a buffer that lies anywhere."""
+        self.hold(result.buffer, op.group)
+        args: tuple[Argument, ...] = (flat(view), *options)
+        return Extern(op.name, target, args, (), (flat(result),), Contract.OUT, op.device, op.origins, effect=True)
+
     def from_arena(
         self, op: Collective, position: int, target: str, view: View, options: Sequence[Literal], *, spoils: bool
     ) -> Extern:

@@ -100,7 +100,7 @@ class SymmetricForm:
     Attributes
     ----------
     argument:
-        Position of the argument that must lie in symmetric memory.
+        Position of the argument that must lie in symmetric memory; None: the result must, which peers write.
     barrier_before:
         No rank touches a peer's memory before every rank has reached the call on its stream: what was written before
         it is what the peers read.
@@ -110,7 +110,7 @@ class SymmetricForm:
     """
 
     kind: str
-    argument: int = 0
+    argument: int | None = 0
     barrier_before: bool = True
     barrier_after: bool = True
 
@@ -118,11 +118,16 @@ class SymmetricForm:
 #: Read off torch's ``CUDASymmetricMemoryOps.cu`` (2.5 to 2.13): each kernel synchronises its blocks with the blocks of
 #: the same number on all ranks when it starts and before it ends, and all ranks launch equally many. Reduce-scatter
 #: leaves its argument as it is, whatever its schema says. Those of `memplan.runtime.peers` begin and end with barriers.
+#: Through multicast (``multimem``) a rank reads the sum of what all have at a place, or writes to all of them; between
+#: the barriers of one-shot all-reduce nothing is written, and what all-gather writes is fenced by the last one.
 SYMMETRIC_FORMS: Mapping[str, SymmetricForm] = {
     "symm_mem.one_shot_all_reduce_out.default": SymmetricForm("all_reduce"),
     "symm_mem.two_shot_all_reduce_.default": SymmetricForm("all_reduce"),
     "symm_mem.two_shot_all_reduce_out.default": SymmetricForm("all_reduce"),
     "symm_mem.reduce_scatter_out.default": SymmetricForm("reduce_scatter"),
+    "symm_mem.multimem_one_shot_all_reduce_out.default": SymmetricForm("all_reduce"),
+    "symm_mem.multimem_all_reduce_.default": SymmetricForm("all_reduce"),
+    "symm_mem.multimem_all_gather_out.default": SymmetricForm("all_gather", argument=None),
     "memplan.peer_all_gather.out": SymmetricForm("all_gather"),
     "memplan.peer_all_to_all.out": SymmetricForm("all_to_all"),
     "memplan.peer_broadcast.out": SymmetricForm("broadcast"),
@@ -136,6 +141,10 @@ SYMMETRIC_DTYPES = frozenset({"torch.float32", "torch.bfloat16"})
 
 #: Ranks for which torch has built the kernels that add up and write elsewhere.
 BUILT_SIZES = (2, 4, 8)
+
+
+#: Kinds that have a form through multicast.
+MULTICAST_KINDS = ("all_reduce", "all_gather")
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,9 +132,6 @@ def _check(name: str, value: object) -> None:
         case "timeout":
             if value is not None and (not number or value <= 0):  # type: ignore[operator]
                 raise OptionError(f"option 'timeout' in 'communication' takes seconds or None, not {value!r}")
-        case "multicast":
-            if value is not False:
-                raise OptionError("option 'multicast' in 'communication' is not there yet")
         case "registered":
             if value not in REGISTERED:
                 raise OptionError(

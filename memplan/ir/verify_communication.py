@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
-from .communication import ARENA_MEMORY, SYMMETRIC_FORMS, Memory
+from .communication import ARENA_MEMORY, SYMMETRIC_FORMS, Memory, SymmetricForm
 from .errors import VerificationError
 from .in_flight import Collective, InFlight, Wait
 from .plan import InPool, Plan
@@ -85,15 +85,21 @@ def check_memory(op: Operation, buffers: Mapping[str, Buffer], fail: Fail) -> No
     if not isinstance(op, Extern) or op.target not in SYMMETRIC_FORMS:
         return
     form = SYMMETRIC_FORMS[op.target]
-    view = op.args[form.argument] if form.argument < len(op.args) else None
-    if not isinstance(view, View):
-        raise fail(f"its argument {form.argument} is no tensor", op)
+    view = _in_symmetric_memory(op, form)
+    if view is None:
+        raise fail("it has no result" if form.argument is None else f"its argument {form.argument} is no tensor", op)
     given = buffers[view.buffer]
     if given.memory is not Memory.SYMMETRIC:
         raise fail(f"{op.target} takes symmetric memory, and {view.buffer!r} is in {given.memory.value} memory", op)
     named = {a.value for a in op.args if hasattr(a, "value") and isinstance(a.value, str)}
     if given.group not in named:
         raise fail(f"{view.buffer!r} is in the symmetric memory of group {given.group!r}, not of the call's", op)
+
+
+def _in_symmetric_memory(op: Extern, form: SymmetricForm) -> View | None:
+    """What must lie in symmetric memory."""
+    given = op.results[:1] if form.argument is None else op.args[form.argument : form.argument + 1]
+    return given[0] if given and isinstance(given[0], View) else None
 
 
 def _check_registered(op: Collective, buffers: Mapping[str, Buffer], fail: Fail) -> None:
@@ -165,7 +171,7 @@ def _check_barriers(plan: Plan, held: Mapping[str, InPool], fail: PlanFail) -> N
     for step in plan.order:
         op = plan.program.by_name[step]
         form = SYMMETRIC_FORMS.get(op.target) if isinstance(op, Extern) else None
-        view = op.args[form.argument] if isinstance(op, Extern) and form is not None else None
+        view = _in_symmetric_memory(op, form) if isinstance(op, Extern) and form is not None else None
         group = plan.program.buffers[view.buffer].group if isinstance(view, View) else ""
         if form is not None and form.barrier_before:
             open_reads.pop(group, None)

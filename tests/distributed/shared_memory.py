@@ -31,14 +31,17 @@ from memplan.runtime.symmetric import BACKENDS
 class SharedFiles:
     """The backend for CPUs."""
 
-    def __init__(self, folder: Path, obstacle: str = "") -> None:
-        self.folder, self.told = folder, obstacle
+    def __init__(self, folder: Path, obstacle: str = "", no_multicast: str = "files have none") -> None:
+        self.folder, self.told, self.no_multicast = folder, obstacle, no_multicast
         self.allocations: list[weakref.ref[Symmetric]] = []
         self.sizes: list[int] = []
         self.numbers: Counter[str] = Counter()  # allocations, by group
 
     def obstacle(self, group: dist.ProcessGroup, device: torch.device) -> str:
         return self.told
+
+    def multicast_obstacle(self, device: torch.device) -> str:
+        return self.no_multicast
 
     def allocate(self, nbytes: int, group: dist.ProcessGroup, device: torch.device) -> Symmetric:
         number = self.numbers[group.group_name]
@@ -48,7 +51,7 @@ class SharedFiles:
         dist.barrier(group)
         ranks = [torch.from_file(name, shared=True, size=nbytes, dtype=torch.uint8) for name in names]
         ranks[group.rank()] = own
-        made = Symmetric(own, ranks, group.rank(), partial(_barrier, group.group_name))
+        made = Symmetric(own, ranks, group.rank(), partial(_barrier, group.group_name), not self.no_multicast)
         self.allocations.append(weakref.ref(made))
         self.sizes.append(nbytes)
         return made
@@ -139,8 +142,30 @@ def reduce_scatter_out(input: Tensor, group_name: str, split_last_dim: bool, out
     return output
 
 
+def multimem_all_reduce_(input: Tensor, reduce_op: str, group_name: str) -> Tensor:
+    return two_shot_all_reduce_(input, reduce_op, group_name)
+
+
+def multimem_one_shot_all_reduce_out(input: Tensor, reduce_op: str, group_name: str, out: Tensor) -> Tensor:
+    return one_shot_all_reduce_out(input, reduce_op, group_name, out)
+
+
+def multimem_all_gather_out(input: Tensor, group_name: str, out: Tensor) -> Tensor:
+    peers, rank = current[-1].peers(out), dist.distributed_c10d._resolve_process_group(group_name).rank()
+    assert out.shape == (len(peers) * input.shape[0], *input.shape[1:])
+    _barrier(group_name)
+    for peer in peers:
+        peer.view(len(peers), -1)[rank] = input.view(-1)
+    _barrier(group_name)
+    return out
+
+
+_OPERATIONS = (
+    one_shot_all_reduce_out, two_shot_all_reduce_, two_shot_all_reduce_out, reduce_scatter_out,
+    multimem_all_reduce_, multimem_one_shot_all_reduce_out, multimem_all_gather_out,
+)  # fmt: skip
 _library = torch.library.Library("symm_mem", "IMPL")
-for _function in (one_shot_all_reduce_out, two_shot_all_reduce_, two_shot_all_reduce_out, reduce_scatter_out):
+for _function in _OPERATIONS:
     _library.impl(_function.__name__, _function, "CPU")
 
 
@@ -160,11 +185,11 @@ def registered_memory(obstacle: str = "") -> Iterator[RegisteredMemory]:
 
 
 @contextmanager
-def shared_files(folder: str, obstacle: str = "") -> Iterator[SharedFiles]:
+def shared_files(folder: str, obstacle: str = "", no_multicast: str = "files have none") -> Iterator[SharedFiles]:
     """Symmetric memory for CPUs inside the block."""
     torch._dynamo.reset()
     gc.collect()  # programs of other tests would have a say in the size of the arena
-    made = SharedFiles(Path(folder), obstacle)
+    made = SharedFiles(Path(folder), obstacle, no_multicast)
     current.append(made)
     BACKENDS["cpu"] = made
     groups._known.clear()

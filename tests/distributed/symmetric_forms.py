@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
@@ -56,6 +58,14 @@ def gather_integers(x: Tensor, w: Tensor) -> Tensor:
     return collectives.all_gather_tensor((x @ w > 0).to(torch.int64), 0, cases.WORLD).sum(0)
 
 
+def gather_given_back(x: Tensor, w: Tensor) -> Tensor:
+    return collectives.all_gather_tensor(torch.sin(x @ w), 0, cases.WORLD)
+
+
+def all_reduce_returned(x: Tensor, w: Tensor) -> Tensor:
+    return collectives.all_reduce(torch.sin(x @ w), "sum", cases.WORLD)
+
+
 def twice(x: Tensor, w: Tensor) -> Tensor:
     h = torch.sin(x @ w)
     a, b = collectives.all_gather_into_tensor_coalesced([h, h], cases.WORLD)
@@ -75,16 +85,20 @@ FORMS = {
             gather_returned,
             gather_after_sum,
             gather_integers,
+            gather_given_back,
+            all_reduce_returned,
             twice,
         )
     },
 }
 
 
-def run(folder: str, name: str, options: dict[str, object], wrapper: str) -> tuple[list[str], list[str], int, int]:
+def run(
+    folder: str, name: str, options: dict[str, object], wrapper: str, no_multicast: Sequence[str] = ("", "")
+) -> tuple[list[str], list[str], int, int]:
     """Against eager, in several calls with ranks that tarry; targets, notes' texts, copies, and waits."""
-    function = FORMS[name]
-    with shared_files(folder), torch.no_grad():
+    function, without = FORMS[name], no_multicast[dist.get_rank() % 2]
+    with shared_files(folder, no_multicast=without), torch.no_grad():
         want_x, want_w = cases.inputs()
         want = function(want_x, want_w)
         with memplan.record() as recording:

@@ -57,6 +57,57 @@ def test_what_cannot_is_left_to_the_library(ranks: Ranks, tmp_path: Path, name: 
         assert any("runs on unregistered memory" in text and reason in text for text in notes), notes
 
 
+MULTICAST = {**ALL_SYMMETRIC, "multicast": True}
+SUM, SUM_INTO = "symm_mem.multimem_all_reduce_.default", "symm_mem.multimem_one_shot_all_reduce_out.default"
+TO_ALL = "symm_mem.multimem_all_gather_out.default"
+
+
+@pytest.mark.parametrize(
+    ("name", "all_reduce", "targets"),
+    [
+        ("all_reduce", "one_shot", [SUM_INTO]),
+        ("all_reduce", "two_shot", [SUM]),
+        ("all_reduce_returned", "two_shot", [SUM_INTO]),
+        ("all_gather", "one_shot", [TO_ALL]),
+        ("gather_after_sum", "one_shot", [SUM_INTO, TO_ALL]),
+        ("gather_integers", "one_shot", [TO_ALL]),
+        ("reduce_scatter", "one_shot", [SCATTER]),
+        ("broadcast", "one_shot", [TAKE]),
+    ],
+)
+@pytest.mark.parametrize("wrapper", ["python", "cpp"])
+def test_through_multicast(
+    ranks: Ranks, tmp_path: Path, name: str, all_reduce: str, targets: list[str], wrapper: str
+) -> None:
+    options = {**MULTICAST, "all_reduce": all_reduce}
+    for found, notes, copies, _ in ranks.run(CASES, "run", str(tmp_path), name, options, wrapper):
+        assert found == targets, notes
+        assert not any("without multicast" in text for text in notes)
+        assert not copies
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "no_multicast", "reason"),
+    [
+        ("all_reduce", ONE_SHOT, ("", "its switch is too old"), "rank 1: its switch is too old"),
+        ("all_gather", GATHER, ("", "its switch is too old"), "rank 1: its switch is too old"),
+        ("gather_given_back", GATHER, ("", ""), "its buffers cannot be as that needs them"),
+    ],
+)
+def test_without_multicast_it_runs_as_before_and_says_so(
+    ranks: Ranks, tmp_path: Path, name: str, target: str, no_multicast: tuple[str, str], reason: str
+) -> None:
+    for found, notes, *_ in ranks.run(CASES, "run", str(tmp_path), name, MULTICAST, "python", no_multicast):
+        assert found == [target]
+        assert f"{target} runs without multicast: {reason}" in notes
+
+
+def test_multicast_is_not_used_unless_asked_for(ranks: Ranks, tmp_path: Path) -> None:
+    for found, notes, *_ in ranks.run(CASES, "run", str(tmp_path), "all_reduce", ALL_SYMMETRIC, "python"):
+        assert found == [ONE_SHOT]
+        assert not any("multicast" in text for text in notes)
+
+
 def test_long_messages_go_to_the_library(ranks: Ranks, tmp_path: Path) -> None:
     """The message of an all-gather is its result: 8 x 6 of float32 from each of two ranks."""
     for most, target in ((384, GATHER), (383, "_c10d_functional.all_gather_into_tensor_out.default")):

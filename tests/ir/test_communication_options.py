@@ -22,7 +22,7 @@ from memplan.ir.errors import OptionError
         ({"overlap_bytes": None}, "takes a number of bytes, not None"),
         ({"timeout": 0}, "takes seconds or None, not 0"),
         ({"registered": True}, "option 'registered' in 'communication' is one of off, on, not True"),
-        ({"multicast": True}, "option 'multicast' in 'communication' is not there yet"),
+        ({"multicast": "yes"}, "option 'multicast' in 'communication' takes True or False, not 'yes'"),
         ({"agree": 1}, "option 'agree' in 'communication' takes True or False, not 1"),
     ],
 )

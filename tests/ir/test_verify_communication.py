@@ -120,3 +120,28 @@ def test_a_collective_works_in_registered_memory_of_its_group_or_in_none(groups:
     verify_program(registered({"g": "0", "h": "0"}))
     with pytest.raises(VerificationError, match=message):
         verify_program(registered(groups))
+
+
+TO_ALL = Extern(
+    "gather", "symm_mem.multimem_all_gather_out.default", (view("h"), Literal("0")), (), (view("g", 16),), Contract.OUT,
+    "cpu",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("operation", "held", "message"),
+    [
+        (TO_ALL, "h", "takes symmetric memory, and 'g' is in plain memory"),
+        (replace(TO_ALL, results=(None,)), "h", "it has no result"),
+    ],
+)
+def test_what_peers_write_is_in_symmetric_memory(operation: Extern, held: str, message: str) -> None:
+    made = program(MAKE, TO_ALL, USE)
+
+    def symmetric(name: str, *operations: Operation) -> Program:
+        buffer = replace(made.buffers[name], memory=Memory.SYMMETRIC, group="0")
+        return replace(made, buffers={**made.buffers, name: buffer}).with_operations(operations)
+
+    verify_program(symmetric("g", MAKE, TO_ALL, USE))
+    with pytest.raises(VerificationError, match=message):
+        verify_program(symmetric(held, MAKE, operation, USE))
