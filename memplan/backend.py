@@ -199,6 +199,7 @@ class Region:
             saved_outputs=saved,
         )
         program = on_target(program, self.config)
+        program = replace(program, notes=(*program.notes, *self.partitioned.whole_logits))
         if self.partitioned.offloaded:
             program = offload_saved(program, self.offloaded_positions(), self.host_bandwidth(program))
         self.forward = program

@@ -25,7 +25,7 @@ from ..ir.eager import EagerMemory
 from ..ir.joint import JointGraph
 from .activations import activations
 from .changed_inputs import keep_changed_inputs
-from .chunked_loss import chunk_losses, chunk_sizes
+from .chunked_loss import Note, chunk_losses, chunk_sizes
 from .copies import without_copies
 from .dropout import seed_random
 from .eager_memory import eager_memory
@@ -94,6 +94,8 @@ class Partitioned:
     eager: EagerMemory | None = None
     #: how it can be cut again, where what is kept is ours to choose
     recut: Recut | None = None
+    #: (node, why): logits that are not made in slices
+    whole_logits: tuple[Note, ...] = ()
 
 
 def partitioner(config: Config, found: Partitioned, chooser: Chooser) -> Callable[..., Modules]:
@@ -133,6 +135,7 @@ def partitioner(config: Config, found: Partitioned, chooser: Chooser) -> Callabl
         else:
             forward, backward = cut(chooser.choose)
         found.recut = Recut(cut, num_fwd_outputs, parameters) if own else None
+        found.whole_logits = sliced.whole_logits
         found.forward_outputs = num_fwd_outputs
         found.forward, found.backward = forward, backward
         found.activations = forward.meta.pop(_FATES, ())
@@ -146,12 +149,14 @@ def partitioner(config: Config, found: Partitioned, chooser: Chooser) -> Callabl
 class _Sliced:
     """A joint graph with its losses in slices of one size or another, made when it is asked for.
 
-    ``whole``: the graph with its losses as they came, where there are several sizes.
+    ``whole``: the graph with its losses as they came, where there are several sizes. ``whole_logits``: (node, why) of
+    those that stay so in slices of the first size.
     """
 
     sizes: tuple[int, ...]
     whole: torch.fx.GraphModule | None
     made: dict[int, torch.fx.GraphModule]
+    whole_logits: tuple[Note, ...]
 
     @classmethod
     def of(cls, joint: torch.fx.GraphModule, config: Config, *, several: bool) -> _Sliced:
@@ -159,9 +164,7 @@ class _Sliced:
         size = config.loss_chunk if config.enabled("chunked_loss") else 0
         sizes = chunk_sizes(joint.graph, size) if several and size else (size,)
         whole = torch.fx.GraphModule(joint, copied(joint.graph)) if len(sizes) > 1 else None
-        if size:
-            chunk_losses(joint, size)
-        return cls(sizes, whole, {size: joint})
+        return cls(sizes, whole, {size: joint}, chunk_losses(joint, size) if size else ())
 
     def joint(self, size: int) -> torch.fx.GraphModule:
         if size not in self.made:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import memplan.capture.chunked_loss as chunked_loss
+import memplan.capture.loss_rewriting as loss_rewriting
 from tests.capture.tracing import Traced, traced
 
 TOKENS, FEATURES, VOCABULARY = 96, 8, 65
@@ -253,8 +254,8 @@ def test_the_hidden_states_are_used_elsewhere_too() -> None:
     assert_sliced(compare(function, (hidden, weight, target)))
 
 
-def left_whole(function: Callable[..., object], loss: Callable[[object], Tensor], **fields: bool) -> None:
-    """The function is not sliced, and right."""
+def left_whole(function: Callable[..., object], loss: Callable[[object], Tensor], why: str) -> None:
+    """The function is not sliced, and right; and it is said why."""
     hidden, weight, _, target = inputs()
     compiled, found = traced(function, loss_chunk=SLICE)
     ours = evaluated(lambda *a: loss(compiled(*a)), (hidden, weight, target))
@@ -262,6 +263,8 @@ def left_whole(function: Callable[..., object], loss: Callable[[object], Tensor]
     for a, b in zip(ours, eager, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert_whole(found)
+    ((_, said),) = found.partitioned.whole_logits
+    assert why in said, said
 
 
 def test_logits_that_are_returned_stay_whole() -> None:
@@ -269,27 +272,33 @@ def test_logits_that_are_returned_stay_whole() -> None:
         logits = h @ w.t()
         return cross_entropy(logits, t), logits
 
-    left_whole(function, lambda out: out[0] + out[1].square().mean())  # type: ignore[index]
+    left_whole(function, lambda out: out[0] + out[1].square().mean(), "leave the compiled function")  # type: ignore[index]
 
 
 def test_logits_that_are_returned_without_a_gradient_stay_whole() -> None:
     def function(h: Tensor, w: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         logits = h @ w.t()
-        return cross_entropy(logits, t), logits.detach().argmax(1)
+        return cross_entropy(logits, t), logits.detach()
 
-    left_whole(function, lambda out: out[0])  # type: ignore[index]
+    left_whole(function, lambda out: out[0], "leave the compiled function")  # type: ignore[index]
 
 
-def test_two_losses_of_the_same_logits_stay_whole() -> None:
+def test_two_losses_of_the_same_logits() -> None:
     def function(h: Tensor, w: Tensor, t: Tensor) -> Tensor:
         logits = h @ w.t()
         return cross_entropy(logits, t) + cross_entropy(logits, t.flip(0), reduction="sum")
 
-    left_whole(function, lambda out: out)  # type: ignore[arg-type, return-value]
+    hidden, weight, _, target = inputs()
+    assert_sliced(compare(function, (hidden, weight, target)))
 
 
-def test_a_loss_for_each_token_stays_whole() -> None:
-    left_whole(lambda h, w, t: cross_entropy(h @ w.t(), t, reduction="none"), lambda out: out.square().sum())  # type: ignore[attr-defined]
+def test_a_loss_for_each_token_that_is_returned_stays_whole() -> None:
+    """Its tangents are known in the backward alone."""
+    left_whole(
+        lambda h, w, t: cross_entropy(h @ w.t(), t, reduction="none"),
+        lambda out: out.square().sum(),  # type: ignore[attr-defined]
+        "not one number times",
+    )
 
 
 def test_two_losses_of_their_own_are_both_sliced() -> None:
@@ -320,7 +329,7 @@ def test_an_evaluation_without_gradients_is_right() -> None:
 
 def test_padded_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU the vocabulary is padded to whole vectors: no part in the softmax, no gradient."""
-    monkeypatch.setattr(chunked_loss, "PADDED_PRODUCTS", ("cpu",))
+    monkeypatch.setattr(loss_rewriting, "PADDED_PRODUCTS", ("cpu",))
     torch.manual_seed(0)
 
     def function(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:

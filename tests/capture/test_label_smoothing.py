@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, log_softmax, nll_loss
 
-import memplan.capture.chunked_loss as chunked_loss
+import memplan.capture.loss_rewriting as loss_rewriting
 from tests.capture.test_chunked_loss import (
     FEATURES,
     ROWS,
@@ -158,7 +158,7 @@ def test_two_losses_and_factors_inside_the_graph() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_padded_vocabulary(monkeypatch: pytest.MonkeyPatch, reduction: str) -> None:
     """Padding is no word: no part in the sum of all words, no gradient."""
-    monkeypatch.setattr(chunked_loss, "PADDED_PRODUCTS", ("cpu",))
+    monkeypatch.setattr(loss_rewriting, "PADDED_PRODUCTS", ("cpu",))
 
     def function(h: Tensor, w: Tensor, b: Tensor, t: Tensor) -> Tensor:
         return cross_entropy(linear(h, w, b), t, reduction=reduction, label_smoothing=0.1)
@@ -177,14 +177,14 @@ def test_the_backward_has_no_matrix_product() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_with_class_weights_it_stays_whole(reduction: str) -> None:
+def test_class_weights(reduction: str) -> None:
     hidden, weight, _, target = inputs(ignored=0.2)
     classes = torch.rand(VOCABULARY)
     found = compare(
         lambda h, w, c, t: cross_entropy(h @ w.t(), t, weight=c, reduction=reduction, label_smoothing=0.1),
         (hidden, weight, classes, target),
     )
-    assert_whole(found)
+    assert_sliced(found)
 
 
 def _own(h: Tensor, w: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,8 +193,8 @@ def _own(h: Tensor, w: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return found, nll_loss(found, t), (-found.sum(1)).masked_fill(t == -100, 0.0).sum() / (~(t == -100)).sum()
 
 
-def test_terms_of_another_form_stay_whole() -> None:
-    """Near to label smoothing, each with one difference that the slices would get wrong."""
+def test_terms_of_another_form() -> None:
+    """Near to label smoothing, each with one difference that a formula for it would get wrong."""
 
     def another_mask(h: Tensor, w: Tensor, t: Tensor) -> Tensor:
         found = log_softmax(h @ w.t(), 1)
@@ -229,22 +229,24 @@ def test_terms_of_another_form_stay_whole() -> None:
         found = log_softmax(h @ w.t(), 1)
         return nll_loss(found, t) * 0.9 + found.sum(1).masked_fill(t == -100, 0.0).sum() * 0.1
 
+    # whose gradient takes what all tokens gave together
+    whole = (a_tangent_of_its_own, two_tangents)
     for function in (
         another_mask,
         another_count,
         without_gradient,
-        a_tangent_of_its_own,
-        two_tangents,
+        *whole,
         a_third_reader,
         two_sums,
         positive,
     ):
         torch._dynamo.reset()
         hidden, weight, _, target = inputs(ignored=0.2)
-        assert_whole(compare(function, (hidden, weight, target)))
+        found = compare(function, (hidden, weight, target), allowance=8.0)
+        (assert_whole if function in whole else assert_sliced)(found)
 
 
-def test_class_weights_of_one_term_alone_stay_whole() -> None:
+def test_class_weights_of_one_term_alone() -> None:
     """The likelihood has class weights, some zero, and the sum of all words has none."""
     hidden, weight, _, target = inputs(ignored=0.2)
     classes = torch.rand(VOCABULARY)
@@ -255,7 +257,7 @@ def test_class_weights_of_one_term_alone_stay_whole() -> None:
         loss = nll_loss(found, t, weight=c) * 0.9
         return loss + (-found.sum(1)).masked_fill(t == -100, 0.0).sum() / (~(t == -100)).sum() * 0.1
 
-    assert_whole(compare(function, (hidden, weight, classes, target)))
+    assert_sliced(compare(function, (hidden, weight, classes, target)))
 
 
 def test_the_term_written_out_is_right() -> None:
@@ -273,4 +275,4 @@ def test_the_term_written_out_is_right() -> None:
     hidden, weight, _, target = inputs(ignored=0.2)
     assert_sliced(compare(after, (hidden, weight, target)))
     torch._dynamo.reset()
-    assert_whole(compare(before, (hidden, weight, target)))
+    assert_sliced(compare(before, (hidden, weight, target)))
