@@ -2,11 +2,12 @@
 
 Three things keep segments from being full: temporaries and saved tensors of all sizes that are born and die in turn,
 saved tensors that die one by one while gradients, of other sizes, are born, and segments made for one size that
-another one does not fill. So the candidates are: pools of temporaries over stretches of each program; slabs of saved
-tensors, grouped by when the backward drops them, so that a slab dies as a whole and gradients take its place; and a
-*reserve*: before the step, one request for all the bytes that the step will need and that are not free already, freed
-at once, so that everything comes out of one segment. Each is simulated (`memplan.passes.allocator_replay`) for several
-steps; what reserves least is taken, between equals the one with fewer allocations.
+another one does not fill. So the candidates are: pools of temporaries over stretches of each program, or of what lives
+across calls that allocate their own results; slabs of saved tensors, grouped by when the backward drops them, so that a
+slab dies as a whole and gradients take its place; and a *reserve*: before the step, one request for all the bytes that
+the step will need and that are not free already, freed at once, so that everything comes out of one segment. Each is
+simulated (`memplan.passes.allocator_replay`) for several steps; what reserves least is taken, between equals the one
+with fewer allocations.
 
 A training step is simulated in three ways: by itself, with an optimiser after it, and with gradients that two passes
 accumulate before. Held gradients and the optimiser's states lie across the segments that the first pass had, and a pool
@@ -24,13 +25,16 @@ from ..ir.plan import Lifetime, Pool, Slab
 from ..ir.program import Phase, SymbolInput
 from .allocator import MIB
 from .allocator_replay import NativeReplay, Replayed, Requests, replay_steps
+from .core_pool import core_pool
 from .pack_search import PackSearch
 from .pools import ALIGNMENT, Pooled, stretch_pools
 from .schedule import rounded
 from .whole_step import Laid, StepStorage, WholeStep, whole_step
 
+#: In place of a number of cuts: the pool of `memplan.passes.core_pool`.
+CORE = -1
 #: Cuts between stretches that have a pool each; None: own allocations.
-CUTS = (0, None, 1, 3, 7, 15)
+CUTS = (0, None, 1, 3, 7, 15, CORE)
 #: Slabs that saved tensors are grouped into; 0: own allocations.
 SLABS = (8, 0, 2, 4, 16, 32, 64)
 #: The second step finds the segments of the first.
@@ -193,9 +197,12 @@ class _Search:
             else:
                 devices = {b.device for b in one.program.buffers.values()}
                 prefix = "pool" if len(devices) == 1 else f"pool_{self.step.device.replace(':', '')}_"
-                self.pooled[owner, cuts] = stretch_pools(
-                    one.program, one.order, movable, cuts, self.pack, prefix=prefix
-                )
+                if cuts == CORE:
+                    calls, alive = self.step.allocating_calls(owner, MIB), self.step.alive(owner)
+                    found = core_pool(movable, calls, alive, self.step.device, native=self.pack, name=prefix)
+                else:
+                    found = stretch_pools(one.program, one.order, movable, cuts, self.pack, prefix=prefix)
+                self.pooled[owner, cuts] = found
         return self.pooled[owner, cuts]
 
     def groups_of(self, count: int) -> tuple[_Group, ...]:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
 
+import numpy as np
 import sympy
+from numpy.typing import NDArray
 
 from ..ir.communication import Memory
 from ..ir.loops import Size
@@ -127,6 +129,22 @@ class WholeStep:
         events = [(key, size) for _, key, size in found]
         gradients = sorted((s.gradient, (s.owner, s.root)) for s in self.stores if s.gradient is not None)
         return Requests.of(self.resident, events, [key for _, key in gradients])
+
+    def alive(self, owner: int) -> NDArray[np.int64]:
+        """Bytes alive in each step of a program, every storage of the whole step its own allocation."""
+        change = np.zeros(self.total + 3, dtype=np.int64)
+        for s in self.stores:
+            change[s.start] += s.nbytes
+            change[s.stop] -= s.nbytes
+        first = self.starts[owner]
+        return np.cumsum(change)[first : first + len(self.laid[owner].order)]
+
+    def allocating_calls(self, owner: int, smallest: int) -> list[int]:
+        """Steps of a program whose calls allocate a result of more than ``smallest`` bytes themselves."""
+        one = self.laid[owner]
+        own = {b for b in one.calls_allocate if one.program.nbytes(b) > smallest}
+        on_device = {b for b in own if one.program.buffers[b].device == self.device}
+        return [k for k, name in enumerate(one.order) if not on_device.isdisjoint(one.program.by_name[name].writes)]
 
     def large_peak(self, requests: Requests, smallest: int) -> int:
         """The most bytes that allocations of more than ``smallest`` bytes have at one time, above the resident ones."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -12,10 +13,13 @@ from hypothesis import strategies as st
 from memplan.ir.plan import InPlaceOf, InPool, Plan
 from memplan.ir.program import BufferKind, Contract, Phase, Program, View
 from memplan.ir.verify_plan import verify_plan
+from memplan.passes import core_pool as core_pool_module
 from memplan.passes import step_pools
 from memplan.passes.allocator import MIB
 from memplan.passes.allocator_replay import FREE, RESERVE, Requests, replay_steps
+from memplan.passes.core_pool import core_pool
 from memplan.passes.inplace import decide_in_place
+from memplan.passes.pools import Pooled
 from memplan.passes.reserved import StepMemory, optimizer_step_memory, step_memory
 from memplan.passes.schedule import make_plan
 from memplan.passes.step_pools import LIVE_TOLERANCE, StepPools, choose_step_pools
@@ -216,8 +220,11 @@ def test_more_room_in_a_reserve_saves_or_is_not_taken(
     assert more.live <= own.live * (1 + LIVE_TOLERANCE)
 
 
-def attending(count: int, elements: int) -> Laid:
-    """Blocks of a call that allocates its own result between temporaries of several sizes, without gradients."""
+def attending(count: int, elements: int, *, in_place: bool = False) -> Laid:
+    """Blocks of a call that allocates its own result between temporaries of several sizes, without gradients.
+
+    ``in_place``: the sum over all blocks stays in one place, and what each block adds lives across the next one's call.
+    """
     p = ProgramBuilder("blocks")
     x = p.input("x", (2 * elements,))
     y = p.extern("y", "aten.repeat.default", (x, [1]), (elements,), contract=Contract.OUT)
@@ -225,18 +232,80 @@ def attending(count: int, elements: int) -> Laid:
     def call(name: str, size: int, *args: View, contract: Contract = Contract.OUT) -> View:
         return p.extern(name, "aten.repeat.default", (*args, [1]), (size,), contract=contract)
 
+    pairs: dict[str, str] = {}
     for k in range(count):
         normed = call(f"normed{k}", elements, x, y)
         parts = [call(f"part{k}_{n}", elements, normed) for n in range(3)]
         mixed = call(f"mixed{k}", elements, *parts, contract=Contract.FRESH)
         out = call(f"out{k}", elements, mixed)
-        x = call(f"x{k}", 2 * elements, x, y, out)
+        if in_place:
+            total = p.extern(f"x{k}", "aten.add.out", (x, y, out), (2 * elements,), contract=Contract.OUT)
+            out = p.extern(f"low{k}", "aten.add.out", (y, out, total), (elements,), contract=Contract.OUT)
+            pairs.update({total.buffer: x.buffer, out.buffer: y.buffer})
+            x = total
+        else:
+            x = call(f"x{k}", 2 * elements, x, y, out)
         hidden = call(f"hidden{k}", 4 * elements, out)
         y = call(f"y{k}", elements, hidden)
+    pairs.pop("x0", "")  # the input is the caller's
     program = p.program(call("last", 1, x, y))
     buffers = {n: replace(b, device="cuda:0") for n, b in program.buffers.items()}
     operations = tuple(replace(op, device="cuda:0") for op in program.operations)
-    return laid(replace(program, buffers=buffers, operations=operations, phase=Phase.INFERENCE), in_place=False)
+    one = laid(replace(program, buffers=buffers, operations=operations, phase=Phase.INFERENCE), in_place=False)
+    return replace(one, in_place=pairs)
+
+
+def test_what_lives_across_calls_that_allocate_lies_in_one_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    libraries, one = planner_libraries(), attending(8, 9 * MIB, in_place=True)
+
+    def found() -> tuple[StepMemory, Plan]:
+        chosen = choose_step_pools([one], (), "cuda:0", pack=libraries.pack, replay=libraries.replay)
+        plans = planned([one], chosen, "cuda:0")
+        return step_memory(plans), plans[0]
+
+    own = step_memory([make_plan(one.program, one.order, in_place=one.in_place)])
+    memory, plan = found()
+    assert memory.reserved <= 1.01 * own.live < own.reserved
+    assert memory.live <= own.live
+    assert len(plan.pools) == 1
+    inside = {n for n, place in plan.placements.items() if isinstance(place, InPool)}
+    assert {"x0", "y0", "y3"} <= inside
+    assert not {"hidden3", "part3_0", "normed3"} & inside
+    monkeypatch.setattr(step_pools, "CUTS", tuple(c for c in step_pools.CUTS if c != step_pools.CORE))
+    assert found()[0].reserved > 1.04 * own.live
+
+
+def test_no_core_where_no_call_allocates_or_nothing_lives_across_one() -> None:
+    pair, joins = layers(6, 4 * MIB)
+    step = whole_step(pair, joins, "cuda:0")
+    for owner, one in enumerate(pair):
+        assert step.allocating_calls(owner, MIB) == []
+        assert core_pool(one.movable, [], step.alive(owner), "cuda:0", native=None, name="pool") == Pooled()
+    one = attending(1, 4 * MIB)
+    step = whole_step([one], (), "cuda:0")
+    (call,) = step.allocating_calls(0, MIB)
+    assert one.order[call] == "mixed0"
+    assert step.allocating_calls(0, 64 * MIB) == []
+    assert core_pool(one.movable, [call], step.alive(0), "cuda:0", native=None, name="pool") == Pooled()  # y alone
+
+
+@SETTINGS
+@given(choices, st.lists(st.integers(0, 12), max_size=4))
+def test_core_pools_verify(steps: list[Choice], calls: list[int]) -> None:
+    """Whatever steps are said to allocate: members do not meet, and moves into the pool never raise the peak."""
+    one = laid(program_from(steps))
+    alive = whole_step([one], (), "cpu").alive(0)
+    calls = [c for c in calls if c < len(alive)]
+    peaks = []
+    for moves in (0, core_pool_module.MOST_MOVES):
+        with mock.patch.object(core_pool_module, "MOST_MOVES", moves):
+            pooled = core_pool(one.movable, calls, alive, "cpu", native=None, name="pool")
+        plan = make_plan(
+            one.program, one.order, in_place=one.in_place, pools=pooled.pools, offsets=pooled.offsets or {}
+        )
+        verify_plan(plan)
+        peaks.append(max(plan.timeline))
+    assert peaks[1] <= peaks[0]
 
 
 def test_more_is_alive_where_that_saves_several_times_as_many_reserved_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
