@@ -85,7 +85,7 @@ class _Asking:
             none = f"no library registers memory on {kind}"
             unregistered = none if library is None else library.obstacle(self.group, self.device)
         if self.options.multicast:
-            no_multicast = missing if backend is None else backend.multicast_obstacle(self.device)
+            no_multicast = obstacle if backend is None else obstacle or backend.multicast_obstacle(self.device)
         return self.facts(obstacle, thresholds, unregistered, no_multicast)
 
     def common(self, thresholds: Thresholds) -> GroupFacts:

@@ -63,8 +63,9 @@ class NcclMemory:
             backend = group._get_backend(device)
         except RuntimeError:
             return f"the group has no backend for {device.type}"
-        if not hasattr(backend, "register_mem_pool"):
-            return f"{type(backend).__name__} registers no memory in this build of torch"
+        register = getattr(backend, "register_mem_pool", None)
+        if "symm" not in (getattr(register, "__doc__", None) or ""):
+            return f"{type(backend).__name__} registers no symmetric windows in this build of torch"
         if torch.cuda.nccl.version() < (2, 27):  # type: ignore[no-untyped-call]
             return "NCCL has symmetric windows from 2.27 on"
         return ""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from memplan.ir.plan import InPool, Plan
 from memplan.reports.build import build_report
 from memplan.reports.terminal import rendered, summary
 from memplan.runtime.arenas import ArenaUse, arena_of, arenas
+from memplan.runtime.registered import NcclMemory
 from tests.distributed import cases
 from tests.distributed.shared_memory import RegisteredMemory, registered_memory, shared_files
 from tests.distributed.symmetric_cases import Model
@@ -135,6 +138,14 @@ class Mixed(torch.nn.Module):
 
     def forward(self, short: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
         return self.net(short), self.net(long)
+
+
+def obstacles() -> list[str]:
+    """Why NCCL's memory is not there: for gloo, for a device without a backend, in a group of one rank."""
+    memory, cpu = NcclMemory(), torch.device("cpu")
+    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+    only_cuda = SimpleNamespace(size=lambda: 2, _get_backend=mock.Mock(side_effect=RuntimeError("no backend")))
+    return [memory.obstacle(group, cpu) for group in (dist.group.WORLD, only_cuda, alone)]  # type: ignore[arg-type]
 
 
 def unused() -> bool:

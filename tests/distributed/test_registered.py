@@ -59,6 +59,13 @@ def test_one_rank_without_it_leaves_all_in_plain_memory(ranks: Ranks) -> None:
         assert any("rank 1: its NCCL is too old" in text for text in notes)
 
 
+def test_where_nccl_cannot_is_said(ranks: Ranks) -> None:
+    for gloo, without, alone in ranks.run(CASES, "obstacles"):
+        assert gloo == "ProcessGroupGloo registers no symmetric windows in this build of torch"
+        assert without == "the group has no backend for cpu"
+        assert alone == "the group has one rank"
+
+
 def test_it_is_off_unless_asked_for(ranks: Ranks) -> None:
     assert ranks.run(CASES, "unused") == [True, True]
 
