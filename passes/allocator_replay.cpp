@@ -32,7 +32,7 @@ struct Allocator {
   std::set<Block *, ByFit> pools[2];
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<Block *> spare;
-  int64_t allocated = 0, reserved = 0, peak_allocated = 0, segments = 0;
+  int64_t allocated = 0, reserved = 0, peak_allocated = 0, peak_reserved = 0, segments = 0;
 
   Block *make(Block value) {
     if (spare.empty()) {
@@ -62,6 +62,7 @@ struct Allocator {
                               : size < kSmallestOwnSegment ? kLargeSegment
                                                            : round_up(size, kOwnSegmentRounding);
       reserved += segment;
+      peak_reserved = std::max(peak_reserved, reserved);
       block = make({++segments << 44, segment, true, small, nullptr, nullptr});
     }
     const int64_t left = block->size - size;
@@ -101,20 +102,41 @@ struct Allocator {
     pool.insert(block);
   }
 
-  // See top_up in allocator_replay.py.
-  void reserve(int64_t wanted) {
+  // Segments without a live block go back to the device.
+  void empty_cache() {
+    for (auto &pool : pools) {
+      for (auto at = pool.begin(); at != pool.end();) {
+        Block *block = *at;
+        if (block->before || block->after) {
+          ++at;
+          continue;
+        }
+        reserved -= block->size;
+        spare.push_back(block);
+        at = pool.erase(at);
+      }
+    }
+  }
+
+  int64_t lacking(int64_t wanted) const {
     int64_t usable = 0;
     for (auto at = pools[0].rbegin(); at != pools[0].rend() && (*at)->size >= wanted / kCountedPart; ++at)
       usable += (*at)->size;
-    const int64_t lacking = (wanted - usable) / kOwnSegmentRounding * kOwnSegmentRounding;
-    if (lacking > 0) release(alloc(lacking));
+    return (wanted - usable) / kOwnSegmentRounding * kOwnSegmentRounding;
+  }
+
+  // See top_up in allocator_replay.py.
+  void reserve(int64_t wanted) {
+    if (lacking(wanted) <= 0) return;
+    empty_cache();
+    release(alloc(lacking(wanted)));
   }
 };
 
 }  // namespace
 
 // Events: size >= 0 allocates under the key, -1 frees it, -2 makes the reserve free; what a step does not free stays.
-// out: reserved, peak allocated.
+// out: the most reserved, the most allocated.
 extern "C" void memplan_replay(int32_t events, const int32_t *key, const int64_t *size, int32_t keys, int32_t residents,
                                const int64_t *resident, int64_t reserve, int32_t steps, int64_t *out) {
   Allocator allocator;
@@ -131,6 +153,6 @@ extern "C" void memplan_replay(int32_t events, const int32_t *key, const int64_t
       }
     }
   }
-  out[0] = allocator.reserved;
+  out[0] = allocator.peak_reserved;
   out[1] = allocator.peak_allocated;
 }

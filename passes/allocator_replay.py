@@ -75,7 +75,7 @@ class Requests:
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """Bytes: the segments at the end, and the most that was allocated at once."""
+    """Bytes: the most that segments had, and the most that was allocated at once."""
 
     reserved: int
     live: int
@@ -124,16 +124,20 @@ def replay_steps(requests: Requests, *, reserve: int = 0, steps: int, native: Na
                 allocator.free(live.pop(key))
             else:
                 top_up(allocator, reserve)
-    return Replayed(allocator.stats.reserved, allocator.stats.peak_allocated)
+    return Replayed(allocator.stats.peak_reserved, allocator.stats.peak_allocated)
 
 
 def top_up(allocator: CachingAllocator, wanted: int) -> None:
     """Have ``wanted`` bytes free in large blocks: what is lacking is allocated in one piece and freed.
 
     Blocks under a sixteenth of what is wanted do not count. They are the gaps between parameters, or what small
-    allocations have left, and no large request of the step fits into them.
+    allocations have left, and no large request of the step fits into them. Where something is lacking, segments that
+    nothing is in go back to the device first, so that the one piece has their bytes too.
     """
-    if wanted > 0:
-        lacking = (wanted - allocator.free_in_blocks(wanted // RESERVE_PART)) // RESERVE_STEP * RESERVE_STEP
-        if lacking > 0:
-            allocator.free(allocator.alloc(lacking))
+    if wanted > 0 and _lacking(allocator, wanted) > 0:
+        allocator.empty_cache()
+        allocator.free(allocator.alloc(_lacking(allocator, wanted)))
+
+
+def _lacking(allocator: CachingAllocator, wanted: int) -> int:
+    return (wanted - allocator.free_in_blocks(wanted // RESERVE_PART)) // RESERVE_STEP * RESERVE_STEP

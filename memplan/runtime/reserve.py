@@ -4,7 +4,8 @@ The allocator makes a segment for a request that no free block holds, of about t
 whose requests have many sizes ends up with many segments that are never all full. One request for what the step will
 need in all, freed at once, leaves one segment that everything is then cut from. Nothing is held: it is the allocator's
 cache, as after any other step. Only what is not free already is asked for, so it happens once, and again where
-something else (gradients that are kept, optimiser states) has settled in the free bytes. What is free in small blocks,
+something else (gradients that are kept, optimiser states) has settled in the free bytes; segments that have become
+useless by that go back to the device first. What is free in small blocks,
 above all between parameters that were made in another dtype and then cast, is no room for a step's large requests and
 does not count.
 """
@@ -26,6 +27,9 @@ log = logging.getLogger(__name__)
 #: back to, so that the allocator's blocks are not walked through before every step.
 _enough: dict[int, OrderedDict[tuple[int, int], int]] = {}
 _STATES = 64
+#: A call gives unused segments back to the device so many times at most: in its first step, when an optimiser has made
+#: its states, after an evaluation. A loop that takes ever more room is not to wait for the device in every step.
+_MOST_GIVEN_BACK = 8
 
 
 def reserves_of(plan: Plan) -> tuple[Reserve, ...]:
@@ -43,13 +47,13 @@ def reserving(call: Callable[..., object], reserves: tuple[Reserve, ...]) -> Cal
     if not reserves:
         return call
     wanted = tuple((torch.device(r.device), r) for r in reserves)
-    first = True
+    first, left = True, _MOST_GIVEN_BACK
 
     def run(args: list[object]) -> object:
-        nonlocal first
+        nonlocal first, left
         for device, reserve in wanted:
             nbytes = evaluate(reserve.nbytes, {s: int(args[k]) for s, k in reserve.symbols})  # type: ignore[call-overload]
-            make_free(device, nbytes, first=first)
+            left -= make_free(device, nbytes, first=first, give_back=left > 0)
         first = False
         return call(args)
 
@@ -57,7 +61,7 @@ def reserving(call: Callable[..., object], reserves: tuple[Reserve, ...]) -> Cal
     return run
 
 
-def make_free(device: torch.device, nbytes: int, *, first: bool = False) -> None:
+def make_free(device: torch.device, nbytes: int, *, first: bool = False, give_back: bool = True) -> bool:
     """Have ``nbytes`` bytes free in the caching allocator of a GPU, in large blocks.
 
     What is lacking is allocated in one piece and freed. Not while a CUDA graph is being captured, whose memory is a
@@ -66,25 +70,33 @@ def make_free(device: torch.device, nbytes: int, *, first: bool = False) -> None
     Parameters
     ----------
     first:
-        Before a model's first step: where something is lacking, segments that nothing is in, left by what was done
-        until then (a model on its way to the device, kernels that were timed), are given back to the device, so that
-        they do not lie beside the one piece.
+        Before a model's first step: free segments are no room if they are many (left by what was done until then: a
+        model on its way to the device, kernels that were timed), however many bytes they have.
+    give_back:
+        Where something is lacking, segments that nothing is in are given back to the device before, so that they do
+        not lie beside the one piece: what is lacking and they are one piece then.
+
+    Returns
+    -------
+    Whether segments were given back.
     """
     if not _native_allocator() or torch.cuda.is_current_stream_capturing():
-        return
+        return False
     held, used, split = _counts(device)
     states = _enough.setdefault(device.index or 0, OrderedDict())
     if nbytes <= states.get((held, used), -1) or (not first and held - used - split >= nbytes):
-        return
+        return False
     lacking = _lacking(device, nbytes)
-    if first and lacking > 0:
+    given_back = give_back and lacking > 0
+    if given_back:
         torch.cuda.empty_cache()
         lacking = _lacking(device, nbytes)
     if lacking > 0 and not _made_free(device, lacking):
-        return
+        return given_back
     states[_counts(device)[:2]] = nbytes
     while len(states) > _STATES:
         states.popitem(last=False)
+    return given_back
 
 
 def _counts(device: torch.device) -> tuple[int, int, int]:

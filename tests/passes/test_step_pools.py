@@ -15,8 +15,8 @@ from memplan.ir.program import BufferKind, Contract, Phase, Program, View
 from memplan.ir.verify_plan import verify_plan
 from memplan.passes import core_pool as core_pool_module
 from memplan.passes import step_pools
-from memplan.passes.allocator import MIB
-from memplan.passes.allocator_replay import FREE, RESERVE, Requests, replay_steps
+from memplan.passes.allocator import MIB, CachingAllocator
+from memplan.passes.allocator_replay import FREE, RESERVE, Requests, replay_steps, top_up
 from memplan.passes.core_pool import core_pool
 from memplan.passes.inplace import decide_in_place
 from memplan.passes.pools import Pooled
@@ -364,6 +364,19 @@ def test_a_choice_for_the_forward_can_be_kept() -> None:
     planned((pair[0], other), second, "cuda:0")
 
 
+def test_a_reserve_has_the_bytes_of_segments_that_nothing_is_in() -> None:
+    allocator = CachingAllocator()
+    held, *free = [allocator.alloc(32 * MIB) for _ in range(5)]
+    for handle in free:
+        allocator.free(handle)
+    top_up(allocator, 128 * MIB)
+    assert allocator.stats.reserved == 5 * 32 * MIB  # four blocks are room enough
+    top_up(allocator, 256 * MIB)
+    assert allocator.stats.reserved == 32 * MIB + 256 * MIB == allocator.stats.peak_reserved
+    assert allocator.free_in_blocks(256 * MIB) == 256 * MIB
+    allocator.free(held)
+
+
 sizes = st.sampled_from([0, 1, 511, 512, 1000, 2**20 - 1, 2**20, 2**20 + 1, 3 * MIB, 9 * MIB, 10 * MIB, 25 * MIB + 7])
 
 
@@ -383,6 +396,8 @@ def test_the_compiled_replay_is_the_simulator(
         live.append(k)
         if frees < 5:
             events.append((live.pop(frees % len(live)), FREE))
+        elif frees == 9:
+            events.append(("reserve", RESERVE))
     events += [(k, FREE) for k in live]
     requests = Requests.of(resident, events)  # type: ignore[arg-type]
     python = replay_steps(requests, reserve=reserve, steps=steps, native=None)

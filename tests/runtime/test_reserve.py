@@ -125,6 +125,27 @@ def test_before_the_first_step_what_lies_about_goes_back_to_the_device(gpu: Fake
     assert gpu.emptied == 1
 
 
+def test_segments_that_have_become_useless_go_back_before_more_is_asked_for(gpu: FakeGpu) -> None:
+    """After the first step an optimiser's states lie in the one piece; what was cached beside it adds to the next."""
+    gpu.segments = [[(300 * MIB, True), (100 * MIB, False)], *([(20 * MIB, False)] for _ in range(5))]
+    assert reserve.make_free(GPU, 400 * MIB)
+    assert gpu.asked == [300 * MIB]
+    assert [len(blocks) for blocks in gpu.segments] == [2, 1]
+    assert not reserve.make_free(GPU, 400 * MIB)
+    assert gpu.emptied == 1
+
+
+def test_a_loop_that_takes_ever_more_room_does_not_wait_for_the_device_in_every_step(gpu: FakeGpu) -> None:
+    program, s = _program()
+    plan = replace(make_plan(program, ("y",), in_place={}), reserve={"cuda:0": 2 * MIB * s})
+    run = reserve.reserving(lambda args: args[0], reserve.reserves_of(plan))
+    for step in range(1, 20):
+        run([50, None])
+        gpu.segments = [[(100 * MIB * step, True)]]
+    assert len(gpu.asked) == 19
+    assert gpu.emptied == reserve._MOST_GIVEN_BACK
+
+
 def test_not_while_a_graph_is_captured(gpu: FakeGpu) -> None:
     gpu.capturing = True
     reserve.make_free(GPU, 100 * MIB)
