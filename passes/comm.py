@@ -98,8 +98,19 @@ class Communication:
         """See to the memory of what is left to the library for a reason; why it is unregistered, "" if it is not."""
         if not self.options.asks_registered:
             return reason
-        why = self.refused or register(rewriting, op, position, self.groups.get(op.group))
+        why = self.refused or self.in_plain(op) or register(rewriting, op, position, self.groups.get(op.group))
         return f"{reason}; with the library, {why}" if why else ""
+
+    def in_plain(self, op: Collective) -> str:
+        """Why the options want the library to work in plain memory, "" if they do not."""
+        facts, form, given = self.groups.get(op.group), collective_form(op.target), op.args[0]
+        if self.options.registered != "auto" or facts is None or facts.unregistered:
+            return ""
+        if form is None or not isinstance(given, View) or not isinstance(given.numel, int):
+            return "its size is known only at the call, or it is a call of several tensors"
+        message = _nbytes(given) * (facts.size if form.kind == "all_gather" else 1)
+        faster = facts.thresholds.on_registered(form.kind, message)
+        return "" if faster else f"plain memory is taken for {message} bytes on {facts.size} ranks"
 
     def rewrite(self, rewriting: Rewriting, op: Collective, position: int) -> str:
         """Put operations on symmetric memory in place of the collective, or say why not."""

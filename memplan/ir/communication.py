@@ -143,6 +143,10 @@ SYMMETRIC_DTYPES = frozenset({"torch.float32", "torch.bfloat16"})
 BUILT_SIZES = (2, 4, 8)
 
 
+#: Kinds for which NCCL has kernels of their own on symmetric windows.
+REGISTERED_KINDS = ("all_reduce", "reduce_scatter", "all_gather")
+
+
 #: Kinds that have a form through multicast.
 MULTICAST_KINDS = ("all_reduce", "all_gather")
 
@@ -152,7 +156,8 @@ class Thresholds:
     """From and up to how many bytes of a message which way is the fastest; everywhere else the library.
 
     A message is what all ranks give together, or take: an all-gather's result, a reduce-scatter's argument. An
-    all-reduce runs one-shot up to ``one_shot_bytes``, and two-shot from there up to ``two_shot_bytes``.
+    all-reduce runs one-shot up to ``one_shot_bytes``, and two-shot from there up to ``two_shot_bytes``. What is left to
+    the library is faster in registered memory from ``registered_least`` to ``registered_bytes``.
     """
 
     one_shot_bytes: int
@@ -163,10 +168,16 @@ class Thresholds:
     all_gather_bytes: int = 0
     broadcast_least: int = 0
     broadcast_bytes: int = 0
+    registered_least: int = 0
+    registered_bytes: int = 0
 
     def on_symmetric(self, kind: str, nbytes: int) -> bool:
         """Whether a collective of a kind with one form on symmetric memory is faster there than by the library."""
         return int(getattr(self, f"{kind}_least")) <= nbytes <= int(getattr(self, f"{kind}_bytes"))
+
+    def on_registered(self, kind: str, nbytes: int) -> bool:
+        """Whether the library's collective of this kind is known to be faster in memory registered with it."""
+        return kind in REGISTERED_KINDS and self.registered_least <= nbytes <= self.registered_bytes
 
 
 def default_thresholds(size: int) -> Thresholds:

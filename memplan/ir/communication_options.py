@@ -18,7 +18,7 @@ WAYS: Mapping[str, tuple[str, ...]] = {
     "all_to_all": ("library", "symmetric"),
 }
 #: when the library's collectives work in registered memory
-REGISTERED = ("off", "on")
+REGISTERED = ("off", "auto", "on")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,8 @@ class CommunicationOptions:
     timeout:
         Seconds to wait for the other ranks' plans; None: the process group's own timeout.
     registered:
-        ``"on"``: what is left to the library works in memory that is registered with it, where buffers can lie there.
+        ``"on"``: what is left to the library works in memory that is registered with it, where buffers can lie there;
+        ``"auto"``: where that is known to be faster, as timed by `memplan.calibrate_communication`.
     multicast:
         Operations on symmetric memory use NVLink multicast where the group has it; elsewhere they run without, and the
         program's notes say why.

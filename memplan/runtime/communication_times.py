@@ -13,10 +13,11 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from ..ir.communication import BUILT_SIZES, Thresholds, default_thresholds
+from ..ir.communication import BUILT_SIZES, REGISTERED_KINDS, Thresholds, default_thresholds
 from ..ir.errors import CacheError, CommunicationError
 from .agreement import exchange
 from .cache import Cache, cache_key
+from .registered import LIBRARIES, Registered
 from .symmetric import BACKENDS
 
 log = logging.getLogger(__name__)
@@ -27,11 +28,11 @@ _ROUNDS = 5
 _CALLS = 20
 
 
-#: Kinds that ``"auto"`` chooses a way for, and their ways.
+#: Kinds that ``"auto"`` chooses a way for, and their ways. ``"registered"`` is the library in registered memory.
 WAYS: Mapping[str, tuple[str, ...]] = {
-    "all_reduce": ("one_shot", "two_shot", "library"),
-    "reduce_scatter": ("symmetric", "library"),
-    "all_gather": ("symmetric", "library"),
+    "all_reduce": ("one_shot", "two_shot", "library", "registered"),
+    "reduce_scatter": ("symmetric", "library", "registered"),
+    "all_gather": ("symmetric", "library", "registered"),
     "broadcast": ("symmetric", "library"),
 }
 #: by kind, bytes of the message and way: microseconds
@@ -43,26 +44,35 @@ def thresholds_from(times: Times) -> Thresholds:
 
     One-shot up to the largest size at which it, and at which at all smaller sizes it, beats both others; two-shot from
     there up to the largest before the library is faster. Of the other kinds: where the library is slower at most sizes
-    in a row.
+    in a row. Registered memory: where it makes no kind slower, at most sizes in a row.
     """
     reduces = times["all_reduce"]
     one = _up_to(reduces, 0, lambda t: t["one_shot"] <= min(t["two_shot"], t["library"]))
     two = _up_to(reduces, one, lambda t: t["two_shot"] <= t["library"])
     others: dict[str, int] = {}
     for kind, found in times.items():
-        run = _longest_run(found)
+        run = _longest_run(found, lambda t: t.get("symmetric", math.inf) <= t["library"])
         if kind != "all_reduce" and run:
             others |= {f"{kind}_least": run[0], f"{kind}_bytes": run[-1]}
+    registrable = [times[kind] for kind in REGISTERED_KINDS if kind in times]
+    ratios = {n: {"worst": max(_ratio(by_bytes[n]) for by_bytes in registrable if n in by_bytes)} for n in reduces}
+    run = _longest_run(ratios, lambda t: t["worst"] <= 1)
+    if run:
+        others |= {"registered_least": run[0], "registered_bytes": run[-1]}
     return Thresholds(one, two if two > one else 0, **others)
 
 
-def _longest_run(times: Mapping[int, Mapping[str, float]]) -> list[int]:
-    """The sizes in a row, as many as possible, at which symmetric memory is as fast as the library."""
+def _ratio(times: Mapping[str, float]) -> float:
+    """How much longer the library takes in registered memory than in plain memory."""
+    return times.get("registered", math.inf) / times["library"]
+
+
+def _longest_run(times: Mapping[int, Mapping[str, float]], faster: Callable[[Mapping[str, float]], bool]) -> list[int]:
+    """The sizes in a row, as many as possible, at which another way is as fast as the library."""
     best: list[int] = []
     run: list[int] = []
     for nbytes in sorted(times):
-        faster = times[nbytes].get("symmetric", math.inf) <= times[nbytes]["library"]
-        run = [*run, nbytes] if faster else []
+        run = [*run, nbytes] if faster(times[nbytes]) else []
         best = max(best, run, key=len)
     return best
 
@@ -81,11 +91,11 @@ def collective_call(
 ) -> Callable[[], object] | None:
     """One collective on flat tensors, to be timed; None where there is no such way.
 
-    Of the library an all-reduce and a broadcast work in place on ``out``; on symmetric memory, in which ``given`` lies,
-    all but one-shot on ``given``.
+    Of the library an all-reduce and a broadcast work in place on ``out``, in whatever memory that lies; on symmetric
+    memory, in which ``given`` lies, all but one-shot on ``given``.
     """
     name, ours, torchs = group.group_name, torch.ops.memplan, torch.ops.symm_mem
-    match kind, way:
+    match kind, "library" if way == "registered" else way:
         case "all_reduce", "library":
             return partial(dist.all_reduce, out, group=group)
         case "reduce_scatter", "library":
@@ -125,24 +135,50 @@ def measure(group: dist.ProcessGroup, device: torch.device, sizes: Sequence[int]
 
     The median of some rounds on each rank, of that the slowest rank's.
     """
-    memory = BACKENDS[device.type].allocate(max(sizes), group, device)
-    other, plain = (torch.zeros(max(sizes), dtype=torch.uint8, device=device) for _ in range(2))
+    most = max(sizes)
+    memory = BACKENDS[device.type].allocate(most, group, device)
+    other, plain = (torch.zeros(most, dtype=torch.uint8, device=device) for _ in range(2))
+    registered = _registered(2 * most, group, device)
     memory.own.zero_()
     mine: dict[str, dict[int, dict[str, float]]] = {}
     for kind, ways in WAYS.items():
         for nbytes in sizes:
             found = mine.setdefault(kind, {}).setdefault(nbytes, {})
             for way in ways:
-                first = plain if way == "library" else memory.own
-                given, out = operands(kind, nbytes, group.size(), first, other, torch.float32)
+                first, second = plain if way == "library" else memory.own, other
+                if way == "registered":
+                    if registered is None:
+                        continue
+                    first, second = registered.own[:most], registered.own[most:]
+                given, out = operands(kind, nbytes, group.size(), first, second, torch.float32)
                 call = collective_call(kind, way, given, out, group)
                 if call is not None:
                     found[way] = _microseconds(call, group, device)
     told = [json.loads(t) for t in exchange(group, "the timing of collectives", json.dumps(mine))]
+    if registered is not None:
+        registered.close()
     return {
         kind: {n: {way: max(t[kind][str(n)][way] for t in told) for way in found} for n, found in by_bytes.items()}
         for kind, by_bytes in mine.items()
     }
+
+
+def _registered(nbytes: int, group: dist.ProcessGroup, device: torch.device) -> Registered | None:
+    """Zeroed bytes that the library knows, None on all ranks if on some rank there are none; called on all of them."""
+    library, made = LIBRARIES.get(device.type), None
+    obstacle = "there is none" if library is None else library.obstacle(group, device)
+    if library is None or any(exchange(group, "the timing of registered memory", obstacle)):
+        return None
+    try:
+        made = library.allocate(nbytes, group, device)
+        made.own.zero_()
+    except RuntimeError as error:
+        obstacle = str(error)
+        log.info("collectives are not timed in registered memory: %s", error)
+    if any(exchange(group, "the timing of registered memory", obstacle)) and made is not None:
+        made.close()
+        return None
+    return made
 
 
 def _microseconds(call: Callable[[], object], group: dist.ProcessGroup, device: torch.device) -> float:
@@ -165,7 +201,7 @@ def _microseconds(call: Callable[[], object], group: dist.ProcessGroup, device: 
 
 def _key(size: int, device: torch.device) -> str:
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return cache_key("collective times 1", kind, size, torch.__version__)
+    return cache_key("collective times 2", kind, size, torch.__version__)
 
 
 def calibrate(group: dist.ProcessGroup, device: torch.device, cache: Cache, sizes: Sequence[int] = SIZES) -> Thresholds:

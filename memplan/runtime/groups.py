@@ -25,7 +25,7 @@ from .symmetric import BACKENDS
 
 _TRIAL_BYTES = 4096
 _NOT_ASKED = "the options do not ask for it"
-_Key = tuple[str, bool, bool]
+_Key = tuple[str, str, bool]
 _known: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[_Key, GroupFacts]] = weakref.WeakKeyDictionary()
 
 
@@ -51,7 +51,7 @@ def group_facts(
     if group is None:
         return None
     known = _known.setdefault(group, {})
-    key = (device.type, options.asks_registered, options.multicast)
+    key = (device.type, options.registered, options.multicast)
     found = known.get(key)
     if found is None:
         thresholds = kept_thresholds(group.size(), device, cache)
@@ -84,6 +84,10 @@ class _Asking:
         if self.options.asks_registered:
             none = f"no library registers memory on {kind}"
             unregistered = none if library is None else library.obstacle(self.group, self.device)
+            if self.options.registered == "auto" and not thresholds.registered_bytes:
+                unregistered = (
+                    "nothing is known to be faster in registered memory: calibrate_communication would time it"
+                )
         if self.options.multicast:
             no_multicast = obstacle if backend is None else obstacle or backend.multicast_obstacle(self.device)
         return self.facts(obstacle, thresholds, unregistered, no_multicast)

@@ -29,7 +29,7 @@ from memplan.runtime.cache import Cache
 from memplan.runtime.communication_times import calibrate
 from memplan.runtime.groups import group_facts
 from tests.distributed import shared_memory
-from tests.distributed.shared_memory import shared_files
+from tests.distributed.shared_memory import registered_memory, shared_files
 from tests.tolerances import assert_near
 
 WORLD = dist.group.WORLD
@@ -395,12 +395,15 @@ def group_that_goes(folder: str) -> str:
 
 def calibrated(folder: str) -> tuple[tuple[int, int], tuple[int, int]]:
     """Thresholds measured, and those that a program compiled afterwards goes by."""
-    with shared_files(folder):
+    with shared_files(folder), registered_memory() as memory:
         group = dist.new_group([0, 1])
         device, cache = torch.device("cpu"), Cache(f"{folder}/cache{dist.get_rank()}")
         made = calibrate(group, device, cache, sizes=(1024, 4096))
         facts = group_facts(group.group_name, device, CommunicationOptions(), ask=True, cache=cache)
         assert facts is not None
+        assert memory.made == [2 * 4096]  # collectives were timed in it
+        assert not memory.alive
+        assert facts.thresholds == made
         return bytes_of(made), bytes_of(facts.thresholds)
 
 

@@ -67,7 +67,13 @@ def test_where_nccl_cannot_is_said(ranks: Ranks) -> None:
 
 
 def test_it_is_off_unless_asked_for(ranks: Ranks) -> None:
-    assert ranks.run(CASES, "unused") == [True, True]
+    for notes in ranks.run(CASES, "unused", {}):
+        assert not any("with the library" in text for text in notes)
+
+
+def test_auto_waits_for_times(ranks: Ranks) -> None:
+    for notes in ranks.run(CASES, "unused", {"registered": "auto"}):
+        assert any("nothing is known to be faster in registered memory" in text for text in notes)
 
 
 def test_memory_is_registered_as_long_as_a_program_uses_it(ranks: Ranks) -> None:

@@ -21,7 +21,7 @@ from memplan.ir.errors import OptionError
         ({"one_shot_bytes": -1}, "takes a number of bytes, not -1"),
         ({"overlap_bytes": None}, "takes a number of bytes, not None"),
         ({"timeout": 0}, "takes seconds or None, not 0"),
-        ({"registered": True}, "option 'registered' in 'communication' is one of off, on, not True"),
+        ({"registered": True}, "option 'registered' in 'communication' is one of off, auto, on, not True"),
         ({"multicast": "yes"}, "option 'multicast' in 'communication' takes True or False, not 'yes'"),
         ({"agree": 1}, "option 'agree' in 'communication' takes True or False, not 1"),
     ],
