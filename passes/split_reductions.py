@@ -45,8 +45,8 @@ from .fuse_costs import row_is_contiguous
 _MULTIPROCESSORS = 132
 #: program instances that a kernel should have for each multiprocessor
 _INSTANCES = 8
-#: columns that one instance takes where the columns are contiguous
-_COLUMNS = 32
+#: columns that one instance takes where the columns are contiguous (`codegen.triton_configs`)
+_COLUMNS = 64
 #: fewest elements of the row that a part must keep: contiguous ones, and strided ones
 _CONTIGUOUS_PART = 2048
 _STRIDED_PART = 64
@@ -151,7 +151,7 @@ def _parts(kernel: Kernel, least_elements: int, long: int) -> tuple[int, int] | 
     instances = outer if contiguous else -(-outer // _COLUMNS)
     if outer * row < least_elements and outer * row < long * instances:
         return None
-    wanted = -(-_MULTIPROCESSORS * _INSTANCES // instances)
+    wanted = round(_MULTIPROCESSORS * _INSTANCES / instances)
     most = row // (_CONTIGUOUS_PART if contiguous else _STRIDED_PART)
     if wanted < 2 or most < 2:
         return None

@@ -1,0 +1,78 @@
+"""Operators that are taken apart by memplan's own rules: the pieces give what the whole gives, and only where asked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import memplan
+from memplan.ir.config import Config
+from memplan.ir.program import Extern, View
+from memplan.lowering.decompositions import decomposition_table
+
+aten = torch.ops.aten
+#: those of a plan for a GPU, which can be called on a CPU as well
+TABLE = decomposition_table(Config(target="h100"))
+CONVOLUTION, BACKWARD = TABLE[aten.convolution.default], TABLE[aten.convolution_backward.default]
+
+
+def geometry(dims: int, transposed: bool, groups: int) -> tuple[object, ...]:
+    ones = [1] * dims
+    return (ones, [0] * dims, ones, transposed, [0] * dims, groups)
+
+
+def tensors(dims: int, transposed: bool, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator, dtype=torch.float64)
+
+    weight = random(4, 6 // groups, *[3] * dims) if transposed else random(6, 4 // groups, *[3] * dims)
+    return random(2, 4, *[5] * dims), weight, random(6)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_biases_of_convolutions_on_a_gpu_are_operations_of_their_own(dims: int, transposed: bool, groups: int) -> None:
+    x, weight, bias = tensors(dims, transposed, groups)
+    rest = geometry(dims, transposed, groups)
+    result = aten.convolution(x, weight, bias, *rest)
+    torch.testing.assert_close(CONVOLUTION(x, weight, bias, *rest), result)
+    for mask in ([True, True, True], [False, True, True], [True, False, True], [False, False, True]):
+        found = BACKWARD(result, x, weight, [6], *rest, mask)
+        want = aten.convolution_backward(result, x, weight, [6], *rest, mask)
+        for a, b in zip(found, want, strict=True):  # type: ignore[call-overload]
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b)
+
+
+def test_convolutions_without_biases_and_those_of_a_cpu_stay_whole() -> None:
+    x, weight, bias = tensors(2, False, 1)
+    rest = geometry(2, False, 1)
+    assert CONVOLUTION(x, weight, None, *rest) is NotImplemented
+    result = aten.convolution(x, weight, bias, *rest)
+    assert BACKWARD(result, x, weight, [6], *rest, [True, True, False]) is NotImplemented
+    here = decomposition_table(Config())
+    assert here[aten.convolution.default](x, weight, bias, *rest) is NotImplemented
+    assert here[aten.convolution_backward.default](result, x, weight, [6], *rest, [True] * 3) is NotImplemented
+
+
+def calls(target: str | None) -> list[Extern]:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), nn.Conv2d(8, 8, 3, groups=8), nn.GELU(), nn.Conv2d(8, 2, 1))
+    graphs = memplan.analyze(model, (torch.randn(2, 3, 8, 8),), options={"target": target})
+    found = [op for g in graphs for op in g.plan.program.operations if isinstance(op, Extern)]
+    return [op for op in found if "convolution" in op.target]
+
+
+def test_calls_in_a_plan_have_biases_on_a_cpu_and_none_on_a_gpu() -> None:
+    for target, biased in (("h100", False), (None, True)):
+        found = calls(target)
+        assert len(found) == 6
+        for op in found:
+            if "backward" in op.target:
+                assert (op.results[2] is not None) == biased
+            else:
+                assert isinstance(op.args[2], View) == biased
