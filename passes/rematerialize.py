@@ -65,6 +65,10 @@ class Kept:
 
 #: Bytes that one would keep to save moving one byte in a fused recomputation.
 PREFERENCE = 0.02
+#: Bytes that one would keep, whatever share of the time is allowed, to save the time in which the device moves one:
+#: what frees a byte by moving over three is not done again. A pass that writes what another keeps frees one by moving
+#: two or less; sums over the results of many layers, from which a residual can be had again, move up to fifty.
+WORTH = 0.3
 #: How much dearer recomputation becomes from one try to the next while it takes too much time.
 _DEARER = 4.0
 _TRIES = 12
@@ -132,7 +136,7 @@ def choose_within(
     kept = choose_joint(graph, Prices(math.inf))
     if fraction <= 0:
         return kept
-    first = weight = PREFERENCE * figures.bandwidth
+    first = weight = WORTH * figures.bandwidth
     dearer = kept
     for _ in range(_TRIES):
         less = choose_joint(graph, Prices(weight))
@@ -156,7 +160,7 @@ def _with_products(graph: JointGraph, kept: tuple[int, ...], room: float, figure
     network = Cut(values)
     found = [kept]
     for part in np.geomspace(_DEAREST_PRODUCT, _CHEAPEST_PRODUCT, _TRIES):
-        prices = Prices(PREFERENCE * figures.bandwidth, expensive=True, products=float(part) * figures.bandwidth)
+        prices = Prices(WORTH * figures.bandwidth, expensive=True, products=float(part) * figures.bandwidth)
         less = tuple(positions[v] for v in network.solve([prices.price(graph, k) for k in positions]).kept)
         if graph.added_microseconds(less) > limit:
             found.append(_mixed(graph, less, found[-1], limit))

@@ -44,6 +44,8 @@ PASSES = (1, 2)
 #: Live bytes may grow by this part of their peak if less is reserved; each byte more must save so many reserved ones.
 LIVE_TOLERANCE = 0.01
 LIVE_PRICE = 3
+#: The same in steps smaller than `LEAST_RESERVE`: never paid.
+SMALL_PRICE = 1 << 30
 #: Good enough: reserved bytes over the peak of live ones with every storage an allocation of its own.
 CONTENT = 1.005
 #: What one allocation fewer is worth in reserved bytes.
@@ -124,7 +126,8 @@ class _Search:
         allowed, needed = int(base.live * (1 + LIVE_TOLERANCE)), base.live + updated
         content = int(needed * CONTENT)
 
-        kinds = 1 + len(PASSES) * (updated > 0)
+        # segments are large beside a small step, and what is alive in it must not pass eager's for one of them
+        price = LIVE_PRICE * (1 + len(PASSES) * (updated > 0)) if base.live >= LEAST_RESERVE else SMALL_PRICE
 
         def alone(c: _Candidate) -> int:
             """Bytes that count against it in a step by itself. Live bytes may buy reserved ones, but no quicker step:
@@ -132,7 +135,7 @@ class _Search:
             found = self.trial(c)
             above = max(0, found.live - (allowed if found.reserved < base.reserved else base.live))
             allocations = base.allocations if above else found.allocations
-            return found.reserved + ALLOCATION * allocations + LIVE_PRICE * kinds * above
+            return found.reserved + ALLOCATION * allocations + price * above
 
         def rank(c: _Candidate) -> int:
             return alone(c) + self.updating(c).reserved
