@@ -11,6 +11,7 @@ Moffitt, "MiniMalloc" (ASPLOS 2023), for the exact search; Joslin and Clements, 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,6 +35,8 @@ LARGEST_SEARCH = 4_000
 SMALLEST_LOWERED = 500
 #: Dives have one part in so many of the time and the work, and end after so many of them that found nothing better.
 DIVES, MOST_IDLE = 3, 200
+#: (lower, upper, size, order) to (arena, offsets): always place, of what could lie lowest, the earliest in the order.
+LowestFloor = Callable[[Int32, Int32, Int64, Int32], tuple[int, Int64]]
 NO_COMPILER = "no C++ compiler: heuristics in numpy only, no exact search"
 
 
@@ -281,16 +284,18 @@ def _heuristics(
             best.offer(*_squeaky(units, orders[name], goal, 3, limits))
             if count > 5_000:
                 return  # a pass in numpy is quadratic
+    if native is None and count <= LARGEST_SEARCH and limits.seconds > 0:
+        _dive_until_the_end(units, orders, best, goal, limits)
     if native is not None and count <= LARGEST_SEARCH and best.arena > goal:
         for name in ("TWA", "TZ"):
             best.offer(*native.lowest_floor(units.lower, units.upper, units.size, orders[name]))
     if native is not None and SMALLEST_LOWERED <= count <= LARGEST_SEARCH and best.arena > goal:
-        _dive(units, orders["TWA"], best, goal, limits, native)
+        _dive(units, orders["TWA"], best, goal, limits, native.lowest_floor)
     if native is not None and count >= SMALLEST_LOWERED:
         _lower(units, orders["TWA"], best, goal, limits, native)
 
 
-def _dive(units: _Units, order: Int32, best: _Best, goal: int, limits: _Limits, native: PackSearch) -> None:
+def _dive(units: _Units, order: Int32, best: _Best, goal: int, limits: _Limits, lowest_floor: LowestFloor) -> None:
     """Lowest floor again and again: what ended high comes earlier from then on, by a weight that only grows."""
     count = len(order)
     place, weight = np.empty(count, np.int64), np.zeros(count, np.int64)
@@ -300,13 +305,47 @@ def _dive(units: _Units, order: Int32, best: _Best, goal: int, limits: _Limits, 
     while best.arena > goal and idle < MOST_IDLE and limits.work > least:
         if limits.seconds > 0 and time.monotonic() >= end:
             return
-        arena, offsets = native.lowest_floor(
+        arena, offsets = lowest_floor(
             units.lower, units.upper, units.size, np.argsort(place - weight, kind="stable").astype(np.int32)
         )
         limits.work -= cost
         idle = 0 if arena < best.arena else idle + 1
         best.offer(arena, offsets)
         weight[offsets + units.size > best.arena - (best.arena - goal) * 3 // 5] += max(1, count * 3 // 100)
+
+
+def _dive_until_the_end(units: _Units, orders: dict[str, Int32], best: _Best, goal: int, limits: _Limits) -> None:
+    """What the time allows where there is no exact search: dives from each order, then from mixtures of them."""
+    ranks = [np.argsort(order) for order in orders.values()]
+    chance = np.random.default_rng(0)
+    starts = [orders["TWA"], orders["WAT"], orders["TZ"]]
+    while best.arena > goal and not limits.spent():
+        if starts:
+            order = starts.pop(0)
+        else:
+            shares = chance.dirichlet(np.ones(len(ranks)))
+            mixed = sum(share * rank for share, rank in zip(shares, ranks, strict=True))
+            order = np.argsort(mixed + chance.normal(scale=len(mixed) / 50, size=len(mixed))).astype(np.int32)
+        _dive(units, order, best, goal, limits, _lowest_floor)
+
+
+def _lowest_floor(lower: Int32, upper: Int32, size: Int64, order: Int32) -> tuple[int, Int64]:
+    """As `PackSearch.lowest_floor`, in numpy."""
+    count = len(order)
+    offsets = np.zeros(count, dtype=np.int64)
+    low, high, sizes = lower[order], upper[order], size[order]
+    floor = np.zeros(count, dtype=np.int64)
+    never = np.iinfo(np.int64).max
+    arena = 0
+    for _ in range(count):
+        first = int(np.argmin(floor))  # of equals the earliest in the order
+        top = int(floor[first] + sizes[first])
+        offsets[order[first]] = floor[first]
+        arena = max(arena, top)
+        besides = (low < high[first]) & (high > low[first]) & (floor != never)
+        floor[besides] = np.maximum(floor[besides], top)
+        floor[first] = never
+    return arena, offsets
 
 
 def _lower(units: _Units, order: Int32, best: _Best, goal: int, limits: _Limits, native: PackSearch) -> None:

@@ -59,6 +59,12 @@ def _print(table: dict[str, int | float | bool], as_json: bool, lines: list[str]
     terminal.write((json.dumps(table) if as_json else "\n".join(lines)) + "\n")
 
 
+def _refuse_the_input(source: Path, output: Path | None) -> None:
+    """A result over its own input would lose what it was made from, and a second run would find no input."""
+    if output is not None and output.exists() and source.exists() and output.samefile(source):
+        raise typer.BadParameter(f"{str(output)!r} is the input; name another file", param_hint="'-o' / '--output'")
+
+
 def _too_large(table: BufferTable, path: Path, capacity: int) -> str | None:
     """Names the first buffer that no packing fits into the capacity."""
     for index, (_, _, size) in enumerate(table.buffers):
@@ -88,6 +94,7 @@ def pack(
     """Give buffers with fixed lifetimes offsets in one arena, as small as can be found or proved."""
     from .. import planner  # half of the time that every command would take to start
 
+    _refuse_the_input(source, output)
     started = time.monotonic()
     with _errors():
         table = read_buffers(source)
@@ -160,6 +167,7 @@ def order(
     """Put the operations of a graph in an order with a small peak of live bytes, and say how far from the least."""
     from .. import planner
 
+    _refuse_the_input(source, output)
     started = time.monotonic()
     with _errors():
         data = read_json(source)

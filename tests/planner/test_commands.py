@@ -128,6 +128,21 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, c
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+@pytest.mark.parametrize("command", ["pack", "order"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_the_input_is_not_written_over(tmp_path, command, linked):
+    source = tmp_path / "given"
+    content = (DATA / ("minimalloc-input12.csv" if command == "pack" else "resnet50_train.json.gz")).read_bytes()
+    source.write_bytes(content)
+    output = tmp_path / "link" if linked else source
+    if linked:
+        output.symlink_to(source)
+    result = run(command, source, "-o", output)
+    assert result.exit_code == 2
+    assert "is the input; name another file" in " ".join(result.stderr.replace("\u2502", " ").split())
+    assert source.read_bytes() == content
+
+
 def test_a_full_disk_is_reported(tmp_path):
     result = run("pack", DATA / "minimalloc-input12.csv", "-o", "/dev/full")
     assert result.exit_code == 2

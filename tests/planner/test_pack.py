@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import random
+import time
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,29 @@ def test_without_a_compiler_the_heuristics_hold(name, most):
     packing = pack_buffers(problem_of(buffers), native=None)
     assert overlaps(buffers, packing.offsets) == []
     assert packing.gap <= most
+
+
+def test_without_a_compiler_dives_go_on_to_the_time_limit():
+    """A hard instance: one start after the other, for as long as there is time."""
+    rows = read("minimalloc-A")
+    at_once = pack_buffers(problem_of(rows), capacity=1_048_576)
+    started = time.monotonic()
+    found = pack_buffers(problem_of(rows), capacity=1_048_576, seconds=2.0, work_limit=10**12)
+    assert 2.0 <= time.monotonic() - started < 3.0
+    assert found.arena < 0.95 * at_once.arena
+    assert not overlaps(rows, found.offsets)
+    assert found.note == NO_COMPILER
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(buffer, min_size=1, max_size=30), st.randoms())
+def test_the_dive_in_numpy_is_the_compiled_one(native, buffers, chance):
+    units = pack._units(problem_of([b for b in buffers if b[2]] or [(0, 1, 1)]))
+    order = np.array(chance.sample(range(len(units.size)), len(units.size)), dtype=np.int32)
+    arena, offsets = pack._lowest_floor(units.lower, units.upper, units.size, order)
+    expected, at = native.lowest_floor(units.lower, units.upper, units.size, order)
+    assert arena == expected
+    assert offsets.tolist() == at.tolist()
 
 
 def test_impossible_capacities_are_proved(native):
