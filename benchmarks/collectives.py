@@ -109,7 +109,8 @@ class Run:
                 given, out = operands(kind, nbytes, self.ranks, first, second, torch.bfloat16)
                 name = "library" if way in ("registered", "window") else way
                 call = collective_call(kind, name, given, out, self.group)
-                if call is None:
+                # NCCL 2.28.9 accesses memory that is not there in a broadcast of 8 MiB out of a window
+                if call is None or (way == "window" and kind == "broadcast"):
                     continue
                 row: dict[str, object] = {"kind": kind, "bytes": nbytes, "way": way}
                 try:

@@ -143,8 +143,8 @@ SYMMETRIC_DTYPES = frozenset({"torch.float32", "torch.bfloat16"})
 BUILT_SIZES = (2, 4, 8)
 
 
-#: Kinds for which NCCL has kernels of their own on symmetric windows.
-REGISTERED_KINDS = ("all_reduce", "reduce_scatter", "all_gather")
+#: Kinds that registered memory makes faster: what moves values. What adds them up takes as long as in plain memory.
+REGISTERED_KINDS = ("all_gather", "all_to_all")
 
 
 #: Kinds that have a form through multicast.
@@ -157,7 +157,7 @@ class Thresholds:
 
     A message is what all ranks give together, or take: an all-gather's result, a reduce-scatter's argument. An
     all-reduce runs one-shot up to ``one_shot_bytes``, and two-shot from there up to ``two_shot_bytes``. What is left to
-    the library is faster in registered memory from ``registered_least`` to ``registered_bytes``.
+    the library is faster in registered memory from ``..._registered`` bytes on; 0: not that one knew.
     """
 
     one_shot_bytes: int
@@ -168,8 +168,8 @@ class Thresholds:
     all_gather_bytes: int = 0
     broadcast_least: int = 0
     broadcast_bytes: int = 0
-    registered_least: int = 0
-    registered_bytes: int = 0
+    all_gather_registered: int = 0
+    all_to_all_registered: int = 0
 
     def on_symmetric(self, kind: str, nbytes: int) -> bool:
         """Whether a collective of a kind with one form on symmetric memory is faster there than by the library."""
@@ -177,7 +177,12 @@ class Thresholds:
 
     def on_registered(self, kind: str, nbytes: int) -> bool:
         """Whether the library's collective of this kind is known to be faster in memory registered with it."""
-        return kind in REGISTERED_KINDS and self.registered_least <= nbytes <= self.registered_bytes
+        return kind in REGISTERED_KINDS and 0 < int(getattr(self, f"{kind}_registered")) <= nbytes
+
+    @property
+    def any_registered(self) -> bool:
+        """Whether registered memory is known to be faster for anything."""
+        return any(getattr(self, f"{kind}_registered") for kind in REGISTERED_KINDS)
 
 
 def default_thresholds(size: int) -> Thresholds:
@@ -189,8 +194,10 @@ def default_thresholds(size: int) -> Thresholds:
     return TWO_RANKS if size == 2 else Thresholds(256 * 2**10, 10 * 2**20)
 
 
-#: Two-shot and reduce-scatter were faster than the library at every size from 4 KiB to 256 MiB.
-TWO_RANKS = Thresholds(0, 256 * 2**20, reduce_scatter_bytes=256 * 2**20)
+#: Two-shot and reduce-scatter were faster than the library at every size, and registered memory from 8 MiB on.
+TWO_RANKS = Thresholds(
+    0, 256 * 2**20, reduce_scatter_bytes=256 * 2**20, all_gather_registered=8 * 2**20, all_to_all_registered=8 * 2**20
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,8 @@ group. Every call of a program finds it at the same place, unless it grew.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import logging
 import threading
 import weakref
@@ -17,6 +19,7 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from ..ir.communication import Memory
 from ..ir.errors import CommunicationError
@@ -40,8 +43,35 @@ class Allocation(Protocol):
 
 def allocate(memory: Memory, nbytes: int, group: dist.ProcessGroup, device: torch.device) -> Allocation:
     """``nbytes`` bytes of a type of communication memory; called on all ranks with the same arguments."""
-    backends = LIBRARIES if memory is Memory.REGISTERED else BACKENDS
-    return backends[device.type].allocate(nbytes, group, device)
+    if memory is Memory.REGISTERED:
+        _unregister_before_groups_go()
+        return LIBRARIES[device.type].allocate(nbytes, group, device)
+    return BACKENDS[device.type].allocate(nbytes, group, device)
+
+
+@functools.cache
+def _unregister_before_groups_go() -> None:
+    """Have `destroy_process_group`, and the end of the process, give registered arenas back first.
+
+    A library must be told that memory goes while it is still there, and torch tells nobody that it is about to end it.
+    """
+    real = distributed_c10d.destroy_process_group
+
+    @functools.wraps(real)
+    def destroy_process_group(group: dist.ProcessGroup | None = None) -> None:
+        _unregister(None if group is dist.group.WORLD else group)
+        real(group)
+
+    for module in (dist, distributed_c10d):
+        module.destroy_process_group = destroy_process_group  # type: ignore[attr-defined]
+    atexit.register(_unregister, None)
+
+
+def _unregister(group: dist.ProcessGroup | None) -> None:
+    """Give back the registered arenas of a group, of all of them for None."""
+    for arena in arenas():
+        if arena.type is Memory.REGISTERED and (group is None or arena.process_group() is group):
+            arena.release()
 
 
 @dataclass(eq=False)

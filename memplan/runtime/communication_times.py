@@ -26,14 +26,17 @@ log = logging.getLogger(__name__)
 SIZES = tuple(4096 * 4**k for k in range(8))  # 4 KiB to 64 MiB
 _ROUNDS = 5
 _CALLS = 20
+#: Registered memory is taken where the library takes at most this part of its time in plain memory.
+_REGISTERED_GAIN = 0.95
 
 
 #: Kinds that ``"auto"`` chooses a way for, and their ways. ``"registered"`` is the library in registered memory.
 WAYS: Mapping[str, tuple[str, ...]] = {
-    "all_reduce": ("one_shot", "two_shot", "library", "registered"),
-    "reduce_scatter": ("symmetric", "library", "registered"),
+    "all_reduce": ("one_shot", "two_shot", "library"),
+    "reduce_scatter": ("symmetric", "library"),
     "all_gather": ("symmetric", "library", "registered"),
     "broadcast": ("symmetric", "library"),
+    "all_to_all": ("library", "registered"),
 }
 #: by kind, bytes of the message and way: microseconds
 Times = Mapping[str, Mapping[int, Mapping[str, float]]]
@@ -44,7 +47,7 @@ def thresholds_from(times: Times) -> Thresholds:
 
     One-shot up to the largest size at which it, and at which at all smaller sizes it, beats both others; two-shot from
     there up to the largest before the library is faster. Of the other kinds: where the library is slower at most sizes
-    in a row. Registered memory: where it makes no kind slower, at most sizes in a row.
+    in a row. Registered memory: from the size on from which it is faster at every size, by more than times vary.
     """
     reduces = times["all_reduce"]
     one = _up_to(reduces, 0, lambda t: t["one_shot"] <= min(t["two_shot"], t["library"]))
@@ -52,19 +55,12 @@ def thresholds_from(times: Times) -> Thresholds:
     others: dict[str, int] = {}
     for kind, found in times.items():
         run = _longest_run(found, lambda t: t.get("symmetric", math.inf) <= t["library"])
-        if kind != "all_reduce" and run:
+        if kind in ("reduce_scatter", "all_gather", "broadcast") and run:
             others |= {f"{kind}_least": run[0], f"{kind}_bytes": run[-1]}
-    registrable = [times[kind] for kind in REGISTERED_KINDS if kind in times]
-    ratios = {n: {"worst": max(_ratio(by_bytes[n]) for by_bytes in registrable if n in by_bytes)} for n in reduces}
-    run = _longest_run(ratios, lambda t: t["worst"] <= 1)
-    if run:
-        others |= {"registered_least": run[0], "registered_bytes": run[-1]}
+        if kind in REGISTERED_KINDS:
+            slower = [n for n, t in found.items() if t.get("registered", math.inf) > _REGISTERED_GAIN * t["library"]]
+            others[f"{kind}_registered"] = min((n for n in found if n > max(slower, default=0)), default=0)
     return Thresholds(one, two if two > one else 0, **others)
-
-
-def _ratio(times: Mapping[str, float]) -> float:
-    """How much longer the library takes in registered memory than in plain memory."""
-    return times.get("registered", math.inf) / times["library"]
 
 
 def _longest_run(times: Mapping[int, Mapping[str, float]], faster: Callable[[Mapping[str, float]], bool]) -> list[int]:

@@ -84,7 +84,7 @@ class _Asking:
         if self.options.asks_registered:
             none = f"no library registers memory on {kind}"
             unregistered = none if library is None else library.obstacle(self.group, self.device)
-            if self.options.registered == "auto" and not thresholds.registered_bytes:
+            if self.options.registered == "auto" and not thresholds.any_registered:
                 unregistered = (
                     "nothing is known to be faster in registered memory: calibrate_communication would time it"
                 )

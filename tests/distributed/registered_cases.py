@@ -8,6 +8,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
 import memplan
@@ -146,6 +147,41 @@ def obstacles() -> list[str]:
     alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
     only_cuda = SimpleNamespace(size=lambda: 2, _get_backend=mock.Mock(side_effect=RuntimeError("no backend")))
     return [memory.obstacle(group, cpu) for group in (dist.group.WORLD, only_cuda, alone)]  # type: ignore[arg-type]
+
+
+def gathered(x: Tensor) -> Tensor:
+    return collectives.all_gather_tensor(torch.sin(x), 0, "0").cos()  # type: ignore[arg-type]
+
+
+def long_gathers() -> list[int]:
+    """Arenas of a program whose message is just too short, and of one whose message is long enough."""
+    found = []
+    for rows in (1023, 1024):
+        with registered_memory(), torch.no_grad(), memplan.record() as recording:
+            options = {"communication": {"registered": "auto"}}
+            x = torch.full((rows, 1024), float(dist.get_rank()))
+            compiled = torch.compile(gathered, backend="memplan", dynamic=False, options=options)
+            assert_near(compiled(x), gathered(x), "gathered")
+        found.append(len(recording.plans[0].arenas))
+    return found
+
+
+def destroyed() -> list[int]:
+    """Allocations of two groups, after one was destroyed, and after it was tried again in vain."""
+    with registered_memory() as memory:
+        groups = [dist.new_group([0, 1]) for _ in range(2)]
+        uses = [ArenaUse(g.group_name, "cpu", 100, lambda: None, Memory.REGISTERED) for g in groups]
+        for use in uses:
+            use.arena.grow(100, 1)
+        found = [len(memory.alive)]
+        dist.destroy_process_group(groups[0])
+        found.append(len(memory.alive))
+        try:
+            dist.destroy_process_group(groups[0])
+        except ValueError:
+            found.append(len(memory.alive))
+        assert uses[1]() is uses[1].arena.memory.own  # type: ignore[union-attr]
+        return found
 
 
 def unused(options: dict[str, object]) -> list[str]:

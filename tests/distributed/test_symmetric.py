@@ -158,16 +158,17 @@ def test_thresholds_of_the_other_kinds_come_from_times() -> None:
     assert not found.on_symmetric("reduce_scatter", 1)
 
 
-def test_registered_memory_is_taken_where_it_makes_no_kind_slower() -> None:
-    slower, faster = {"registered": 3.0, "library": 2.0}, {"registered": 1.0, "library": 2.0}
-    reduces = {
-        n: {**t, "one_shot": 9.0, "two_shot": 9.0} for n, t in ((1, faster), (4, faster), (16, faster), (64, slower))
-    }
-    found = thresholds_from({"all_reduce": reduces, "all_gather": {1: slower, 4: faster, 16: faster, 64: faster}})
-    assert [n for n in (1, 3, 4, 16, 17, 64) if found.on_registered("all_reduce", n)] == [4, 16]
-    assert not found.on_registered("broadcast", 4)  # the library has no kernel of its own there
-    without = thresholds_from({"all_reduce": {1: {"one_shot": 9.0, "two_shot": 9.0, "library": 2.0}}})
-    assert not without.on_registered("all_reduce", 1)
+def test_registered_memory_is_taken_from_where_it_is_faster_on() -> None:
+    slower, same, faster = ({"registered": t, "library": 2.0} for t in (3.0, 1.95, 1.8))
+    found = thresholds_from({
+        "all_reduce": {}, "all_gather": {1: faster, 4: slower, 16: faster, 64: faster},
+        "all_to_all": {1: faster, 4: faster, 16: same},
+    })  # fmt: skip
+    assert [n for n in (1, 15, 16, 64, 1024) if found.on_registered("all_gather", n)] == [16, 64, 1024]
+    assert not found.on_registered("all_to_all", 16)  # no more than times vary
+    assert not found.on_registered("all_reduce", 16)
+    assert found.any_registered
+    assert not thresholds_from({"all_reduce": {}, "all_gather": {1: {"library": 2.0}}}).any_registered
 
 
 def test_a_model_that_communicates_is_not_saved(ranks: Ranks, tmp_path: Path) -> None:
