@@ -88,7 +88,13 @@ class Menus:
         return {self._key(s, n) for n in self.runs for s in range(count - n + 1)}
 
     def _key(self, start: int, length: int) -> object:
-        return self.segments.kinds[start : start + length], self.segments.passed[start + length]
+        end = start + length
+        carried = tuple(
+            (self.segments.graph.nodes[k].nbytes, made >= start, last < end)
+            for k, (made, last) in self.segments.carried.items()
+            if made < end and last >= start and (made < start or last >= end)
+        )
+        return self.segments.kinds[start:end], self.segments.passed[end], carried
 
     def menu(self, start: int, length: int) -> tuple[Item, ...]:
         """The items for segments ``[start, start + length)``, none of them worse than another in every respect."""
@@ -195,11 +201,12 @@ class _Run:
         lasting = results | {r for r in passing if self.outlives(r)} | self.outgoing()
         end = self.start + self.length
         rest = max(0, self.segments.passed[end] - sum(passing.values()))
+        carried, onward, past = self.carried()
         return Item(
             kept,
             sum(held.values()),
             microseconds,
-            peak_of(graph, forward + sorted(either), {}, roots | results),
+            past + peak_of(graph, forward + sorted(either), carried, roots | results | onward),
             rest + peak_of(graph, sequence, {**held, **passing}, lasting),
         )
 
@@ -243,6 +250,20 @@ class _Run:
                 if nodes[root].side is Side.BACKWARD and nodes[root].nbytes and later and not nodes[root].result:
                     found[root] = nodes[root].nbytes
         return found
+
+    def carried(self) -> tuple[dict[int, int], set[int], int]:
+        """What the forward hands on: bytes of what the run reads, what is read after it, and bytes that pass it by."""
+        nodes, end = self.graph.nodes, self.start + self.length
+        reads = {nodes[i].storage for k in self.own for i in nodes[k].inputs}
+        held, onward, past = {}, set(), 0
+        for root, (made, last) in self.segments.carried.items():
+            if made < self.start <= last and root in reads:
+                held[root] = nodes[root].nbytes
+            elif made < self.start and last >= end:
+                past += nodes[root].nbytes
+            if made < end <= last:
+                onward.add(root)
+        return held, onward, past
 
     def outlives(self, root: int) -> bool:
         return self.segments.last_read.get(root, self.start) < self.start

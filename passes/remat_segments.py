@@ -87,6 +87,24 @@ class Segments:
         return hash(tuple(rows)), len(rows)
 
     @cached_property
+    def carried(self) -> dict[int, tuple[int, int]]:
+        """What the forward hands on from segment to segment without keeping it: storage -> (made in, last read in).
+
+        No later segment that may run again in the backward reads it, or it would be kept (sums over the slices of a
+        loss, and what their first slice read).
+        """
+        nodes, read = self.graph.nodes, self.again_for_backward
+        found: dict[int, tuple[int, int]] = {}
+        for k, node in enumerate(nodes):
+            made = self.of[k]
+            if node.side is not Side.FORWARD or not node.nbytes or made == OUTSIDE:
+                continue
+            later = [u for u in readers(self.graph, k) if nodes[u].side is Side.FORWARD and self.of[u] > made]
+            if later and not any(read[u] for u in later):
+                found[k] = made, max(self.of[u] for u in later)
+        return found
+
+    @cached_property
     def last_read(self) -> dict[int, int]:
         """For each storage the earliest segment (in the backward the last to run) that reads it."""
         nodes = self.graph.nodes
@@ -162,7 +180,7 @@ def _cuts(graph: JointGraph, forward: list[int], free: list[bool], prominence: f
     for n, k in enumerate(forward):
         node = graph.nodes[k]
         if node.nbytes and node.storage == k:
-            last = max((place[u] for u in _readers(graph, k) if u in place), default=n)
+            last = max((place[u] for u in readers(graph, k) if u in place), default=n)
             change[n] += node.nbytes
             change[last] -= node.nbytes
     crossing = np.cumsum(change)[:-1]
@@ -173,7 +191,7 @@ def _cuts(graph: JointGraph, forward: list[int], free: list[bool], prominence: f
         prominence *= 1.3
 
 
-def _readers(graph: JointGraph, k: int) -> list[int]:
+def readers(graph: JointGraph, k: int) -> list[int]:
     """All that read a node's storage, through views."""
     found: list[int] = []
     stack = [k]

@@ -1,8 +1,9 @@
 """Live bytes of a stretch of a training step, simulated on its joint graph before anything is lowered.
 
 Neighbouring pointwise nodes and reductions between two calls count as one kernel: what only they read takes no bytes,
-and what they make may lie where something that dies in them was. That is roughly what fusion and in-place reuse make
-of it; the plan itself has the last word (`remat_search`).
+and what they make may lie where something that dies in them was. What later kernels read and calls do not is made in
+those kernels once more, where its operands take less room until then than it would. That is roughly what fusion and
+in-place reuse make of it; the plan itself has the last word (`memplan.budget`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from memplan.ir.joint import JointGraph, NodeKind, Side
+
+#: Nodes that a kernel takes in to make one value once more.
+_CHAIN = 32
 
 
 def peak_of(graph: JointGraph, sequence: Sequence[int], held: Mapping[int, int], lasting: Iterable[int]) -> int:
@@ -27,12 +31,15 @@ def peak_of(graph: JointGraph, sequence: Sequence[int], held: Mapping[int, int],
     forever = frozenset(lasting)
     last: dict[int, int] = {}
     several: set[int] = set()
+    called: set[int] = set()
     made: dict[int, int] = {}
     for n, k in enumerate(sequence):
         step = step_of[n]
         for i in nodes[k].inputs:
             root = nodes[i].storage
             last[root] = step
+            if nodes[k].kind is NodeKind.CALL:
+                called.add(root)
             if root in made and made[root] != step:
                 several.add(root)
         if nodes[k].storage == k and nodes[k].nbytes:
@@ -40,6 +47,7 @@ def peak_of(graph: JointGraph, sequence: Sequence[int], held: Mapping[int, int],
             last.setdefault(k, step)
             if nodes[k].kind is not NodeKind.FUSED or k in forever:
                 several.add(k)
+    _inline(graph, several, last, made, held, called | forever)
     change = [0] * (len(kinds) + 1)
     born = [0] * (len(kinds) + 1)
     for k in several:
@@ -60,6 +68,42 @@ def peak_of(graph: JointGraph, sequence: Sequence[int], held: Mapping[int, int],
         peak = max(peak, max(live, during - change[step]) if fused else during)
         live = during - change[step]
     return peak
+
+
+def _inline(
+    graph: JointGraph,
+    several: set[int],
+    last: dict[int, int],
+    made: Mapping[int, int],
+    held: Mapping[int, int],
+    stored: set[int],
+) -> None:
+    """Of the storages that outlive their step, drop those that are better made in their readers; operands live longer.
+
+    ``stored`` must not be dropped.
+    """
+    nodes = graph.nodes
+    # the last one first: what it is made of then lives longer, and may itself be made in those readers
+    for k in sorted(several - stored, key=lambda k: (made[k], k), reverse=True):
+        if not nodes[k].elementwise or nodes[k].kind is not NodeKind.FUSED:
+            continue
+        operands: set[int] = set()
+        chain, found = [k], {k}
+        while chain:
+            for i in nodes[chain.pop()].inputs:
+                root = nodes[i].storage
+                if root in several or root in held or (root in made and not nodes[root].elementwise):
+                    operands.add(root)
+                elif root in made and root not in found:
+                    found.add(root)
+                    chain.append(root)
+        if len(found) > _CHAIN:
+            continue
+        longer = [r for r in operands if last[r] < last[k] or not (r in several or r in held)]
+        if sum(nodes[r].nbytes for r in longer) < nodes[k].nbytes:
+            several.discard(k)
+            several.update(r for r in operands if r not in held)
+            last.update((r, last[k]) for r in longer)
 
 
 def _steps(graph: JointGraph, sequence: Sequence[int]) -> tuple[list[int], list[bool]]:

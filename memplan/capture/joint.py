@@ -38,6 +38,7 @@ CONSTANTS = frozenset(
 )
 #: Operators that need not give the same bits twice (atomic additions), or change something.
 _NEVER_AGAIN = ("scatter_add", "scatter_reduce", "index_put", "index_add", "embedding_bag", "_embedding_bag", "histc")
+_CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 _RECOMPUTED = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
 _ATTENTION = ("_scaled_dot_product", "_flash_attention", "_efficient_attention", "_cudnn_attention")
 
@@ -59,9 +60,14 @@ class _Reader:
     position: dict[Node, int] = field(default_factory=dict)
     nodes: list[JointNode] = field(default_factory=list)
     read_already: set[Node] = field(default_factory=set)
+    #: what the forward runs for the sake of values that must be saved
+    for_saved: set[Node] = field(default_factory=set)
 
     def read(self, graph: torch.fx.Graph) -> None:
         results = set(graph.output_node().all_input_nodes)
+        for node in reversed(graph.nodes):
+            if must_save(node) or any(u in self.for_saved for u in node.users):
+                self.for_saved.add(node)
         for node in graph.nodes:
             if node.op == "output":
                 continue
@@ -87,14 +93,14 @@ class _Reader:
         signature = f"{node.target}|{nbytes}|{kind.value}|{side.value}|{keep}|{again}|{cheap}|{result}"
         return JointNode(
             node.name, kind, side, inputs, storage, nbytes, keep, again, cheap, duration, moved_bytes(node), result,
-            signature,
+            signature, is_elementwise(node),
         )  # fmt: skip
 
     def side(self, node: Node) -> Side:
         info = self.node_info
         if node in info.tangents_closure:  # type: ignore[attr-defined]
             return Side.BACKWARD
-        if info.is_required_fw(node) or node.op == "placeholder":  # type: ignore[attr-defined]
+        if info.is_required_fw(node) or node.op == "placeholder" or node in self.for_saved:  # type: ignore[attr-defined]
             return Side.FORWARD
         return Side.EITHER
 
@@ -176,6 +182,14 @@ def kind_of(node: Node, fused: Callable[[str], bool]) -> NodeKind:
     if isinstance(node.target, torch._ops.OpOverload) and fused(str(node.target)):
         return NodeKind.FUSED
     return NodeKind.CALL
+
+
+def is_elementwise(node: Node) -> bool:
+    """Whether each element of the result is made of the operands' elements that are broadcast to its place."""
+    target = node.target
+    if target in _CASTS:
+        return True
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
 
 
 def repeatable(node: Node) -> bool:

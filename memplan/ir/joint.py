@@ -54,6 +54,8 @@ class JointNode:
         It is a result of the forward or the backward: a loss, a gradient.
     signature:
         Equal for nodes that do the same on tensors of the same sizes.
+    elementwise:
+        Each element is made of those of its inputs, so that any kernel that reads it may make it itself.
     """
 
     name: str
@@ -69,6 +71,7 @@ class JointNode:
     moved: int = 0
     result: bool = False
     signature: str = ""
+    elementwise: bool = False
 
 
 @dataclass(frozen=True)

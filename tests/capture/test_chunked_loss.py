@@ -11,6 +11,8 @@ from torch.nn.functional import cross_entropy
 
 import memplan.capture.chunked_loss as chunked_loss
 import memplan.capture.loss_rewriting as loss_rewriting
+import memplan.capture.partition as partition
+from memplan.ir.joint import JointGraph, Side
 from tests.capture.tracing import Traced, traced
 
 TOKENS, FEATURES, VOCABULARY = 96, 8, 65
@@ -338,3 +340,22 @@ def test_padded_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     found = compare(function, inputs(ignored=0.2), allowance=8.0)
     nodes = [n for n in found.forward.graph.nodes if n.target is torch.ops.aten.addmm.default]
     assert any(n.meta["val"].shape[-1] == VOCABULARY + 3 for n in nodes)
+
+
+def test_what_a_sliced_loss_makes_its_gradients_of_belongs_to_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward runs it for the sake of gradients that are saved, and a budget counts it there."""
+    seen: list[JointGraph] = []
+    original = partition.joint_graph
+
+    def joint_graph(*args: object) -> tuple[JointGraph, object]:
+        found = original(*args)  # type: ignore[arg-type]
+        seen.append(found[0])
+        return found
+
+    monkeypatch.setattr(partition, "joint_graph", joint_graph)
+    hidden, weight, _, target = inputs()
+    compiled, _ = traced(lambda h, w, t: cross_entropy(h @ w.t(), t), loss_chunk=SLICE)
+    evaluated(compiled, (hidden, weight, target))  # type: ignore[arg-type]
+    products = [n for n in seen[0].nodes if n.name.startswith("mm_default") or n.name.startswith("addmm_default")]
+    assert len(products) == 3 * TOKENS // ROWS
+    assert all(n.side is Side.FORWARD for n in products)
