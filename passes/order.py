@@ -2,9 +2,10 @@
 
 A portfolio (program order, least peak memory first forwards and from the end, depth and breadth first, randomised
 with fixed seeds), a lower bound by forced live sets and minimum cuts, a beam over downsets around the peak while the
-gap to the bound is open; then branch and bound over which of two operations runs first, each case bounded by cuts of
-its own; and on small graphs an exact search from both ends for what is left. Graphs that fall into stretches are
-searched stretch by stretch. The result is never worse than the order that was given.
+gap to the bound is open, and on small graphs simulated annealing beside it; then branch and bound over which of two
+operations runs first, each case bounded by cuts of its own; and on small graphs an exact search from both ends for what
+is left. Graphs that fall into stretches are searched stretch by stretch. The result is never worse than the order that
+was given.
 
 Finding the least peak is one-shot black pebbling, strongly NP-complete (arXiv 2312.13526), hence the certificate.
 """

@@ -4,6 +4,7 @@
 namespace {
 
 constexpr i32 kLargestExact = 256;       // operations of a graph that is searched exactly
+constexpr i32 kLargestAnnealed = 512;    // operations of a graph whose orders are annealed
 constexpr size_t kNarrow = 32;           // width of beams from which on cases are tried in between
 constexpr i64 kExactWork = 500'000;            // of the first search for one threshold
 constexpr i64 kLongestExact = 8'000'000'000;  // of the last one: by then there are as many sets as it may keep
@@ -36,6 +37,7 @@ class Planner {
     const bool small = exact && graph_.ops <= kLargestExact;
     for (size_t width = 8; width <= widest && !good() && !budget_.spent(); width *= 4) {
       improve(width);
+      if (width == kNarrow) anneal(0.4);
       if (width >= kNarrow) branch(0.25);
     }
     if (!small && !good()) branch(1.0);
@@ -95,6 +97,15 @@ class Planner {
       cut_done_[v] = 1;
       lower_bound_ = std::max(lower_bound_, Bound(graph_, v).cut(budget_));
     }
+  }
+  // Simulated annealing of a small graph, within a part of what is left.
+  void anneal(double part) {
+    if (graph_.ops > kLargestAnnealed || good() || budget_.spent()) return;
+    Budget share = budget_.share(part);
+    Anneal moved(graph_, best_, lower_bound_, share);
+    moved.run();
+    budget_.used = share.used;
+    offer(moved.order(), 0);
   }
   // Cases, within a part of what is left.
   void branch(double part) {

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .order_model import OrderGraph
 
-_PARTS = ("order_graph", "order_greedy", "order_bound", "order_beam", "order_branch", "order_exact", "order_search")
+_PARTS = tuple(f"order_{part}" for part in ("graph", "greedy", "local", "bound", "beam", "branch", "exact", "search"))
 
 
 def source() -> str:
