@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from .allocation import rounded
 from .model import Buffer, Graph, Storage
+from .text import clean
 
 #: An address beyond all that can be asked for.
 _END = 1 << 80
@@ -23,6 +24,11 @@ class Lane:
     birth: int
     death: int
     pool: bool
+
+    @property
+    def short(self) -> str:
+        """Its name where there is little room."""
+        return clean(self.name.rpartition(":")[2] if self.pool else "own", 14)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +88,17 @@ def boxes(graph: Graph, plan: Layout) -> list[Box]:
             if end > b.birth:  # else taken over in the step that made it: there is nothing to see
                 found.append(Box(b, number, item.lane, item.offset, item.storage.nbytes, b.birth, end))
     return found
+
+
+def boundaries(graph: Graph) -> list[tuple[int, str]]:
+    """The first step and the name of each graph of a whole step; nothing where there is one graph."""
+    found: list[tuple[int, str]] = []
+    before = ""
+    for k, step in enumerate(graph.steps):
+        if step.graph != before:
+            found.append((k, clean(step.graph)))
+            before = step.graph
+    return found if len(found) > 1 else []
 
 
 class FreeList:

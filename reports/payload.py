@@ -7,7 +7,7 @@ import re
 import sys
 from dataclasses import dataclass
 
-from .layout import Layout, boxes, layout
+from .layout import Layout, boundaries, boxes, layout
 from .model import Buffer, Graph, Report
 from .terminal import placed
 from .text import clean, code, line, shape, short, step_title
@@ -60,7 +60,7 @@ def payload(report: Report, graph: Graph) -> Payload:
         "lanes": [
             {
                 "name": clean(lane.name),
-                "short": clean(lane.name.rpartition(":")[2] if lane.pool else "own", 14),
+                "short": lane.short,
                 "nbytes": lane.nbytes,
                 "pool": lane.pool,
                 "birth": lane.birth,
@@ -68,7 +68,7 @@ def payload(report: Report, graph: Graph) -> Payload:
             }
             for lane in plan.lanes
         ],
-        "boundaries": _boundaries(graph),
+        "boundaries": [{"step": step, "name": name} for step, name in boundaries(graph)],
         "strings": list(strings.index),
         "columns": table,
     }
@@ -79,17 +79,6 @@ def pair(before: Report, after: Report) -> list[Payload]:
     """Two reports to be drawn side by side (the module draws both on one scale)."""
     both = [("before", payload(before, before.step)), ("after", payload(after, after.step))]
     return [Payload({**p.header, "title": f"{name}: {p.header['title']}"}, p.data) for name, p in both]
-
-
-def _boundaries(graph: Graph) -> list[dict[str, object]]:
-    """The first step of each graph of a whole step."""
-    found: list[dict[str, object]] = []
-    before = ""
-    for k, step in enumerate(graph.steps):
-        if step.graph != before:
-            found.append({"step": k, "name": clean(step.graph)})
-            before = step.graph
-    return found if len(found) > 1 else []
 
 
 Columns = dict[str, tuple[str, list[int] | list[float]]]

@@ -1,74 +1,61 @@
-"""A picture without a drawing library: address over time and the curves above it, written as PNG with zlib."""
+"""A picture of pixels, and its PNG: what `memplan.reports.picture` draws with, without a drawing library."""
 
 from __future__ import annotations
 
 import struct
 import zlib
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from .colours import colour_of, rgb
-from .layout import boxes, layout
-from .model import Graph
+from . import glyphs
+from .colours import rgb
 
 Image = npt.NDArray[np.uint8]
-WIDTH, CURVES, LANES, MARGIN, GAP = 1200, 160, 440, 12, 6
-_LIVE, _ALLOCATED, _PEAK = "#0072b2", "#bbbbbb", "#000000"
+Align = Literal["left", "middle", "right"]
 
 
-def picture(graph: Graph) -> bytes:
-    """Above: allocated (grey) and live (blue) bytes by step. Below: one lane per pool, own allocations last.
+class Raster:
+    """White paper of ``width`` by ``height`` pixels; x to the right, y down. What falls beside it is not drawn."""
 
-    Colours are those of `memplan.reports.colours`; a black line marks the peak.
-    """
-    image: Image = np.full((CURVES + LANES + 3 * MARGIN, WIDTH, 3), 255, dtype=np.uint8)
-    steps = len(graph.steps)
-    if steps:
-        _curves(image, graph)
-        _lanes(image, graph)
-        x = _column(graph.peak_step, steps)
-        image[MARGIN:-MARGIN, x : x + 2] = rgb(_PEAK)
-    return encode(image)
+    def __init__(self, width: int, height: int) -> None:
+        self.width, self.height = width, height
+        self.image: Image = np.full((height, width, 3), 255, dtype=np.uint8)
 
+    def fill(self, x0: float, y0: float, x1: float, y1: float, colour: str) -> None:
+        """The pixels of ``[x0, x1)`` by ``[y0, y1)``, rounded."""
+        a, b, c, d = (max(round(v), 0) for v in (x0, x1, y0, y1))
+        self.image[c:d, a:b] = rgb(colour)
 
-def _column(step: int, steps: int) -> int:
-    return MARGIN + round(min(step, steps) * (WIDTH - 2 * MARGIN) / steps)
+    def across(self, x0: float, x1: float, y: float, colour: str, dash: int = 0) -> None:
+        """A line of one pixel from left to right; with ``dash``, pieces of that length and as much between them."""
+        x = x0
+        while x < x1:
+            self.fill(x, y, min(x + dash, x1) if dash else x1, y + 1, colour)
+            x += 2 * dash if dash else x1 - x0
 
-
-def _curves(image: Image, graph: Graph) -> None:
-    inner = WIDTH - 2 * MARGIN
-    highest = max(graph.peak, 1)
-    edges = np.linspace(0, len(graph.steps), inner + 1)
-    for series, colour in ((graph.allocated, _ALLOCATED), (graph.live, _LIVE)):
-        values = np.asarray(series, dtype=np.float64)
-        for x in range(inner):
-            a = int(edges[x])
-            height = round(values[a : max(a + 1, int(edges[x + 1]))].max() / highest * CURVES)
-            if height:
-                image[MARGIN + CURVES - height : MARGIN + CURVES, MARGIN + x] = rgb(colour)
-
-
-def _lanes(image: Image, graph: Graph) -> None:
-    plan, steps = layout(graph), len(graph.steps)
-    total = sum(max(lane.nbytes, 1) for lane in plan.lanes)
-    space = LANES - GAP * max(0, len(plan.lanes) - 1)
-    scale = max(space, 1) / max(total, 1)
-    tops, y = [], float(CURVES + 2 * MARGIN)
-    for lane in plan.lanes:
-        tops.append(y)
-        height = max(lane.nbytes, 1) * scale
-        left, right = _column(lane.birth, steps), _column(lane.death, steps)
-        image[round(y) : round(y + height), left:right] = 240
-        y += height + GAP
-    for box in boxes(graph, plan):
-        top = tops[box.lane] + box.offset * scale
-        left, right = _column(box.birth, steps), max(_column(box.death, steps), _column(box.birth, steps) + 1)
-        a, b = round(top), max(round(top + box.nbytes * scale), round(top) + 1)
-        image[a:b, left:right] = rgb(colour_of(box.buffer.kind))
-        if b - a > 3 and right - left > 3:
-            image[a, left:right] = 255
-            image[a:b, left] = 255
+    def text(
+        self,
+        x: float,
+        y: float,
+        text: str,
+        colour: str = "#1c1c1c",
+        *,
+        bold: bool = False,
+        align: Align = "left",
+        paper: str = "",
+    ) -> float:
+        """A line of text whose top is ``y``; ``paper`` is laid under it. Where it ends."""
+        mask = glyphs.mask(text, bold=bold)
+        left = round(x) - {"left": 0, "middle": mask.shape[1] // 2, "right": mask.shape[1]}[align]
+        if paper:
+            self.fill(left - 2, y - 1, left + mask.shape[1] + 2, y + glyphs.HEIGHT, paper)
+        a, top = max(left, 0), max(round(y), 0)
+        part = self.image[top : round(y) + glyphs.HEIGHT, a : max(left + mask.shape[1], 0)]
+        inked = mask[top - round(y) :, a - left :][: part.shape[0], : part.shape[1]]
+        part[inked] = rgb(colour)
+        return left + mask.shape[1]
 
 
 def encode(image: Image) -> bytes:

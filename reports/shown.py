@@ -12,10 +12,11 @@ from typing import Protocol, runtime_checkable
 from rich.console import Console, ConsoleOptions, RenderResult
 
 from ..ir.plan import Plan
-from . import png, tables, terminal
+from . import tables, terminal
 from .model import Report, dump_report, read_report, write_report
 from .page import html
 from .payload import pair, payload
+from .picture import picture
 from .target import CompiledGraph, report_from
 
 
@@ -29,12 +30,13 @@ class Recorded(Protocol):
 
 @dataclass(frozen=True)
 class Still:
-    """The picture of a report alone."""
+    """The picture of a report, or of two, alone."""
 
     report: Report
+    other: Report | None = None
 
     def _repr_png_(self) -> bytes:
-        return png.picture(self.report.step)
+        return picture(self.report, other=self.other)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class ShownReport:
         self, include: object = None, exclude: object = None
     ) -> tuple[dict[str, object], dict[str, object]]:
         bundle: dict[str, object] = {
-            "image/png": base64.b64encode(png.picture(self.report.step)).decode(),
+            "image/png": base64.b64encode(picture(self.report, other=self.other)).decode(),
             "text/plain": repr(self),
         }
         if importlib.util.find_spec("anywidget") is not None:
@@ -67,7 +69,7 @@ class ShownReport:
 
     def _display_(self) -> object:
         """What marimo shows: the view (with anywidget), else the picture."""
-        return self.widget() if importlib.util.find_spec("anywidget") is not None else Still(self.report)
+        return self.widget() if importlib.util.find_spec("anywidget") is not None else Still(self.report, self.other)
 
     def widget(self) -> object:
         """The interactive view as an anywidget.
@@ -89,7 +91,7 @@ class ShownReport:
             case ".html":
                 path.write_text(html(self.report, other=self.other), encoding="utf-8")
             case ".png":
-                path.write_bytes(png.picture(self.report.step))
+                path.write_bytes(picture(self.report, other=self.other))
             case ".md":
                 path.write_text(tables.markdown(self.report), encoding="utf-8")
             case ".json":

@@ -19,7 +19,7 @@ from .cells import Place
 from .measured import farthest
 from .model import Buffer, Graph, Measurement, Report, WaterfallStep, once
 from .query import GroupBy, grouped, room
-from .text import clean, code, line, percent, shape, short, signed, size, step_title, whereabouts
+from .text import clean, code, percent, reached, shape, short, signed, size, step_title, whereabouts
 
 _BAR = 24
 _SPARK = "▁▂▃▄▅▆▇█"
@@ -99,12 +99,7 @@ def headline(report: Report) -> Text:
     if report.target:
         text.append(f"  ({clean(report.target)})", style="dim")
     if graph.steps:
-        step = graph.steps[graph.peak_step]
-        text.append(f"\nreached at step {graph.peak_step} of {len(graph.steps)}, {clean(step.graph)}: ")
-        text.append(step_title(step))
-        place = next((line(o) for o in step.origins if o.file), "")
-        if place:
-            text.append(f", {place}")
+        text.append(f"\n{reached(graph)}")
     for m in report.measured:
         predicted = report.predicted.get(m.device, graph.peak)
         text.append(f"\nmeasured on {clean(m.device)}: {size(m.peak_allocated)}, ")

@@ -10,7 +10,7 @@ import unicodedata
 from functools import lru_cache
 from pathlib import PurePath
 
-from .model import Buffer, Origin, Step
+from .model import Buffer, Graph, Origin, Step
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -96,6 +96,14 @@ def code(origin: Origin) -> str:
 def step_title(step: Step) -> str:
     """What runs at a step: operation name and target."""
     return f"{clean(step.name)} ({clean(step.target)})"
+
+
+def reached(graph: Graph) -> str:
+    """At which step a graph's peak is, what runs there, and the user's line of it."""
+    step = graph.steps[graph.peak_step]
+    place = next((line(o) for o in step.origins if o.file), "")
+    where = f"reached at step {graph.peak_step} of {len(graph.steps)}, {clean(step.graph)}: {step_title(step)}"
+    return f"{where}, {place}" if place else where
 
 
 def short(name: str) -> str:
