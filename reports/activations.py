@@ -66,19 +66,20 @@ def milliseconds(microseconds: float | None) -> str:
     if microseconds is None:
         return "-"
     value = microseconds / 1e3
-    return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
+    if value >= 100 or not value:
+        return f"{value:.0f} ms"
+    return f"{value:.3g} ms" if value >= 0.001 else "< 0.001 ms"
 
 
 def table(report: Report, top: int) -> RenderableType:
     """Kept and recomputed values by the user's line."""
-    head = Text("What the backward needs of the forward", style="bold")
-    head.append(f"  {totals(report.activations)}", style="none")
+    head = Text.assemble(("What the backward needs of the forward", "bold"), f"  {totals(report.activations)}")
     out = Table(box=None, pad_edge=False, header_style="dim")
     out.add_column("")
     for title in ("bytes", "number", "again"):
         out.add_column(title, justify="right", no_wrap=True)
     out.add_column("your line")
-    out.add_column("what")
+    out.add_column("what", overflow="fold")
     rows = by_line(report.activations)
     for r in rows[:top]:
         counts = (size(r.nbytes), str(r.count), milliseconds(r.microseconds))

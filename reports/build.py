@@ -26,6 +26,7 @@ from .model import (
     StepRecord,
     WaterfallStep,
 )
+from .shapes import shapes_of
 from .step_waterfall import step_waterfall
 from .whole import Join, whole_step
 
@@ -250,7 +251,7 @@ def graph_of(plan: ir_plan.Plan, name: str | None = None, stages: Sequence[tuple
         for s, death in _slabs(plan)
     )
     notes = _notes(plan)
-    shapes = _shapes(program)
+    shapes = shapes_of(program)
     buffers = tuple(_buffer(plan, b, shapes, notes) for b in _planned(plan))
     steps = tuple(_step(program, program.by_name[op], name, notes) for op in plan.order)
     certificate = plan.certificate
@@ -410,37 +411,3 @@ def _step(program: ir.Program, op: ir.Operation, graph: str, notes: Mapping[str,
         scratch=scratch,
         notes=notes.get(op.name, ()),
     )
-
-
-def _shapes(program: ir.Program) -> dict[str, tuple[int, ...]]:
-    """The shape of a buffer as its writer or, failing that, a reader sees it whole."""
-    found: dict[str, tuple[int, ...]] = {}
-
-    def see(view: ir.View) -> None:
-        if view.buffer in program.buffers and view.buffer not in found:
-            buffer = program.buffers[view.buffer]
-            sizes = tuple(ir.evaluate(s, program.hints) for s in view.sizes)
-            elements = 1
-            for s in sizes:
-                elements *= s
-            if elements * view.dtype.itemsize == program.nbytes(buffer.name):
-                found[view.buffer] = sizes
-
-    for op in program.operations:
-        if isinstance(op, ir.Extern):
-            for result in op.results:
-                if result is not None:
-                    see(result)
-        elif isinstance(op, ir.Copy):
-            see(op.target)
-    for given in program.inputs:
-        if isinstance(given, ir.TensorInput):
-            see(given.view)
-    for output in program.outputs:
-        if isinstance(output, ir.View):
-            see(output)
-    for op in program.operations:
-        if isinstance(op, ir.Extern):
-            for view in ir.argument_views((*op.args, *(a for _, a in op.kwargs))):
-                see(view)
-    return found

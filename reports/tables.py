@@ -10,7 +10,7 @@ from .activations import by_line, milliseconds, totals
 from .model import Buffer, Report
 from .query import GroupBy, grouped, room
 from .terminal import PHASES, placed, waterfalls
-from .text import clean, code, percent, signed, size, step_title
+from .text import clean, code, percent, shape, signed, size, step_title, whereabouts
 
 #: What a spreadsheet would take for a formula at the start of a cell.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -104,9 +104,9 @@ def buffers_csv(rows: Iterable[Buffer]) -> str:
     writer.writerow(COLUMNS)
     for b in rows:
         o = b.origin
-        shape = "x".join(str(s) for s in b.shape) if b.shape is not None else ""
+        sizes = "x".join(str(s) for s in b.shape) if b.shape is not None else ""
         cells = (
-            b.name, b.nbytes, b.dtype, shape, b.device, b.kind, b.birth, b.death, b.placement, b.pool or "",
+            b.name, b.nbytes, b.dtype, sizes, b.device, b.kind, b.birth, b.death, b.placement, b.pool or "",
             "" if b.offset is None else b.offset, b.in_place_of or "", o.node, o.op, o.module, o.file, o.line, o.code,
             b.decided_by,
         )  # fmt: skip
@@ -122,8 +122,19 @@ def harmless(text: str) -> str:
 
 def buffers_markdown(rows: Sequence[Buffer]) -> str:
     """Buffers as a Markdown table."""
-    cells = [(as_code(b.name), size(b.nbytes), as_code(b.dtype), escaped(b.kind), escaped(placed(b))) for b in rows]
-    return "\n".join(_rows(("buffer", "bytes", "dtype", "kind", "place"), cells, right={1})) + "\n"
+    cells = [
+        (
+            size(b.nbytes),
+            escaped(whereabouts(b.origin)),
+            as_code(code(b.origin)),
+            as_code(shape(b)),
+            escaped(b.kind),
+            as_code(b.name),
+            escaped(placed(b)),
+        )
+        for b in rows
+    ]
+    return "\n".join(_rows(("bytes", "your line", "code", "shape", "kind", "buffer", "place"), cells, right={0})) + "\n"
 
 
 def groups_csv(report: Report, by: GroupBy) -> str:

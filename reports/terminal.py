@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -175,7 +176,7 @@ def peak(graph: Graph, *, step: int | None = None, top: int = 20) -> RenderableT
         title.append(f"\n{size(graph.allocated[at])} allocated, {size(graph.live[at])} live", style="")
     alive = graph.alive_at(at)
     total = graph.allocated[at] if at < len(graph.steps) else 0
-    table = _table("bytes", "share", "your line", "buffer, steps", justify={0: "right", 1: "right"})
+    table = _table("bytes", "share", "your line", "what, where", justify={0: "right", 1: "right"})
     for s in alive[:top]:
         b = graph.shown_at(s, at)
         table.add_row(size(s.nbytes), percent(s.nbytes, total), _place(b), _buffer(graph, b))
@@ -187,33 +188,27 @@ def peak(graph: Graph, *, step: int | None = None, top: int = 20) -> RenderableT
     return Group(title, table)
 
 
-def _one_line(*lines: tuple[str, str]) -> Text:
-    """Lines of (text, style), each cut with an ellipsis where the column is too narrow."""
-    text = Text(no_wrap=True, overflow="ellipsis")
-    for k, (line_text, style) in enumerate(lines):
-        text.append(("\n" if k else "") + line_text, style=style)
-    return text
-
-
 def _place(b: Buffer) -> Place:
     """The user's line, and its text."""
     return Place(whereabouts(b.origin), code(b.origin))
 
 
-def _buffer(graph: Graph, b: Buffer) -> Text:
-    return _one_line((clean(b.name), ""), (f"  {_life(graph, b)} {clean(b.kind)} {shape(b)}", "dim"))
-
-
-def _life(graph: Graph, b: Buffer) -> str:
-    return f"{b.birth}-{'end' if b.death > len(graph.steps) else b.death}"
+def _buffer(graph: Graph, b: Buffer, *more: str) -> RenderableType:
+    """Shape and kind; below it, on as many lines as it takes, name, life and what else there is to say."""
+    kept = "until the end" if b.death > len(graph.steps) else f"to {b.death}"
+    rest = ", ".join((f"{clean(b.name)}, steps {b.birth} {kept}", *more))
+    return Group(
+        Text(f"{shape(b)} {clean(b.kind)}", overflow="fold"),
+        Padding(Text(rest, style="dim", overflow="fold"), (0, 0, 0, 2)),
+    )
 
 
 def buffers(graph: Graph, rows: Sequence[Buffer], *, top: int = 40) -> RenderableType:
-    """A table of buffers: where they lie, how long, made by what."""
-    table = _table("bytes", "buffer, steps", "place", "your line", justify={0: "right"})
+    """A table of buffers: bytes, your line, shape; then where they lie, how long, made by what."""
+    table = _table("bytes", "your line", "what, where", justify={0: "right"})
     for b in rows[:top]:
-        place = _one_line((clean(placed(b)), ""), (f"  by {short(b.origin.op) or '-'}", "dim"))
-        table.add_row(size(b.nbytes), _buffer(graph, b), place, _place(b))
+        by = (f"by {short(b.origin.op)}",) if b.origin.op else ()
+        table.add_row(size(b.nbytes), _place(b), _buffer(graph, b, clean(placed(b)), *by))
     count = Text(f"{len(rows)} buffers, {size(sum(b.nbytes for b in rows))}", style="dim")
     if len(rows) > top:
         count.append(f"; the first {top} are shown (--top)")
@@ -336,7 +331,7 @@ def certificates(report: Report) -> list[Text]:
         c = g.certificate
         if c is None:
             continue
-        text = Text(f"{clean(g.name)}: ", style="bold")
+        text = Text.assemble((f"{clean(g.name)}: ", "bold"))
         text.append(f"live peak {size(c.peak)}; no order of this program needs less than {size(c.order_bound)}")
         gap = c.peak - c.order_bound
         text.append(" (optimal)" if gap <= 0 else f" (gap {percent(gap, c.peak)})", style="dim")

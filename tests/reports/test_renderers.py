@@ -56,7 +56,27 @@ def test_another_step(golden: Golden) -> None:
 
 def test_buffers(golden: Golden) -> None:
     graph = training_report().step
-    golden("buffers.txt", rendered(terminal.buffers(graph, selected(graph, where=["size>1KiB"]), top=5), width=140))
+    table = terminal.buffers(graph, selected(graph, where=["size>1KiB"]), top=5)
+    golden("buffers.txt", rendered(table, width=140))
+    golden("buffers-80.txt", rendered(table, width=80))
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_nothing_that_matters_is_cut(width: int) -> None:
+    """Bytes, the user's line, shape and kind, name and place are all there, however narrow the terminal."""
+    origin = plans.Origin(op="aten._native_batch_norm_legit_functional.default", file="/home/ann/train.py", line=12)
+    name, pool = "native_batch_norm_backward_17", "pool_of_the_backward"
+    made = [plans.Made(name, 1024, plans.BufferKind.TEMPORARY, 0, 2, plans.InPool(pool, 16781312), origin)]
+    pools = (plans.Pool(pool, 1 << 25, "cuda:0", plans.Lifetime(0, 2)),)
+    graph = build_report([plans.make_plan("g", plans.Phase.INFERENCE, made, 2, pools)]).step
+    for title, table in (("buffers", terminal.buffers(graph, graph.buffers)), ("peak", terminal.peak(graph))):
+        text = rendered(table, width=width)
+        assert "…" not in text
+        assert max(map(len, text.splitlines())) <= width
+        words = "".join(text.split())
+        place = [f"{pool}+16781312", "by_native_batch_norm_legit_functional"] if title == "buffers" else []
+        for part in ("4.00KiB", "/home/ann/train.py:12", "float32[1024]temporary", name, "steps0to2", *place):
+            assert part in words, f"{part} at {width} columns:\n{text}"
 
 
 def test_comparison(golden: Golden) -> None:
