@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .colours import colour_of
 from .model import Graph
-from .text import clean, line, shape, size
+from .text import clean, line_of, shape, size
 
 
 def dot(graph: Graph) -> bytes:
@@ -12,7 +12,7 @@ def dot(graph: Graph) -> bytes:
     peak = {m for s in graph.alive_at(graph.peak_step) for m in s.members}
     out = [f"digraph {quoted(graph.name)} {{", "  rankdir=TB;", '  node [fontname="sans-serif", fontsize=10];']
     for k, step in enumerate(graph.steps):
-        place = next((line(o) for o in step.origins if o.file), "")
+        place = line_of(step)
         label = "\n".join(filter(None, (f"{k}: {clean(step.name)}", clean(step.target), place)))
         out.append(f'  {quoted(f"op {k}")} [shape=box, style=filled, fillcolor="#eeeeee", label={quoted(label)}];')
     for b in graph.buffers:

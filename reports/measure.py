@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-import torch.utils._pytree
 
 from ..ir.errors import MemplanError
 from .measure_steps import on_timeline, sampled_cpu, sampled_cuda
@@ -36,7 +35,7 @@ def measured(
     import memplan
 
     begin("compiling, and running the first steps")
-    step = _step(made, _compiled(made, request, "memplan"), _backward(made, request))
+    step = _step(made, compiled_with(made, request, "memplan"), backward_wanted(made, request))
     with failures(target), memplan.record() as recording:
         for _ in range(max(1, warm_up)):
             step()
@@ -56,7 +55,9 @@ def _timeline(
     import memplan
 
     options = {**request.options, "wrapper": "python"}
-    step = _step(made, _compiled(made, replace(request, options=options), "memplan"), _backward(made, request))
+    step = _step(
+        made, compiled_with(made, replace(request, options=options), "memplan"), backward_wanted(made, request)
+    )
     with failures(target), memplan.record() as recording:
         step()
     again = [g.plan.program.name for g in recording.graphs]
@@ -69,57 +70,11 @@ def _timeline(
 
 def measured_with(made: Made, request: Request, backend: str, target: str, *, warm_up: int = 2) -> Measurement:
     """The measured peak of a step with another backend of `BACKENDS`."""
-    step = _step(made, _compiled(made, request, backend), _backward(made, request))
+    step = _step(made, compiled_with(made, request, backend), backward_wanted(made, request))
     with failures(target):
         for _ in range(max(1, warm_up)):
             step()
         return measure(step, _device(made))
-
-
-def worst_difference(made: Made, request: Request, target: str) -> float:
-    """Run one step with poisoned memory and one in eager; the largest difference in results and gradients.
-
-    Relative to the largest magnitude of the same tensor; infinite where one is not finite and the other is, or where
-    one has a tensor (a result, a gradient) that the other lacks. Random numbers follow eager's generator.
-    """
-    options = {"random": "eager", **request.options, "poison": True}
-    backward = _backward(made, request)
-    with failures(target), torch.random.fork_rng():
-        expected = _tensors(made, made.model, backward)
-        got = _tensors(made, _compiled(made, replace(request, options=options), "memplan"), backward)
-    if expected.keys() != got.keys():
-        return float("inf")
-    return max((relative_difference(got[k], expected[k]) for k in expected), default=0.0)
-
-
-def _tensors(made: Made, call: Callable[..., object], backward: bool) -> dict[str, torch.Tensor]:
-    """Results and parameter gradients of one step, by name; gradients are removed from the model afterwards."""
-    torch.manual_seed(0)
-    with torch.set_grad_enabled(backward):
-        result = call(*made.args, **made.kwargs)
-    leaves = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
-    found = {f"result {k}": t.detach().clone() for k, t in enumerate(leaves)}
-    if backward and isinstance(made.model, torch.nn.Module):
-        scalar(result).backward()  # type: ignore[no-untyped-call]
-        for name, p in made.model.named_parameters():
-            if p.grad is not None:
-                found[name], p.grad = p.grad, None
-    return found
-
-
-def relative_difference(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference of two tensors, relative to the largest magnitude expected; infinite if shapes differ."""
-    if got.shape != expected.shape:
-        return float("inf")
-    if not expected.numel():
-        return 0.0
-    a, b = got.detach().cpu().to(torch.complex128), expected.detach().cpu().to(torch.complex128)
-    same = (a == b) | (a.isnan() & b.isnan())
-    off = torch.where(same, 0.0, (a - b).abs())
-    if not off.isfinite().all():
-        return float("inf")
-    size = b.abs().nan_to_num(0.0, 0.0)
-    return float(off.max() / size.max().clamp(min=1e-6))
 
 
 @contextmanager
@@ -135,11 +90,13 @@ def failures(target: str) -> Iterator[None]:
         raise TargetError(f"{target!r} failed while it ran: {type(error).__name__}: {error}") from error
 
 
-def _backward(made: Made, request: Request) -> bool:
+def backward_wanted(made: Made, request: Request) -> bool:
+    """Whether the step has a backward: as asked for, or as the model is."""
     return wants_backward(made.model) if request.backward is None else request.backward
 
 
-def _compiled(made: Made, request: Request, backend: str) -> Callable[..., object]:
+def compiled_with(made: Made, request: Request, backend: str) -> Callable[..., object]:
+    """The model as a backend compiles it (memplan with the asked options); in eager the model itself."""
     if backend == "eager":
         return made.model
     options = (dict(request.options) or None) if backend == "memplan" else None

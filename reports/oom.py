@@ -11,7 +11,7 @@ from .allocation import rounded
 from .build import graph_of
 from .model import Graph
 from .terminal import peak_groups, rendered
-from .text import clean, code, line, size, step_title, whereabouts
+from .text import clean, code, line_of, size, step_title, whereabouts
 
 
 def explain_oom(plan: Plan, shortage: Shortage, remedies: Callable[[int], Sequence[Remedy]] = lambda had: ()) -> str:
@@ -81,7 +81,7 @@ def _headline(graph: Graph, step: int, requested: int, *, known: bool = True) ->
     if not graph.steps:
         return f"out of memory in {clean(graph.name)}, which has no steps"
     running = graph.steps[step]
-    place = next((line(o) for o in running.origins if o.file), "")
+    place = line_of(running)
     source = next((code(o) for o in running.origins if o.code), "")
     where = f"step {step} of {len(graph.steps)} of {clean(graph.name)}: {step_title(running)}"
     asking = f", asking for {size(requested)}" if requested else ""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from .layout import Layout, boundaries, boxes, layout
 from .model import Buffer, Graph, Report
 from .terminal import placed
-from .text import clean, code, line, shape, short, step_title
+from .text import clean, code, line, line_of, shape, short, step_title
 
 Header = dict[str, object]
 
@@ -45,8 +45,7 @@ def payload(report: Report, graph: Graph) -> Payload:
     columns["live"] = ("f8", [float(v) for v in graph.live])
     columns["allocated"] = ("f8", [float(v) for v in graph.allocated])
     columns["step_name"] = ("i4", [strings(step_title(s)) for s in graph.steps])
-    places = (next((line(o) for o in s.origins if o.file), "") for s in graph.steps)
-    columns["step_line"] = ("i4", [strings(p) for p in places])
+    columns["step_line"] = ("i4", [strings(line_of(s)) for s in graph.steps])
     seen = next((m.timeline for m in report.measured if m.timeline), ()) if graph is report.step else ()
     columns["measured"] = ("f8", [-1.0 if v is None else float(v) for v in seen])
     table, data = _packed(columns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from .model import Graph
-from .text import clean, line, shape
+from .text import clean, line, line_of, shape
 
 #: Microseconds drawn for a step: a plan knows order, not time.
 STEP_US = 1000
@@ -22,7 +22,7 @@ def trace(graph: Graph) -> bytes:
         _meta("thread_name", 0, "operations (one step each)"),
     ]
     for k, step in enumerate(graph.steps):
-        place = next((line(o) for o in step.origins if o.file), "")
+        place = line_of(step)
         events.append(
             {
                 "ph": "X", "pid": 1, "tid": 0, "ts": k * STEP_US, "dur": STEP_US, "name": clean(step.name),

@@ -10,7 +10,7 @@ from .activations import by_line, milliseconds, totals
 from .model import Buffer, Report
 from .query import GroupBy, grouped, room
 from .terminal import PHASES, placed, waterfalls
-from .text import clean, code, percent, shape, signed, size, step_title, whereabouts
+from .text import clean, code, line_of, percent, shape, signed, size, step_title, whereabouts
 
 #: What a spreadsheet would take for a formula at the start of a cell.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -77,8 +77,9 @@ def _peak_rows(report: Report, by: GroupBy, top: int) -> list[str]:
     if rest:
         rows.append((size(rest), percent(rest, graph.peak), f"{len(groups) - top} more", "", ""))
     if graph.steps and graph.steps[at].scratch:
-        scratch = graph.steps[at].scratch
-        rows.append((size(scratch), percent(scratch, graph.peak), "scratch of this step", "", ""))
+        step = graph.steps[at]
+        what = f"scratch of {step.name}" + (f", {line_of(step)}" if line_of(step) else "")
+        rows.append((size(step.scratch), percent(step.scratch, graph.peak), escaped(what), "", ""))
     if room(graph, at):
         rows.append(
             (size(room(graph, at)), percent(room(graph, at), graph.peak), "rounding, and room in pools", "", "")

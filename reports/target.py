@@ -92,7 +92,18 @@ def report_for(target: str, request: Request | None = None) -> Report:
 
 
 def is_saved(target: str) -> bool:
-    """Whether a target names a file rather than a factory."""
+    """Whether a target names a saved report rather than a factory.
+
+    Raises
+    ------
+    OptionError
+        For a Python file without the name of a factory.
+    """
+    if target.endswith(".py") and Path(target).is_file():
+        raise OptionError(
+            f"{target!r} is a script: write {target}:FACTORY, a function in it that returns a model and "
+            f"example inputs, or record what it compiles with `memplan run {target}`"
+        )
     return Path(target).is_file() or target.endswith(".json") or ":" not in target
 
 

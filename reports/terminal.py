@@ -20,7 +20,7 @@ from .cells import Place
 from .measured import farthest
 from .model import Buffer, Graph, Measurement, Report, WaterfallStep, once
 from .query import GroupBy, grouped, room
-from .text import clean, code, percent, reached, shape, short, signed, size, step_title, whereabouts
+from .text import clean, code, line_of, percent, reached, shape, short, signed, size, step_title, whereabouts
 
 _BAR = 24
 _SPARK = "▁▂▃▄▅▆▇█"
@@ -149,8 +149,9 @@ def peak_groups(graph: Graph, *, step: int | None = None, by: GroupBy = "line", 
 def _remainder(table: Table, graph: Graph, at: int, total: int) -> None:
     """Scratch of the running operation, and room in pools, so that the rows sum to what is allocated."""
     if at < len(graph.steps) and graph.steps[at].scratch:
-        scratch = graph.steps[at].scratch
-        table.add_row(size(scratch), percent(scratch, total), "", "scratch of this step")
+        step = graph.steps[at]
+        what = Text(f"scratch of {clean(step.name)}, while it runs", overflow="fold")
+        table.add_row(size(step.scratch), percent(step.scratch, total), Place(line_of(step)), what)
     spare = room(graph, at)
     if spare:
         table.add_row(size(spare), percent(spare, total), "", "rounding, and room in pools", style="dim")

@@ -98,10 +98,15 @@ def step_title(step: Step) -> str:
     return f"{clean(step.name)} ({clean(step.target)})"
 
 
+def line_of(step: Step) -> str:
+    """The user's line that a step stems from, first of all that it does; or an empty string."""
+    return next((line(o) for o in step.origins if o.file), "")
+
+
 def reached(graph: Graph) -> str:
     """At which step a graph's peak is, what runs there, and the user's line of it."""
     step = graph.steps[graph.peak_step]
-    place = next((line(o) for o in step.origins if o.file), "")
+    place = line_of(step)
     where = f"reached at step {graph.peak_step} of {len(graph.steps)}, {clean(step.graph)}: {step_title(step)}"
     return f"{where}, {place}" if place else where
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from memplan.reports.measure import measure, relative_difference, scalar
+from memplan.reports.answers import relative_difference
+from memplan.reports.measure import measure, scalar
 from memplan.reports.target import TargetError
 
 MARKED = """
