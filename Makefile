@@ -15,10 +15,13 @@ INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
 FOLDERS := memplan passes codegen reports
 TYPINGS := build/typings
 
-.PHONY: help demo test lint types wheel wheel-test clean
+NOTEBOOKS ?= build/notebooks
+
+.PHONY: help demo test notebooks-test lint types wheel wheel-test clean
 help:
 	@echo "make demo    compile and train a GPT-2, check it against eager, print its memory report"
 	@echo "make test    all tests (ARGS=... goes to pytest)"
+	@echo "make notebooks-test   the view in JupyterLab and marimo (needs Chromium, node, npm)"
 	@echo "make lint | types | wheel | wheel-test"
 
 demo: $(VENV)/.demo
@@ -26,6 +29,20 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+# JupyterLab and marimo in an environment of their own, which borrows torch and memplan from ours
+notebooks-test: $(VENV)/.test $(NOTEBOOKS)/.ready
+	MEMPLAN_NOTEBOOKS=$(abspath $(NOTEBOOKS))/bin/python NODE_PATH=$(abspath $(NOTEBOOKS))/node_modules \
+		$(PY) -m pytest tests/reports/test_notebooks.py -rs $(ARGS)
+
+# installed before it borrows: what ours has would count as installed, and anywidget's part for JupyterLab be missing
+$(NOTEBOOKS)/.ready: | $(VENV)/.test
+	$(PY) -c 'import sys, venv; venv.create(sys.argv[1], with_pip=True)' $(NOTEBOOKS)
+	$(NOTEBOOKS)/bin/python -m pip install --quiet --disable-pip-version-check jupyterlab ipykernel marimo anywidget
+	site=$$($(NOTEBOOKS)/bin/python -c 'import site; print(site.getsitepackages()[0])') \
+	&& $(PY) -c 'import site; print(f"import site; list(map(site.addsitedir, {site.getsitepackages()!r}))")' > "$$site/ours.pth"
+	npm install --silent --no-save --prefix $(NOTEBOOKS) playwright-core
+	touch $@
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .

@@ -63,9 +63,10 @@ class ShownReport:
             "image/png": base64.b64encode(picture(self.report, other=self.other)).decode(),
             "text/plain": repr(self),
         }
-        if importlib.util.find_spec("anywidget") is not None:
-            bundle |= widget_bundle(self.widget())
-        return bundle, {}
+        if importlib.util.find_spec("anywidget") is None:
+            return bundle, {}
+        view, metadata = widget_bundle(self.widget())
+        return bundle | view, metadata
 
     def _display_(self) -> object:
         """What marimo shows: the view (with anywidget), else the picture."""
@@ -106,11 +107,11 @@ class ShownReport:
         return dump_report(self.report)
 
 
-def widget_bundle(widget: object) -> dict[str, object]:
-    """What a widget says of itself to a notebook."""
+def widget_bundle(widget: object) -> tuple[dict[str, object], dict[str, object]]:
+    """What a widget says of itself to a notebook, and the metadata without which Colab does not find its module."""
     made = widget._repr_mimebundle_()  # type: ignore[attr-defined]
-    found = made[0] if isinstance(made, tuple) else made
-    return {k: v for k, v in (found or {}).items() if k.startswith("application/")}
+    found, metadata = made if isinstance(made, tuple) else (made, {})
+    return {k: v for k, v in (found or {}).items() if k.startswith("application/")}, metadata
 
 
 Source = Report | ShownReport | Recorded | CompiledGraph | Plan | Path | str

@@ -18,15 +18,14 @@ border:1px solid var(--line);border-radius:4px;padding:2px 7px}
 .memplan .swatch{display:inline-block;width:11px;height:11px;margin-right:5px;border-radius:2px;vertical-align:-1px}
 .memplan .tip{position:absolute;pointer-events:none;background:var(--paper);border:1px solid var(--line);padding:5px 8px;
 border-radius:4px;box-shadow:0 2px 8px #0003;max-width:440px;overflow-wrap:anywhere;z-index:5}
-.memplan .below{display:grid;grid-template-columns:minmax(240px,1fr) 2fr;gap:14px;margin-top:6px}
+.memplan .bottom{container-type:inline-size}.memplan .below{display:grid;grid-template-columns:minmax(240px,1fr) 2fr;gap:14px;margin-top:6px}
 .memplan dl{display:grid;grid-template-columns:max-content 1fr;gap:1px 10px;margin:4px 0;overflow-wrap:anywhere}
 .memplan dl dt,.memplan dl dd{float:none;width:auto;margin:0;padding:0}.memplan dl dt{color:var(--soft);font-weight:400;white-space:nowrap}
 .memplan code{font-size:12px}
-.memplan table{border-collapse:collapse;width:100%}.memplan td{padding:1px 8px 1px 0;overflow-wrap:anywhere}
-.memplan td.n{text-align:right;white-space:nowrap}.memplan td.place{white-space:nowrap}.memplan input{width:17em}.memplan tr[tabindex]{cursor:pointer}
-.memplan tr:hover{background:#8882}@media(max-width:700px){.memplan .below{grid-template-columns:1fr}}
+.memplan table{border-collapse:collapse;width:100%}.memplan td{padding:2px 10px 2px 0;vertical-align:top}
+.memplan td.n{text-align:right;white-space:nowrap}.memplan .contents{overflow-x:auto}.memplan input{width:17em}.memplan tr[tabindex]{cursor:pointer}
+.memplan tr:hover{background:#8882}@container(max-width:820px){.memplan .below{grid-template-columns:1fr}}
 .memplan-pair{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:18px}
-.memplan-pair .below{grid-template-columns:1fr}
 @media(max-width:900px){.memplan-pair{grid-template-columns:1fr}}`;
 
 class View extends Drawing {
@@ -85,11 +84,12 @@ class View extends Drawing {
       `Chart of ${this.count} buffers over ${this.header.steps} steps; peak ${bytes(this.header.peak_bytes)} at step ${this.header.peak}`);
     this.legend = element("div", "legend");
     this.tip = element("div", "tip"); this.tip.hidden = true;
-    const below = element("div", "below");
+    const bottom = element("div", "bottom"), below = element("div", "below"); // as many columns as its own width allows
+    bottom.append(below);
     this.detail = element("div"); this.detail.setAttribute("aria-live", "polite");
-    this.contents = element("div");
+    this.contents = element("div", "contents");
     below.append(this.detail, this.contents);
-    this.root.append(bar, this.canvas, this.legend, this.tip, below);
+    this.root.append(bar, this.canvas, this.legend, this.tip, bottom);
     root.append(this.root);
     this.listen();
     this.show(-1);
@@ -297,8 +297,10 @@ class View extends Drawing {
     const table = element("table");
     for (const i of alive.slice(0, 25)) {
       const row = element("tr"); row.tabIndex = 0;
-      row.append(element("td", "n", bytes(this.c.nbytes[i])), element("td", "place", this.text("line", i) || this.text("module", i) || this.text("node", i)),
-        element("td", "", this.text("code", i)), element("td", "soft", `${this.text("name", i)} ${this.text("shape", i)}`));
+      const cell = (above, below) => { const td = element("td"); td.append(element("div", "", above), element("div", "soft", below)); return td; };
+      row.append(element("td", "n", bytes(this.c.nbytes[i])),
+        cell(this.text("line", i) || this.text("module", i) || this.text("node", i), this.text("code", i)),
+        cell(this.text("shape", i), this.text("name", i)));
       row.addEventListener("click", () => this.select(i));
       row.addEventListener("keydown", (e) => { if (e.key === "Enter" || e.key === " ") { e.preventDefault(); this.select(i); } });
       table.append(row);

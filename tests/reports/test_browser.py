@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import os
@@ -18,6 +19,7 @@ from memplan.reports.build import build_report
 from memplan.reports.layout import layout
 from memplan.reports.model import Buffer, Graph, Origin, Report, Step
 from memplan.reports.page import html as page
+from memplan.reports.shown import report as shown
 from tests.reports import plans
 from tests.reports.test_renderers import hostile_report
 
@@ -44,6 +46,11 @@ def seen(report: Report, script: str, folder: Path, other: Report | None = None)
     """What a script, run in the page of a report (or two), noted in ``seen``."""
     file = folder / "page.html"
     file.write_text(page(report, other=other).replace("</body>", DRIVER % script))
+    return noted(file, folder)
+
+
+def noted(file: Path, folder: Path) -> dict[str, object]:
+    """What a page notes in its element ``seen``."""
     command = [
         str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,900",
         f"--user-data-dir={folder}/profile", "--virtual-time-budget=20000", "--dump-dom", file.as_uri(),
@@ -131,6 +138,38 @@ def test_two_reports_side_by_side(tmp_path: Path) -> None:
     (left, right), (one, two) = found["scales"], found["parts"]  # type: ignore[misc]
     assert left == right, "one scale for both"
     assert one == pytest.approx(two), "they show the same part"
+
+
+HOST = """<!doctype html><meta charset="utf-8"><div id="el" style="width:900px"></div><script type="module">
+const module = await import("data:text/javascript;base64,%s"), seen = {};
+const bytes = Uint8Array.from(atob("%s"), (c) => c.charCodeAt(0)), padded = new Uint8Array(bytes.length + 8);
+padded.set(bytes, 8);
+const state = { headers: %s, data: new DataView(padded.buffer, 8, bytes.length) };
+const listening = {}, el = document.getElementById("el");
+const model = { get: (name) => state[name], on: (event, call) => { listening[event] = call; } };
+try {
+  const close = await module.default.render({ model, el });
+  seen.views = el.querySelectorAll("canvas").length; seen.label = el.querySelector("canvas").getAttribute("aria-label");
+  seen.counts = el.memplan.map((view) => view.count);
+  listening["change:headers"](); seen.again = el.querySelectorAll("canvas").length;
+  close();
+} catch (error) { seen.error = String(error.stack || error); }
+const out = document.createElement("pre"); out.id = "seen"; out.textContent = JSON.stringify(seen);
+document.body.append(out);
+</script>"""
+
+
+def test_the_module_is_rendered_as_hosts_of_widgets_do(tmp_path: Path) -> None:
+    """VS Code, Colab and others call ``default.render({model, el})``; binary state is a view into a message."""
+    pytest.importorskip("anywidget")
+    widget = shown(training(), build_report([plans.inference()])).widget()
+    parts = (widget._esm.encode(), widget.data)  # type: ignore[attr-defined]
+    file = tmp_path / "host.html"
+    file.write_text(HOST % (*(base64.b64encode(p).decode() for p in parts), json.dumps(widget.headers)))  # type: ignore[attr-defined]
+    found = noted(file, tmp_path)
+    assert (found["views"], found["again"]) == (2, 2)
+    assert str(found["label"]).startswith("Chart of 10 buffers")
+    assert found["counts"] == [10, 3]
 
 
 def test_nothing_of_a_name_becomes_markup(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import array
 import io
 import pickle
 import pickletools
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +20,14 @@ from memplan.reports.model import Graph
 from memplan.reports.oom import explain_oom
 from memplan.reports.payload import payload
 from tests.reports import plans
+
+#: Opcodes that the unpickler in MemoryViz's page knows (torch/utils/viz/MemoryViz.js).
+READ_BY_MEMORY_VIZ = {
+    "PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "BINGET", "LONG_BINGET", "BINPUT", "LONG_BINPUT", "NONE", "NEWTRUE",
+    "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE", "EMPTY_LIST",
+    "LIST", "APPEND", "APPENDS", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "EMPTY_TUPLE", "TUPLE", "TUPLE1",
+    "TUPLE2", "TUPLE3",
+}  # fmt: skip
 
 
 def training() -> Graph:
@@ -68,6 +77,7 @@ def test_the_snapshot_keeps_to_what_viewers_can_read() -> None:
     raw = memviz.snapshot(training())
     assert next(pickletools.genops(raw))[1] == 4
     names = {op.name for op, _, _ in pickletools.genops(raw)}
+    assert names <= READ_BY_MEMORY_VIZ
     assert not names & {"GLOBAL", "STACK_GLOBAL", "REDUCE", "INST", "OBJ", "NEWOBJ"}, "something that is not builtin"
     data = pickle.loads(raw)
     for segment in data["segments"]:
@@ -152,6 +162,41 @@ def test_the_widget_holds_what_the_page_holds() -> None:
     assert widget.data[start:stop] == payload(report, report.step).data  # type: ignore[attr-defined]
     bundle, _ = pair._repr_mimebundle_()
     assert {"image/png", "text/plain", "application/vnd.jupyter.widget-view+json"} <= set(bundle)
+
+
+def test_colab_is_told_where_its_widget_manager_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Colab loads the module of a widget only if the output's metadata says so; anywidget does, and we pass it on."""
+    util = pytest.importorskip("anywidget._util")
+    import types
+
+    from memplan.reports.shown import report as shown
+
+    enabled: list[bool] = []
+    widgets = types.SimpleNamespace(_installed_url="https://colab.example/manager.js")
+    output = types.SimpleNamespace(enable_custom_widget_manager=lambda: enabled.append(True), _widgets=widgets)
+    monkeypatch.setitem(sys.modules, "google.colab.output", output)
+    util.enable_custom_widget_manager_once.cache_clear()
+    bundle, metadata = shown(build_report([plans.inference()]))._repr_mimebundle_()
+    assert enabled == [True]
+    kind = "application/vnd.jupyter.widget-view+json"
+    assert metadata == {kind: {"colab": {"custom_widget_manager": {"url": widgets._installed_url}}}}
+    assert {kind, "image/png", "text/plain"} == set(bundle), "what shows where the widget cannot be loaded"
+
+
+def test_the_widget_speaks_the_protocol_of_jupyters_widgets() -> None:
+    """What VS Code, Colab and every other host get: a model of anywidget's, the module as text, the data as binary."""
+    pytest.importorskip("anywidget")
+    from ipywidgets.widgets.widget import _remove_buffers
+
+    from memplan.reports.page import module_source
+    from memplan.reports.shown import report as shown
+
+    widget = shown(build_report([plans.inference()])).widget()
+    state, paths, buffers = _remove_buffers(widget.get_state())  # type: ignore[attr-defined]
+    assert (state["_model_module"], state["_model_name"], state["_view_name"]) == ("anywidget", "AnyModel", "AnyView")
+    assert state["_esm"] == module_source()
+    assert paths == [["data"]]
+    assert bytes(buffers[0]) == widget.data  # type: ignore[attr-defined]
 
 
 def test_a_report_shows_and_saves_itself(tmp_path: object) -> None:
