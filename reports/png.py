@@ -55,7 +55,7 @@ class Raster:
         part = self.image[top : round(y) + glyphs.HEIGHT, a : max(left + mask.shape[1], 0)]
         inked = mask[top - round(y) :, a - left :][: part.shape[0], : part.shape[1]]
         part[inked] = rgb(colour)
-        return left + mask.shape[1]
+        return float(left + mask.shape[1])
 
 
 def encode(image: Image) -> bytes:
