@@ -422,23 +422,19 @@ template <class T> MP_INLINE T shr(T a, T b) {
     return out && T(-1) > T(0) ? T(0) : shifted;
 }
 
-// ---- random numbers: Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) ---------
-// Integers and uniform numbers are those of Triton's tl.randint4x and tl.rand, bit for bit; offsets must not be negative.
+// ---- random numbers: Philox 2x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) ---------
+// Key: the seed's low word; counter: the offset, its high word XORed with the seed's. Offsets must not be negative.
 
-struct Philox { uint32_t a, b, c, d; };
+struct Philox { uint32_t a, b; };
 MP_INLINE Philox philox(int64_t seed, int64_t offset) {
-    uint32_t c0 = uint32_t(offset), c1 = uint32_t(uint64_t(offset) >> 32), c2 = 0, c3 = 0;
-    uint32_t k0 = uint32_t(seed), k1 = uint32_t(uint64_t(seed) >> 32);
+    uint32_t a = uint32_t(offset), b = uint32_t(uint64_t(offset ^ seed) >> 32), key = uint32_t(seed);
     for (int round = 0; round < 10; ++round) {
-        uint64_t left = uint64_t(0xD2511F53u) * c0, right = uint64_t(0xCD9E8D57u) * c2;
-        c0 = uint32_t(right >> 32) ^ c1 ^ k0;
-        c2 = uint32_t(left >> 32) ^ c3 ^ k1;
-        c1 = uint32_t(right);
-        c3 = uint32_t(left);
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
+        uint64_t product = uint64_t(0xD256D193u) * a;
+        a = uint32_t(product >> 32) ^ key ^ b;
+        b = uint32_t(product);
+        key += 0x9E3779B9u;
     }
-    return {c0, c1, c2, c3};
+    return {a, b};
 }
 MP_INLINE float uniform(uint32_t u) {  // in [0, 1)
     int32_t x = int32_t(u);

@@ -337,9 +337,8 @@ class Body:
 
     def random(self, k: int, node: Random) -> Value:
         seed, offset = self.value(node.seed), self.value(node.offset)
-        if node.kind == "randint64":
-            self.functions.add("random_int64")
-        name = "random_int64" if node.kind == "randint64" else f"tl.{node.kind}"
+        name = {"rand": "random_uniform", "randn": "random_normal", "randint64": "random_int64"}[node.kind]
+        self.functions.add(name)
         text = f"{name}({seed.text}, {offset.text})"
         if node.dtype not in (torch.float32, torch.int64) and compute_type(node.dtype) != torch.float32:
             text += f".to({type_name(compute_type(node.dtype))})"

@@ -7,6 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+#: Both words of a draw (`memplan.ir.loops.Random`). In 64 bits, since kernels that check indices check sums and
+#: products of 32 bits for overflow as well; the compiler makes one wide multiplication of it.
+_DRAW = """
+    key = seed.to(tl.uint64, bitcast=True)
+    first = offset.to(tl.uint32)
+    second = (key >> 32).to(tl.uint32)
+    if offset.dtype.primitive_bitwidth > 32:
+        second = second ^ (offset.to(tl.uint64) >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        product = first.to(tl.uint64) * 0xD256D193
+        first = (product >> 32).to(tl.uint32) ^ key.to(tl.uint32) ^ second
+        second = product.to(tl.uint32)
+        key = key + 0x9E3779B9
+""".strip("\n")
+
 DEVICE_FUNCTIONS: Mapping[str, str] = {
     "floor_divide": """
 def floor_divide(a, b):
@@ -84,12 +99,25 @@ def {name}(x):
             ("bessel_j1", "j1"),
         )
     },
-    "random_int64": """
+    "random_uniform": f"""
+def random_uniform(seed, offset):
+{_DRAW}
+    signed = first.to(tl.int32, bitcast=True)
+    return tl.where(signed < 0, -signed - 1, signed) * 4.6566127342e-10
+""",
+    "random_normal": f"""
+def random_normal(seed, offset):
+{_DRAW}
+    signed = first.to(tl.int32, bitcast=True)
+    radius = tl.maximum(tl.where(signed < 0, -signed - 1, signed) * 4.6566127342e-10, 1.0e-7)
+    signed = second.to(tl.int32, bitcast=True)
+    angle = 6.283185307179586 * (tl.where(signed < 0, -signed - 1, signed) * 4.6566127342e-10)
+    return tl.sqrt(-2.0 * tl.log(radius)) * tl.cos(angle)
+""",
+    "random_int64": f"""
 def random_int64(seed, offset):
-    low, high, _third, _fourth = tl.randint4x(seed, offset)
-    low = low.to(tl.uint32, bitcast=True).to(tl.uint64)
-    high = high.to(tl.uint32, bitcast=True).to(tl.uint64)
-    return (low | (high << 32)).to(tl.int64, bitcast=True)
+{_DRAW}
+    return (first.to(tl.uint64) | (second.to(tl.uint64) << 32)).to(tl.int64, bitcast=True)
 """,
     "larger": """
 def larger(a, b):

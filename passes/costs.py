@@ -39,7 +39,7 @@ from .fuse_mapping import count
 _ATTENTION = ("_scaled_dot_product", "_flash_attention", "_efficient_attention", "_cudnn_attention")
 #: Scalar operations of what is not one instruction (a Philox draw is ten rounds).
 _WEIGHTS = {"exp": 4, "log": 4, "tanh": 8, "erf": 8, "sigmoid": 6, "pow": 8, "sin": 6, "cos": 6, "div": 2}
-_RANDOM = 40
+_RANDOM = 20
 
 
 def step_microseconds(program: Program, figures: DeviceFigures) -> dict[str, float]:

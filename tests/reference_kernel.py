@@ -333,21 +333,17 @@ def call(op: str, args: list[Tensor], dtype: torch.dtype) -> Tensor:
 _WORD = 0xFFFFFFFF
 
 
-def philox(seed: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox 4x32-10 with counter (offset low, offset high, 0, 0) and key seed: four 32-bit words in int64 tensors.
+def philox(seed: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Philox 2x32-10 with counter (offset low, offset high ^ seed high) and key seed low: two words in int64 tensors.
 
     After J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
     seed, offset = torch.broadcast_tensors(seed.long(), offset.long())
-    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
-    c0, c1 = offset & _WORD, (offset >> 32) & _WORD
-    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
-    for _ in range(10):
-        high_a, low_a = _multiply(0xD2511F53, c0)
-        high_b, low_b = _multiply(0xCD9E8D57, c2)
-        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
-        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
-    return c0, c1, c2, c3
+    c0, c1 = offset & _WORD, ((offset >> 32) & _WORD) ^ ((seed >> 32) & _WORD)
+    for k in range(10):
+        high, low = _multiply(0xD256D193, c0)
+        c0, c1 = high ^ c1 ^ ((seed + k * 0x9E3779B9) & _WORD), low
+    return c0, c1
 
 
 def _multiply(constant: int, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -365,7 +361,7 @@ def _uniform(word: Tensor) -> Tensor:
 
 def random(node: Random, seed: Tensor, offset: Tensor) -> Tensor:
     """``rand``: word 0; ``randn``: Box-Muller of words 0 and 1, the cosine; ``randint64``: word 0 | word 1 << 32."""
-    w0, w1, _, _ = philox(seed, offset)
+    w0, w1 = philox(seed, offset)
     if node.kind == "rand":
         return _uniform(w0).to(compute_type(node.dtype))
     if node.kind == "randint64":

@@ -1,9 +1,10 @@
 """memplan's own torch operators: random numbers as functions of a seed and a position.
 
 ``memplan::seeds(n, device)`` draws ``n`` int64 seeds from torch's generator (once per graph call, on the device);
-``memplan::rand(seeds, index, size)`` gives float32 numbers in [0, 1), the same for the same seed: Philox 4x32-10 as
-Triton's ``tl.rand`` (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). So the backward pass
-recomputes a dropout mask from 8 bytes instead of keeping it.
+``memplan::rand(seeds, index, size)`` gives float32 numbers in [0, 1), the same for the same seed: Philox 2x32-10
+(Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), one multiplication a round where the 4x32 of
+Triton's ``tl.rand`` has two, of whose four words one would be used. So the backward pass recomputes a dropout mask from
+8 bytes instead of keeping it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ _LIBRARY.define(  # type: ignore[no-untyped-call]
     "rand(Tensor seeds, int index, SymInt[] size) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
 )
 
-_M0, _M1 = 0xD2511F53, 0xCD9E8D57
-_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_MULTIPLIER, _WEYL = 0xD256D193, 0x9E3779B9
 _LOW = 0xFFFFFFFF
 
 
@@ -43,17 +43,14 @@ def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def philox(seed: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """First 32-bit word (in int64) of Philox 4x32-10 for each offset."""
-    c0, c1 = offset & _LOW, (offset >> 32) & _LOW
-    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
-    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    """First 32-bit word (in int64) of the draw of each offset (`memplan.ir.loops.Random`)."""
+    first, second = offset & _LOW, ((offset ^ seed) >> 32) & _LOW
+    key = seed & _LOW
     for _ in range(10):
-        high_b, low_b = _multiply(_M1, c2)
-        high_a, low_a = _multiply(_M0, c0)
-        c0, c2 = high_b ^ c1 ^ k0, high_a ^ c3 ^ k1
-        c1, c3 = low_b, low_a
-        k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
-    return c0
+        high, low = _multiply(_MULTIPLIER, first)
+        first, second = high ^ key ^ second, low
+        key = (key + _WEYL) & _LOW
+    return first
 
 
 def uniform(word: torch.Tensor) -> torch.Tensor:

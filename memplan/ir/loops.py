@@ -137,9 +137,11 @@ RandomKind = Literal["rand", "randn", "randint64"]
 
 @dataclass(frozen=True, slots=True)
 class Random:
-    """Philox 4x32-10, as Triton's ``tl.rand`` (float32 in [0, 1)), ``tl.randn``; a function of (seed, offset) alone.
+    """A draw of Philox 2x32-10: a function of (seed, offset) alone.
 
-    ``seed`` is an int64 node, ``offset`` an integer node (the element's flat position).
+    The key is the seed's low word, the counter the offset, its high word XORed with the seed's. ``rand`` is float32 in
+    [0, 1) of the first word, ``randn`` Box and Muller's cosine of both, ``randint64`` both, the first one low. ``seed``
+    is an int64 node, ``offset`` an integer node that is not negative (the element's flat position).
     """
 
     kind: RandomKind
