@@ -72,6 +72,19 @@ def targets(plan: Plan) -> list[str]:
     return [op.target for op in plan.program.operations if isinstance(op, Collective)]
 
 
+def training() -> list[tuple[str, int]]:
+    """Gradients, compared with eager's, where the library scatters and gathers; phases, and buffers registered."""
+    with registered_memory(), memplan.record() as recording:
+        options = {"communication": {**LIBRARY, "registered": "on"}, "poison": True, "pools": "always"}
+        cases.backward("gather_scatter", options)
+    found = []
+    for plan in recording.plans:
+        registered = [n for n, b in plan.program.buffers.items() if b.memory is Memory.REGISTERED]
+        assert all(isinstance(plan.placements[plan.storage_of(n)], InPool) for n in registered)
+        found.append((plan.program.phase.value, len(registered)))
+    return found
+
+
 def refused() -> list[str]:
     """One rank's library cannot: notes of what runs in plain memory on all of them."""
     with registered_memory("its NCCL is too old" if dist.get_rank() == 1 else "") as memory, torch.no_grad():

@@ -54,6 +54,12 @@ def test_what_stays_in_plain_memory_is_said(ranks: Ranks, name: str, reason: str
         assert not sizes
 
 
+def test_training_in_registered_memory(ranks: Ranks) -> None:
+    for found in ranks.run(CASES, "training"):
+        assert {phase for phase, _ in found} == {"forward", "backward"}
+        assert sum(count for _, count in found) >= 4
+
+
 def test_one_rank_without_it_leaves_all_in_plain_memory(ranks: Ranks) -> None:
     for notes in ranks.run(CASES, "refused"):
         assert any("rank 1: its NCCL is too old" in text for text in notes)
