@@ -5,25 +5,21 @@ from __future__ import annotations
 import base64
 import html
 import json
-import os
-import random
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from memplan.reports.allocation import allocated_bytes, live_bytes
+from benchmarks.view_time import CHROMIUM, step_of, times
 from memplan.reports.build import build_report
 from memplan.reports.layout import layout
-from memplan.reports.model import Buffer, Graph, Origin, Report, Step
+from memplan.reports.model import Report
 from memplan.reports.page import html as page
 from memplan.reports.shown import report as shown
 from tests.reports import plans
 from tests.reports.test_renderers import hostile_report
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (set CHROMIUM, or apt install chromium)")
 
 DRIVER = """
@@ -191,44 +187,13 @@ def test_a_graph_without_steps(tmp_path: Path) -> None:
     assert found["count"] == 0
 
 
-def many(count: int) -> Report:
-    """A step of ``count`` operations, as a deep network's: most buffers short-lived, some kept for the backward."""
-    rng = random.Random(1)
-    steps, buffers = [], []
-    for k in range(count):
-        life = rng.choice((1, 2, 3, 8)) if rng.random() < 0.8 else max(2, 2 * (count // 2 - k))
-        nbytes = rng.choice((4096, 65536, 1 << 20, 3 << 20))
-        origin = Origin(node=f"n{k}", module=f"layers.{k % 48}.mlp", file="/m.py", line=k % 50)
-        steps.append(Step(name=f"op{k}", graph="g", kind="kernel", target="pointwise"))
-        kind = "saved" if life > 8 else "temporary"
-        buffers.append(
-            Buffer(
-                name=f"b{k}", nbytes=nbytes, dtype="float32", device="cuda:0", kind=kind, origin=origin, birth=k,
-                death=min(count, k + life), placement="own", storage=f"b{k}",
-            )
-        )  # fmt: skip
-    live, allocated = live_bytes(buffers, steps), allocated_bytes(buffers, (), steps)
-    graph = Graph(
-        name="g", phase="inference", steps=tuple(steps), buffers=tuple(buffers), live=live, allocated=allocated
-    )
-    return Report(graphs=(graph,))
-
-
-def test_a_hundred_thousand_buffers(tmp_path: Path) -> None:
-    found = seen(
-        many(100_000),
-        """const real = view.timings.slice(); seen.first = real[0];
-        const redraws = [];
-        for (const [a, b] of [[0, 100000], [20000, 60000], [50000, 51000], [49990, 50010]]) {
-          view.x0 = a; view.x1 = b;
-          for (let k = 0; k < 5; k++) view.draw();
-          redraws.push(Math.min(...view.timings.slice(-5)));
-        }
-        seen.redraws = redraws; seen.count = view.count;""",
-        tmp_path,
-    )
-    assert found["count"] == 100_000
-    # virtual time stands still while a script runs, so performance.now() is the wall clock's; the fastest of several
-    # redraws counts, as other load only ever adds (measured: first 294 ms, redraws 10 to 48 ms)
-    assert float(str(found["first"])) < 500
-    assert max(found["redraws"]) < 150  # type: ignore[call-overload]
+def test_a_hundred_thousand_buffers() -> None:
+    """Other load only ever adds, so the fastest of up to four runs counts (measured: 168 ms, redraws 11 to 28 ms)."""
+    report, first, redraw = step_of(100_000), float("inf"), float("inf")
+    for _ in range(4):
+        found = times(report, str(CHROMIUM))
+        assert found.buffers == 100_000
+        first, redraw = min(first, found.first), min(redraw, max(found.redraws))
+        if first < 500 and redraw < 150:
+            return
+    pytest.fail(f"the first picture took {first:.0f} ms (at most 500), drawing it again {redraw:.0f} ms (at most 150)")
