@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kRounding = 512, kMiB = 1 << 20, kSmallSegment = 2 * kMiB, kLargeSegment = 20 * kMiB;
 constexpr int64_t kSmallestOwnSegment = 10 * kMiB, kOwnSegmentRounding = 2 * kMiB;
-constexpr int64_t kCountedPart = 16;
+constexpr int64_t kCountedPart = 64;
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 

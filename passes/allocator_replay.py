@@ -130,9 +130,9 @@ def replay_steps(requests: Requests, *, reserve: int = 0, steps: int, native: Na
 def top_up(allocator: CachingAllocator, wanted: int) -> None:
     """Have ``wanted`` bytes free in large blocks: what is lacking is allocated in one piece and freed.
 
-    Blocks under a sixteenth of what is wanted do not count. They are the gaps between parameters, or what small
-    allocations have left, and no large request of the step fits into them. Where something is lacking, segments that
-    nothing is in go back to the device first, so that the one piece has their bytes too.
+    Blocks under a part of what is wanted (`RESERVE_PART`) do not count. They are the gaps between parameters, or what
+    small allocations have left, and no large request of the step fits into them. Where something is lacking, segments
+    that nothing is in go back to the device first, so that the one piece has their bytes too.
     """
     if wanted > 0 and _lacking(allocator, wanted) > 0:
         allocator.empty_cache()

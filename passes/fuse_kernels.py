@@ -13,7 +13,8 @@ from functools import lru_cache
 import sympy
 import torch
 
-from memplan.ir.index import expand, invert, ranges_of
+from memplan.ir.index import expand, ranges_of
+from memplan.ir.index_inversion import invert
 from memplan.ir.loops import Call, Constant, Kernel, Level, Load, Reduce, Store, StoreMode, operands, value_references
 
 from .fuse_body import Body, needed, store_operands

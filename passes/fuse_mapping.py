@@ -22,11 +22,11 @@ from memplan.ir.index import (
     delinearize,
     expand,
     flat_index,
-    invert,
     is_nonnegative,
     ranges_of,
     simplify,
 )
+from memplan.ir.index_inversion import invert
 from memplan.ir.loops import Kernel, Size, StoreMode, value_references
 
 Map = dict[sympy.Symbol, sympy.Expr]

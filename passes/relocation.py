@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import sympy
 
 from ..ir.in_flight import InFlight
-from ..ir.index import FloorDiv, Mod, Ranges, expand, flat_index, invert, ranges_of, simplify, stride_of
+from ..ir.index import FloorDiv, Mod, Ranges, expand, flat_index, ranges_of, simplify, stride_of
+from ..ir.index_inversion import invert
 from ..ir.loops import Cast, Kernel, Load, Size, Store, StoreMode, value_references
 from ..ir.program import (
     Argument,

@@ -15,7 +15,8 @@ import sympy
 import torch
 
 from memplan.ir.config import Config
-from memplan.ir.index import expand, flat_index, invert, ranges_of, simplify
+from memplan.ir.index import expand, flat_index, ranges_of, simplify
+from memplan.ir.index_inversion import invert
 from memplan.ir.loops import CHECKED_INDEX, Call, Kernel, Load, Range, Store, StoreMode, outer_symbol, value_references
 from memplan.ir.program import Contract, Extern, KernelOp, Literal, Operation, Program, View
 from memplan.ir.template import ACCUMULATOR, Product, ProductConfig, Template, canonical_product

@@ -23,7 +23,7 @@ FOLDERS = {
 RANKS = (
     {"errors", "config", "communication", "communication_options", "device", "eager", "flops", "joint"},
     {"loops", "user_kernel"},
-    {"index"},
+    {"index", "index_inversion"},
     {"program", "canonical"},
     {"template", "in_flight"},
     {"plan", "activation"},
@@ -35,6 +35,7 @@ RANKS = (
         "verify_communication",
         "verify_template",
         "verify_slabs",
+        "verify_timeline",
         "verify_offload",
         "printing",
     },

@@ -22,22 +22,18 @@ from collections.abc import Callable, Iterator, Mapping
 
 import sympy
 
-from .communication import ARENA_MEMORY, Memory
 from .errors import VerificationError
 from .loops import Size
-from .plan import External, InPlaceOf, InPool, Lifetime, Own, Plan, Pool
+from .plan import External, InPlaceOf, InPool, Own, Plan, Pool
 from .program import EXTERNAL_KINDS, Buffer, BufferKind, Contract, Copy, Extern, KernelOp, Operation, UserKernel
 from .verify import location, verify_program
 from .verify_access import extern_hazard, in_place_hazard, same_elements
 from .verify_communication import check_arenas, check_flights
 from .verify_kernel import evaluate_index
-from .verify_slabs import check_slabs, held_slabs
+from .verify_slabs import check_slabs
+from .verify_timeline import bytes_by_step
 
 Values = Mapping[sympy.Symbol, int]
-#: Bytes to which an allocator rounds a request; 64 where nothing else is known.
-_ROUNDING = {"cuda": 512}
-#: Arenas are there before and after; pinned memory is the host's.
-_UNCOUNTED = (*ARENA_MEMORY, Memory.PINNED)
 _LEAVING = frozenset({BufferKind.OUTPUT, BufferKind.SAVED})
 
 
@@ -443,42 +439,7 @@ class _PlanCheck:
     # -- claims -----------------------------------------------------------------------------------------------------
 
     def timeline(self, *, placed: bool, device: str | None = None) -> tuple[int, ...]:
-        """Bytes at every step: of storages, or with ``placed`` of own allocations and pools; of one device or all."""
-        steps = max(self.steps, 1)
-        change = [0] * (steps + 1)
-
-        def count(life: Lifetime, size: int, on: str) -> None:
-            if device is not None and on != device:
-                return
-            granule = _ROUNDING.get(on.partition(":")[0], 64)
-            size = -(-size // granule) * granule
-            change[life.start] += size
-            if life.stop <= steps:
-                change[life.stop] -= size
-
-        storages = self.members()
-        slabs = held_slabs(self.plan, storages) if placed else {}
-        shared = {m for slab in slabs for m in slab.members}
-        for root, names in storages.items():
-            b = self.program.buffers[root]
-            if (b.kind in EXTERNAL_KINDS and not b.donated) or b.memory in _UNCOUNTED:
-                continue
-            if root in shared or (placed and isinstance(self.plan.placements[root], InPool)):
-                continue
-            lives = [self.plan.lifetimes[n] for n in names]
-            whole = Lifetime(min(x.start for x in lives), max(x.stop for x in lives))
-            count(whole, self.program.nbytes(root), b.device)
-        if placed:
-            for p in (p for p in self.plan.pools if p.memory not in ARENA_MEMORY):
-                count(p.lifetime, evaluate_index(p.nbytes, self.hints), p.device)
-            for slab, life in slabs.items():
-                count(life, evaluate_index(slab.nbytes, self.hints), slab.device)
-        out = list(itertools.accumulate(change[:steps]))
-        for step, name in enumerate(self.plan.order):
-            op = self.program.by_name[name]
-            if isinstance(op, Extern) and device in (None, op.device):
-                out[step] += evaluate_index(op.scratch, self.hints)
-        return tuple(out)
+        return bytes_by_step(self.plan, self.members(), placed=placed, device=device)
 
     def check_claims(self) -> None:
         held = self.timeline(placed=True)

@@ -17,12 +17,12 @@ from memplan.ir.index import (
     bounds,
     flat_index,
     floor_div,
-    invert,
     is_nonnegative,
     modulo,
     simplify,
     stride_of,
 )
+from memplan.ir.index_inversion import invert
 from memplan.ir.loops import outer_symbol, value_symbol
 from memplan.ir.verify_kernel import evaluate_index
 

@@ -88,12 +88,11 @@ def test_what_is_lacking_is_asked_for_once(gpu: FakeGpu) -> None:
 
 
 def test_gaps_are_no_room(gpu: FakeGpu) -> None:
-    gpu.segments = [[(4 * MIB, True), (16 * MIB, False)] for _ in range(40)]
+    gpu.segments = [[(12 * MIB, True), (8 * MIB, False)] for _ in range(80)]
+    reserve.make_free(GPU, 512 * MIB)
+    assert gpu.asked == []  # a 64th of it each: room for its small requests
     reserve.make_free(GPU, 640 * MIB)
     assert gpu.asked == [640 * MIB]
-    gpu.asked.clear()
-    reserve.make_free(GPU, 160 * MIB)
-    assert gpu.asked == []
 
 
 @pytest.mark.parametrize("elsewhere", [{"stream": 7}, {"pool": (0, 1)}])
@@ -117,7 +116,7 @@ def test_blocks_are_walked_through_once_for_each_state_of_a_loop(gpu: FakeGpu) -
 
 
 def test_before_the_first_step_what_lies_about_goes_back_to_the_device(gpu: FakeGpu) -> None:
-    gpu.segments = [[(20 * MIB, False)] for _ in range(5)] + [[(4 * MIB, True), (16 * MIB, False)]]
+    gpu.segments = [[(20 * MIB, False)] for _ in range(5)] + [[(14 * MIB, True), (6 * MIB, False)]]
     reserve.make_free(GPU, 400 * MIB, first=True)
     assert gpu.asked == [400 * MIB]
     assert [len(blocks) for blocks in gpu.segments] == [2, 1]
