@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ..ir.plan import Lifetime, Pool
 from .pack import PackProblem, pack_buffers
 from .pack_search import PackSearch
-from .pools import ALIGNMENT, Pooled
+from .pools import ALIGNMENT, Pooled, aligned
 from .schedule import Storage, rounded
 
 #: Moves into the pool, the storages that are tried for each, at so many places; storages that may fill gaps: bounds on
@@ -57,7 +57,7 @@ def core_pool(
     if len(core) < 2:
         return Pooled()
     starts, stops = (tuple(getattr(s.lifetime, end) for s in core) for end in ("start", "stop"))
-    problem = PackProblem(starts, stops, tuple(_placed(s) for s in core), ALIGNMENT)
+    problem = PackProblem(starts, stops, tuple(aligned(s.nbytes) for s in core), ALIGNMENT)
     packing = pack_buffers(problem, native=native)
     found = _Core(movable, alive.copy(), rounded(packing.arena, device))
     for s, offset in zip(core, packing.offsets, strict=True):
@@ -103,7 +103,9 @@ class _Core:
         fitting = [
             s
             for s in self.movable
-            if s.lifetime.start <= step < s.lifetime.stop and s.root not in self.members and _placed(s) <= self.size
+            if s.lifetime.start <= step < s.lifetime.stop
+            and s.root not in self.members
+            and aligned(s.nbytes) <= self.size
         ]
         best, least = None, (peak, int(np.count_nonzero(total == peak)))
         for one in sorted(fitting, key=lambda s: (-s.nbytes, s.root))[:MOST_TRIED]:
@@ -122,10 +124,10 @@ class _Core:
 
     def places(self, one: Storage) -> list[tuple[int, list[Storage]]]:
         """Where a storage could lie, at the start or next to a member, and the members that would have to go."""
-        besides, length = self.besides(one), _placed(one)
-        edges = {0, *itertools.chain.from_iterable((at, at + _placed(s)) for s, at in besides)}
+        besides, length = self.besides(one), aligned(one.nbytes)
+        edges = {0, *itertools.chain.from_iterable((at, at + aligned(s.nbytes)) for s, at in besides)}
         places = sorted(p for p in edges if p + length <= self.size)[:MOST_PLACES]
-        return [(p, [s for s, at in besides if at < p + length and p < at + _placed(s)]) for p in places]
+        return [(p, [s for s, at in besides if at < p + length and p < at + aligned(s.nbytes)]) for p in places]
 
     def changed(self, one: Storage, out: Sequence[Storage]) -> NDArray[np.int64]:
         """`total` with one more member, and without some."""
@@ -145,17 +147,13 @@ class _Core:
         for one in sorted(others, key=lambda s: (-s.nbytes, s.root))[:MOST_FILLED]:
             place = 0
             for s, at in sorted(self.besides(one), key=itemgetter(1)):
-                if place + _placed(one) <= at:
+                if place + aligned(one.nbytes) <= at:
                     break
-                place = max(place, at + _placed(s))
-            if place + _placed(one) <= self.size:
+                place = max(place, at + aligned(s.nbytes))
+            if place + aligned(one.nbytes) <= self.size:
                 self.add(one, place)
 
     def besides(self, one: Storage) -> list[tuple[Storage, int]]:
         """The members that are alive with it, and where they lie."""
         life = one.lifetime
         return [m for m in self.members.values() if m[0].lifetime.start < life.stop and life.start < m[0].lifetime.stop]
-
-
-def _placed(s: Storage) -> int:
-    return -(-s.nbytes // ALIGNMENT) * ALIGNMENT

@@ -26,6 +26,11 @@ ALIGNMENT = 256
 TOLERANCE = 0.002
 
 
+def aligned(nbytes: int) -> int:
+    """What a storage takes of a pool."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
 @dataclass(frozen=True)
 class Pooled:
     """Pools, and for each storage root in one: (pool, offset in bytes)."""
@@ -110,7 +115,7 @@ def stretch_pools(
             problem = PackProblem(
                 tuple(s.lifetime.start for s in inside),
                 tuple(s.lifetime.stop for s in inside),
-                tuple(-(-s.nbytes // ALIGNMENT) * ALIGNMENT for s in inside),
+                tuple(aligned(s.nbytes) for s in inside),
                 ALIGNMENT,
             )
             packing = pack_buffers(problem, native=native)

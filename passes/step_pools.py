@@ -27,7 +27,7 @@ from .allocator import MIB
 from .allocator_replay import NativeReplay, Replayed, Requests, replay_steps
 from .core_pool import core_pool
 from .pack_search import PackSearch
-from .pools import ALIGNMENT, Pooled, stretch_pools
+from .pools import Pooled, aligned, stretch_pools
 from .schedule import rounded
 from .whole_step import Laid, StepStorage, WholeStep, whole_step
 
@@ -295,26 +295,22 @@ class _Search:
 def _grouped(step: WholeStep, count: int) -> Iterator[_Group]:
     """The saved tensors in ``count`` slabs of about equal bytes, by when the backward drops them, the last first."""
     saved = sorted((s for s in step.stores if s.saved), key=lambda s: (-s.stop, s.start, s.root))
-    total, seen, group = sum(_placed(s) for s in saved), 0, 0
+    total, seen, group = sum(aligned(s.nbytes) for s in saved), 0, 0
     count = min(count, len(saved) // 2)
     members: list[list[StepStorage]] = [[] for _ in range(count)]
     for s in saved if count else ():
         members[group].append(s)
-        seen += _placed(s)
+        seen += aligned(s.nbytes)
         group = min(count - 1, seen * count // total)
     after = len(step.laid[0].order) + 1
     for k, inside in enumerate(m for m in members if len(m) > 1):
         offsets, size = [], 0
         for s in inside:
             offsets.append((s.root, size))
-            size += _placed(s)
+            size += aligned(s.nbytes)
         life = Lifetime(min(s.start for s in inside), after)
         pool = Pool(f"slab{step.device.replace(':', '')}_{k}", rounded(size, step.device), step.device, life)
         yield _Group(pool, tuple(offsets), tuple(s.received for s in inside), max(s.stop for s in inside))
-
-
-def _placed(s: StepStorage) -> int:
-    return -(-s.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def choose_step_pools(
