@@ -24,6 +24,8 @@ from .text import clean, code, line_of, percent, reached, shape, short, signed, 
 
 _BAR = 24
 _SPARK = "▁▂▃▄▅▆▇█"
+#: What plans note of calls whose scratch nobody could measure: sizes that vary, no memory to try them in.
+UNCOUNTED = "not known and not counted"
 PHASES = {"inference": "inference", "forward": "forward", "backward": "backward", "step": "forward and backward"}
 
 
@@ -112,6 +114,10 @@ def headline(report: Report) -> Text:
     for device, found in graph.reserved.items():
         text.append(f"\nreserved on {clean(device)}: predicted {size(found.reserved)}, with {size(found.resident)} of ")
         text.append(f"parameters and batch; {found.reserved / found.live if found.live else 1:.2f} times what is alive")
+    unknown = list(dict.fromkeys(name for g in report.graphs for name, note in g.notes if UNCOUNTED in note))
+    if unknown:
+        names = ", ".join(map(clean, unknown[:3])) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        text.append(f"\nnot counted, since it is not known: the scratch of {names}", style="yellow")
     held = graph.held_by_caller
     if held:
         text.append("\nheld by the caller, not in the peak: ", style="dim")

@@ -7,10 +7,13 @@ import io
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from rich.console import Console, RenderableType
 
+import memplan.convolutions
+import memplan.cpu_scratch
 from memplan.reports import compare, dot, page, perfetto, picture, tables, terminal
 from memplan.reports.build import build_report
 from memplan.reports.commands_gate import show_comparison
@@ -77,6 +80,20 @@ def test_nothing_that_matters_is_cut(width: int) -> None:
         place = [f"{pool}+16781312", "by_native_batch_norm_legit_functional"] if title == "buffers" else []
         for part in ("4.00KiB", "/home/ann/train.py:12", "float32[1024]temporary", name, "steps0to2", *place):
             assert part in words, f"{part} at {width} columns:\n{text}"
+
+
+def test_scratch_that_is_not_counted_is_named() -> None:
+    """In the words in which both stages note it (a change there has to be one here)."""
+    report = training_report()
+    assert "not counted" not in rendered(terminal.summary(report))
+    notes = tuple(
+        (f"conv_{k}", f"aten.convolution.default: its scratch on the CPU is {terminal.UNCOUNTED}") for k in range(5)
+    )
+    graph = report.graphs[0].model_copy(update={"notes": notes})
+    text = rendered(terminal.summary(report.model_copy(update={"graphs": (graph, *report.graphs[1:])})))
+    assert "not counted, since it is not known: the scratch of conv_0, conv_1, conv_2 and 2 more" in text
+    for stage in (memplan.cpu_scratch, memplan.convolutions):
+        assert terminal.UNCOUNTED in Path(str(stage.__file__)).read_text(encoding="utf-8")
 
 
 def test_comparison(golden: Golden) -> None:
