@@ -65,9 +65,12 @@ STAGES = (
     ("memplan.compilation", "own_peak", "peaks"),
     ("memplan.compilation", "_unplanned_peak", "peaks"),
 )
+#: Bytes of a budget for each layer: about two thirds of what the fastest plan needs.
+BUDGET = 300_000
 SMALL = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4}
 NAMES = (
     *("llama-4", "llama-16", "llama-64", "llama-4-dynamic", "gpt2-4", "gpt2-4-dynamic", "efficientnet"),
+    *("gpt2-24-budget", "gpt2-96-budget"),
     *("buffers-1000", "buffers-10000", "buffers-100000"),
 )
 
@@ -206,7 +209,8 @@ def measure(name: str) -> dict[str, object]:
 
             backend.capture = capture
             dynamic = name.endswith("-dynamic")
-            graphs = memplan.analyze(model, batch, fake=True, backward=True, dynamic=dynamic)
+            given = {"budget": BUDGET * int(name.split("-")[1])} if name.endswith("-budget") else None
+            graphs = memplan.analyze(model, batch, fake=True, backward=True, dynamic=dynamic, options=given)
             plans, counted = [g.plan for g in graphs], sum(captured)
     distinct = sum(emission(plan, stages) for plan in plans)
     ours = sum(stages.seconds.values())

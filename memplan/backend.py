@@ -52,6 +52,7 @@ from .offload_budget import OffloadBudget, check_offload, model_of, offload_devi
 from .passes.donation import without_donation
 from .passes.offload import host_name, offload_saved, prefetch_received
 from .passes.offload_choice import OffloadModel
+from .passes.pipeline import collector_paused
 from .passes.rematerialize import choose_within
 from .passes.step_peak import step_peak
 from .recompute_prices import cheap_again
@@ -486,6 +487,7 @@ def chooser(
         assert config.budget is not None
         if tell_curve is None and config.target is None:
             check_budget(config.budget, device)
+        cut = replace(cut, make=collector_paused()(cut.make))
         search = Budget(config.budget, figures, cut, partial(region.trial, forward_outputs, parameters))
         searching: Budget | OffloadBudget = search
         if config.offload:

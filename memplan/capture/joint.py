@@ -158,8 +158,8 @@ class _Reader:
         return duration
 
 
-def joint_graph(graph: torch.fx.Graph, node_info: object, costs: Costs) -> tuple[JointGraph, tuple[Node, ...]]:
-    """The graph as data, and its FX nodes by position.
+def joint_graph(graph: torch.fx.Graph, node_info: object, costs: Costs) -> JointGraph:
+    """The graph as data: all nodes but the output, in its order.
 
     Parameters
     ----------
@@ -168,7 +168,7 @@ def joint_graph(graph: torch.fx.Graph, node_info: object, costs: Costs) -> tuple
     """
     reader = _Reader(node_info, costs)
     reader.read(graph)
-    return JointGraph(tuple(reader.nodes)), tuple(reader.position)
+    return JointGraph(tuple(reader.nodes))
 
 
 def kind_of(node: Node, fused: Callable[[str], bool]) -> NodeKind:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch._functorch.config as functorch_config
 import torch._functorch.partitioners as partitioners
 import torch.fx
 from functorch.compile import min_cut_rematerialization_partition
-from torch.fx._lazy_graph_module import _use_lazy_graph_module
+from torch._functorch.compile_utils import fx_graph_cse
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 from ..ir.activation import Activation
 from ..ir.config import Config
@@ -114,17 +115,18 @@ def partitioner(config: Config, found: Partitioned, chooser: Chooser) -> Callabl
         sliced = _Sliced.of(joint, config, several=own and chooser.search is not None)
 
         def make(choose: Choose, loss_chunk: int) -> Modules:
-            # torch's partitioner changes the graph that it is given (cut again, what it made of it is cut)
-            given = sliced.joint(loss_chunk)
-            if chooser.search or found.recut:
-                given = torch.fx.GraphModule(given, copied(given.graph))
             fates: list[tuple[Activation, ...]] = []
-            choosing = _choosing(replace(chooser, choose=choose) if own else None, num_fwd_outputs, fates)
+            known = sliced.read.setdefault(loss_chunk, [])
+            choosing = _choosing(replace(chooser, choose=choose) if own else None, num_fwd_outputs, fates, known)
             # (of the modules that it makes only the graphs are read: their Python is not printed, which took as long)
-            with functorch_config.patch(recompute_views=True), choosing, _use_lazy_graph_module(True):
-                modules: Modules = min_cut_rematerialization_partition(
-                    given, inputs, num_fwd_outputs=num_fwd_outputs, **kwargs
-                )
+            with _use_lazy_graph_module(True), functorch_config.patch(recompute_views=True), choosing:
+                # torch's partitioner changes the graph that it is given
+                several = bool(chooser.search or found.recut)
+                given = sliced.copy(loss_chunk) if several else sliced.joint(loss_chunk)
+                with functorch_config.patch(cse=functorch_config.cse and not several):
+                    modules: Modules = min_cut_rematerialization_partition(
+                        given, inputs, num_fwd_outputs=num_fwd_outputs, **kwargs
+                    )
             modules[0].meta[_FATES] = fates[-1] if fates else ()
             return modules
 
@@ -150,13 +152,15 @@ class _Sliced:
     """A joint graph with its losses in slices of one size or another, made when it is asked for.
 
     ``whole``: the graph with its losses as they came, where there are several sizes. ``whole_logits``: (node, why) of
-    those that stay so in slices of the first size.
+    those that stay so in slices of the first size. ``read``: graphs as they were read by the first cut, by size.
     """
 
     sizes: tuple[int, ...]
     whole: torch.fx.GraphModule | None
     made: dict[int, torch.fx.GraphModule]
     whole_logits: tuple[Note, ...]
+    read: dict[int, list[JointGraph]] = field(default_factory=dict)
+    _shared: set[int] = field(default_factory=set)
 
     @classmethod
     def of(cls, joint: torch.fx.GraphModule, config: Config, *, several: bool) -> _Sliced:
@@ -173,9 +177,21 @@ class _Sliced:
             chunk_losses(self.made[size], size)
         return self.made[size]
 
+    def copy(self, size: int) -> torch.fx.GraphModule:
+        """A copy to be cut; what torch's partitioner would do first, whatever the cut, is done once for all of them."""
+        module = self.joint(size)
+        if size not in self._shared:
+            module.graph.eliminate_dead_code()
+            if functorch_config.cse:
+                module = self.made[size] = _make_graph_module(module, fx_graph_cse(module.graph))
+            self._shared.add(size)
+        return _make_graph_module(module, copied(module.graph))
+
 
 @contextmanager
-def _choosing(chooser: Chooser | None, forward_outputs: int, fates: list[tuple[Activation, ...]]) -> Iterator[None]:
+def _choosing(
+    chooser: Chooser | None, forward_outputs: int, fates: list[tuple[Activation, ...]], known: list[JointGraph]
+) -> Iterator[None]:
     """torch's partitioner with the choice of kept values replaced (compilation holds Dynamo's lock meanwhile)."""
     if chooser is None:
         yield
@@ -186,7 +202,7 @@ def _choosing(chooser: Chooser | None, forward_outputs: int, fates: list[tuple[A
         if memory_budget != 1:
             # the user set torch's own budget: theirs is the say
             return original(joint_graph, node_info, memory_budget)  # type: ignore[arg-type]
-        return choose_saved(joint_graph, node_info, chooser, forward_outputs, fates)
+        return choose_saved(joint_graph, node_info, chooser, forward_outputs, fates, known)
 
     partitioners.choose_saved_values_set = choose
     try:
@@ -201,9 +217,17 @@ def choose_saved(
     chooser: Chooser,
     forward_outputs: int,
     fates: list[tuple[Activation, ...]],
+    known: list[JointGraph],
 ) -> list[torch.fx.Node]:
-    """The forward nodes whose values are kept for the backward; what became of all is added to ``fates``."""
-    joint, nodes = joint_graph(graph, node_info, chooser.costs)
+    """The forward nodes whose values are kept for the backward; what became of all is added to ``fates``.
+
+    ``known`` holds the graph as data once it was read: a graph that is cut several times is read the first time.
+    """
+    nodes = tuple(n for n in graph.nodes if n.op != "output")
+    joint = next((g for g in known if [n.name for n in g.nodes] == [n.name for n in nodes]), None)
+    if joint is None:
+        joint = joint_graph(graph, node_info, chooser.costs)
+        known.append(joint)
     positions = chooser.choose(joint)
     fates.append(activations(joint, nodes, positions))
     kept = [nodes[k] for k in positions]

@@ -313,3 +313,30 @@ def test_products_are_done_again_within_their_share_of_time(poison: bool) -> Non
 def test_a_share_of_products_that_is_no_number_is_refused() -> None:
     with pytest.raises(OptionError, match="'recompute_products' takes a number from 0 to 10"):
         memplan.analyze(nn.Linear(2, 2), (torch.randn(1, 2),), options={"recompute_products": -0.1})
+
+
+def test_the_graph_is_read_once_for_all_that_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what torch's partitioner does whatever is kept is done once; every cut starts from the same graph."""
+    partition = memplan.capture.partition
+    limit = (least() + planned("1GB")) // 2
+    read: list[object] = []
+    shared: list[object] = []
+    cut: list[object] = []
+
+    def counting(name: str, calls: list[object]) -> None:
+        original = getattr(partition, name)
+
+        def call(*args: object, **kwargs: object) -> object:
+            calls.append(original(*args, **kwargs))
+            return calls[-1]
+
+        monkeypatch.setattr(partition, name, call)
+
+    counting("joint_graph", read)
+    counting("fx_graph_cse", shared)
+    counting("min_cut_rematerialization_partition", cut)
+    stack, x = model()
+    torch._dynamo.reset()
+    memplan.analyze(stack, (x,), options={"budget": limit})
+    assert len(cut) > 2
+    assert len(read) == len(shared) == 1
