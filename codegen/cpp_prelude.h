@@ -144,6 +144,7 @@ template <> struct Target<uint8_t> {
     static MP_ALWAYS uint8_t from(double x) { return uint8_t(int64_t(x)); }
 };
 template <class To, class From> MP_INLINE To cast(From x) { return Target<To>::from(x); }
+template <class To> MP_INLINE To cast(bool x) { return x ? To(1) : To(0); }  // a conversion does not vectorise
 template <class To> MP_INLINE To cast(bfloat16 x) { return Target<To>::from(float(x)); }
 template <class To> MP_INLINE To cast(float16 x) { return Target<To>::from(float(x)); }
 

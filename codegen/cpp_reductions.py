@@ -3,6 +3,8 @@
 * Welford's update divides at every point; two passes (the mean, then the squared deviations from it) do not, and
   are at least as accurate.
 * An argmax carries a value and a 64-bit position; the maximum and then the least position that holds it do not.
+* Truth values that are carried keep g++ from vectorising their loop, and those that read what came out of it, too:
+  whether all hold is the least of them as integers.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ from .point_costs import EXPENSIVE
 #: functions whose float versions the prelude computes itself
 _OWN = frozenset(["exp", "expm1", "log", "log1p", "tanh", "sigmoid", "erf", "erfc", "mod", "floordiv"])
 _INT32_MAX = 2**31 - 1
+_REWRITTEN = frozenset(["argmax", "argmin", "welford", "all", "any"])
 
 
 def in_two_passes(kernel: Kernel, *, welford: bool) -> Kernel:
-    """``argmax`` and ``argmin`` in two passes, and (``welford``, rows of static length only) Welford reductions too."""
-    if not any(isinstance(n, Reduce) and n.op in ("argmax", "argmin", "welford") for n in kernel.nodes):
+    """``argmax`` and ``argmin`` in two passes, and (``welford``, rows of static length only) Welford reductions too;
+    ``all`` and ``any`` as integers."""
+    if not any(isinstance(n, Reduce) and n.op in _REWRITTEN for n in kernel.nodes):
         return kernel
     return _Rewriting(kernel, welford).run()
 
@@ -50,6 +54,8 @@ class _Rewriting:
             node = renumber(node, self.moved)
             if isinstance(node, Reduce) and node.op in ("argmax", "argmin") and self.repeatable(node.args[0]):
                 self.moved[k] = self.argument(node)
+            elif isinstance(node, Reduce) and node.op in ("all", "any"):
+                self.moved[k] = self.truth(node)
             elif isinstance(node, Reduce) and node.op == "welford" and self.welford:
                 self.moved[k] = self.moments(k, node)
             else:
@@ -71,6 +77,15 @@ class _Rewriting:
             if not isinstance(node, Reduce):
                 stack.extend(operands(node))
         return True
+
+    def truth(self, node: Reduce) -> int:
+        (x,) = node.args
+        x = x if self.nodes[x].dtype is torch.bool else self.add(Cast(x, torch.bool))
+        if node.op == "any":  # not all of them are false: right for an empty row, too
+            x = self.add(Call("logical_not", (x,), torch.bool))
+        least = self.add(Reduce("min", (self.add(Cast(x, torch.int32)),), torch.int32))
+        found = self.add(Cast(least, torch.bool))
+        return self.add(Call("logical_not", (found,), torch.bool)) if node.op == "any" else found
 
     def moments(self, k: int, node: Reduce) -> int:
         (x,), dtype = node.args, node.dtype

@@ -113,6 +113,23 @@ def test_special_values_in_reductions(op: str, layout: str) -> None:
     torch.testing.assert_close(out, function(a, 1), equal_nan=True)
 
 
+@pytest.mark.parametrize("op", ["all", "any"])
+@pytest.mark.parametrize("columns", [70, 0])
+def test_whether_all_or_any_hold(op: str, columns: int) -> None:
+    """As integers in the loops, so that g++ vectorises them; an empty row has all and none."""
+    a = torch.randn(5, columns)
+    if columns:
+        a[0], a[1], a[2, 40], a[3, 69] = 1.0, -1.0, -50.0, 50.0
+        a[2, :40], a[2, 41:], a[3, :69] = 1.0, 1.0, -1.0
+    nodes = (Load("a", S1 * x0 + r0, f32), Constant(0.0, f32), Call("gt", (0, 1), torch.bool))
+    nodes += (Reduce(op, (2,), torch.bool),)  # type: ignore[arg-type]
+    kernel = Kernel((Range(x0, 5),), (Range(r0, S1),), nodes, (Store("o", x0, 3, torch.bool),))
+    out = torch.zeros(5, dtype=torch.bool)
+    run_cpp(kernel, {"a": a.flatten(), "o": out}, {S1: columns}, planned={S1: 70})
+    assert torch.equal(out, getattr(torch, op)(a > 0, 1))
+    assert "bool a" not in emit_cpp(canonicalize(kernel), name="k", hints={S1: 70})
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.int32, torch.uint8, torch.bfloat16, torch.float16])
 def test_transposes_of_every_item_size(dtype: torch.dtype) -> None:
     held = torch.float32 if dtype.itemsize == 2 else dtype
