@@ -22,6 +22,13 @@ _DRAW = """
         key = key + 0x9E3779B9
 """.strip("\n")
 
+
+def _uniform(name: str, word: str) -> str:
+    """The line that makes ``name`` a float32 in [0, 1) of a 32-bit word."""
+    signed = f"{word}.to(tl.int32, bitcast=True)"
+    return f"    {name} = tl.where({signed} < 0, -{signed} - 1, {signed}) * 4.6566127342e-10"
+
+
 DEVICE_FUNCTIONS: Mapping[str, str] = {
     "floor_divide": """
 def floor_divide(a, b):
@@ -102,17 +109,15 @@ def {name}(x):
     "random_uniform": f"""
 def random_uniform(seed, offset):
 {_DRAW}
-    signed = first.to(tl.int32, bitcast=True)
-    return tl.where(signed < 0, -signed - 1, signed) * 4.6566127342e-10
+{_uniform("result", "first")}
+    return result
 """,
     "random_normal": f"""
 def random_normal(seed, offset):
 {_DRAW}
-    signed = first.to(tl.int32, bitcast=True)
-    radius = tl.maximum(tl.where(signed < 0, -signed - 1, signed) * 4.6566127342e-10, 1.0e-7)
-    signed = second.to(tl.int32, bitcast=True)
-    angle = 6.283185307179586 * (tl.where(signed < 0, -signed - 1, signed) * 4.6566127342e-10)
-    return tl.sqrt(-2.0 * tl.log(radius)) * tl.cos(angle)
+{_uniform("distance", "first")}
+{_uniform("turn", "second")}
+    return tl.sqrt(-2.0 * tl.log(tl.maximum(distance, 1.0e-7))) * tl.cos(6.283185307179586 * turn)
 """,
     "random_int64": f"""
 def random_int64(seed, offset):
