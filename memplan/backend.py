@@ -23,12 +23,13 @@ from torch._logging._internal import trace_log
 from . import budget, recording, target
 from .budget import Budget
 from .calibration import copy_figures, figures_for
-from .calls import backward_call, forward_call, true_elements
+from .calls import backward_call, completed, forward_call
 from .capture.attention import simplify_masks
 from .capture.fx import capture
 from .capture.joint import Costs
 from .capture.layout import convolutions_channels_last
 from .capture.partition import Chooser, Cutter, Modules, Partitioned, partitioner
+from .capture.size_inputs import sizes_as_nodes
 from .capture.traced import runnable
 from .compilation import (
     PASS_NAMES,
@@ -176,7 +177,7 @@ class Region:
         saved = (n for n, b in plan.program.buffers.items() if b.kind is BufferKind.SAVED and n in plan.placements)
         if not any(isinstance(plan.placements[plan.storage_of(n)], InPool) for n in saved):
             return call
-        return true_elements(program, module, compile_program(program, self.config).call)
+        return completed(program, module, compile_program(program, self.config).call)
 
     def watch_hooks(
         self, call: Callable[..., object], make_apart: Callable[[], Callable[..., object]] | None = None
@@ -232,9 +233,9 @@ class Region:
         compiled = self.compiled(program, together)
 
         def keeping() -> Callable[..., object]:
-            return true_elements(program, module, compiled.keeping().call)
+            return completed(program, module, compiled.keeping().call)
 
-        return backward_call(true_elements(program, module, compiled.call), keeping, lambda: self.hooked)
+        return backward_call(completed(program, module, compiled.call), keeping, lambda: self.hooked)
 
     def capture_backward(self, module: torch.fx.GraphModule) -> Program:
         """Inputs that the forward made for this backward alone are donated: they die with their last use."""
@@ -326,7 +327,7 @@ class Region:
             trace(planned.plan)
             self.tell(program, planned.plan, planned.waterfall)
             return make_boxed_func(runnable(module).forward)  # type: ignore[no-any-return]
-        return true_elements(program, module, self.compiled(program, together).call)
+        return completed(program, module, self.compiled(program, together).call)
 
     def compiled(self, program: Program, together: Together | None = None) -> CompiledProgram:
         """The program planned and built, told to who listens."""
@@ -562,5 +563,5 @@ def compile_with(
         keep_inference_input_mutations=True,
     )
     # the backward is built with its forward, not inside the first .backward(), when all activations are alive
-    with functorch_config.patch(force_non_lazy_backward_lowering=True):
+    with functorch_config.patch(force_non_lazy_backward_lowering=True), sizes_as_nodes():
         return backend(module, example_inputs)

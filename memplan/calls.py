@@ -9,9 +9,34 @@ from typing import TypeVar
 import torch
 import torch.fx
 
-from .ir.program import Program, TensorInput
+from .ir.program import Program, SizeSource, SymbolInput, TensorInput
 
 Made = TypeVar("Made")
+
+
+def completed(program: Program, module: torch.fx.GraphModule, call: Callable[..., object]) -> Callable[..., object]:
+    """The call, given a graph's arguments as AOTAutograd passes them."""
+    return read_sizes(program, true_elements(program, module, call))
+
+
+def read_sizes(program: Program, call: Callable[..., object]) -> Callable[..., object]:
+    """The call, given also the sizes that are read off its tensors (see `SizeSource`)."""
+    sources = [i.source for i in program.inputs if isinstance(i, SymbolInput) and i.source is not None]
+    if not sources:
+        return call
+
+    def sized(args: list[object]) -> object:
+        args.extend([_size(args[s.position], s) for s in sources])
+        return call(args)
+
+    sized._boxed_call = True  # type: ignore[attr-defined]
+    return sized
+
+
+def _size(tensor: object, source: SizeSource) -> int:
+    assert isinstance(tensor, torch.Tensor)
+    size = tensor.stride(source.dim) if source.stride else tensor.size(source.dim)
+    return (size - source.offset) // source.factor
 
 
 def true_elements(program: Program, module: torch.fx.GraphModule, call: Callable[..., object]) -> Callable[..., object]:

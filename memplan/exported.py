@@ -22,6 +22,7 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 from .capture.fx import capture, symbol_hint
+from .capture.sizes import solved
 from .capture.traced import quiet_copies
 from .interface import InputSpec, Interface, SymbolSource, WeightSpec
 from .ir.config import Config
@@ -191,13 +192,8 @@ def _plain(source: SymbolSource) -> bool:
 
 def _solved(expr: sympy.Expr, position: int, dim: int) -> SymbolSource | None:
     """Which symbol a dimension tells, if it is ``factor * symbol + offset``."""
-    if len(expr.free_symbols) != 1:
-        return None
-    (symbol,) = expr.free_symbols
-    factor = sympy.diff(expr, symbol) if expr.is_polynomial(symbol) else None
-    if factor is None or not factor.is_Integer or factor <= 0:
-        return None
-    return SymbolSource(symbol, position, dim, int(factor), int(expr.xreplace({symbol: sympy.Integer(0)})))
+    found = solved(expr)
+    return None if found is None else SymbolSource(found[0], position, dim, *found[1:])
 
 
 def _ranges(exported: ExportedProgram) -> tuple[tuple[sympy.Symbol, int | None, int | None], ...]:

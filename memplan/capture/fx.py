@@ -44,6 +44,7 @@ from . import communication
 from .origin import operator_name, origin_of
 from .random_state import fill_random_values
 from .reach import reached
+from .size_inputs import size_inputs
 from .sizes import convert, extent, size_of, sizes_of
 from .user_kernels import FUNCTIONAL, MUTATION, capture_user_kernel, operator_is
 
@@ -102,6 +103,7 @@ class _Capture:
     hints: dict[sympy.Symbol, int] = field(default_factory=dict)
     values: dict[torch.fx.Node, object] = field(default_factory=dict)
     base_offset: dict[str, object] = field(default_factory=dict)  # bytes from the storage's start to the buffer's
+    ragged: dict[sympy.Expr, sympy.Symbol] = field(default_factory=dict)  # as the arguments that they are
 
     def run(self, name: str) -> Program:
         position = 0
@@ -110,6 +112,8 @@ class _Capture:
                 case "placeholder":
                     self.placeholder(node, position)
                     position += 1
+                    if node.next.op != "placeholder":
+                        self.inputs.extend(size_inputs(self.inputs))
                 case "get_attr":
                     self.get_attr(node)
                 case "call_function":
@@ -139,6 +143,11 @@ class _Capture:
             view = self.fresh(node.name, value, kind, origin_of(node), donated=position in self.donated_inputs)
             self.inputs.append(TensorInput(position, view))
             self.values[node] = view
+        elif isinstance(value, torch.SymInt) and is_ragged(value):
+            # a name for the offsets of a nested tensor: it is handed on, and nothing is computed of it
+            self.inputs.append(OpaqueInput(position, node.name))
+            self.values[node] = _Opaque(node.name)
+            self.ragged[value.node.expr] = opaque_symbol(node.name)
         elif isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
             self.note_symbols(value)
             self.inputs.append(SymbolInput(position, value.node.expr))
@@ -208,7 +217,9 @@ class _Capture:
 
     def scalar(self, node: torch.fx.Node, value: object) -> None:
         """Arithmetic on sizes: the result's expression says it all."""
-        if isinstance(value, torch.SymInt):
+        if isinstance(value, torch.SymInt) and is_ragged(value):
+            self.values[node] = Symbolic(convert(value.node.expr).xreplace(self.ragged))
+        elif isinstance(value, torch.SymInt):
             self.note_symbols(value)
             size = size_of(value)
             self.values[node] = Literal(size) if isinstance(size, int) else Symbolic(size)
@@ -425,7 +436,7 @@ class _Capture:
                         "what makes it out of the graph with torch.compiler.disable (embeddings: sparse=False)",
                         where=f"{value.name} ({value.target})",
                     )
-                return Symbolic(sympy.Symbol(f"opaque_{held.name}"))
+                return Symbolic(opaque_symbol(held.name))
             raise UnsupportedError(f"value {held!r} as an argument", where=value.name)
         if isinstance(value, (list, tuple)):
             return Tuple(tuple(self.argument(v) for v in value))
@@ -498,6 +509,23 @@ def capture(
     return program
 
 
+def opaque_symbol(name: str) -> sympy.Symbol:
+    """What stands in arguments and results for an input that is passed on as it is."""
+    return sympy.Symbol(f"opaque_{name}")
+
+
+def _traced_value(env: object, symbol: sympy.Symbol) -> object:
+    table = "backed_var_to_val" if hasattr(env, "backed_var_to_val") else "var_to_val"
+    known: Mapping[sympy.Symbol, object] = getattr(env, table, None) or {}
+    return known.get(symbol, 1)
+
+
+def is_ragged(value: torch.SymInt) -> bool:
+    """Whether a size is that of a nested tensor's jagged dimension, or made of it: a name of offsets, no number."""
+    env = value.node.shape_env
+    return any(isinstance(_traced_value(env, s), SingletonInt) for s in value.node.expr.free_symbols)
+
+
 def symbol_hint(env: object, symbol: sympy.Symbol) -> int:
     """The traced value of a size symbol; 1 where it has none (unbacked sizes).
 
@@ -506,13 +534,11 @@ def symbol_hint(env: object, symbol: sympy.Symbol) -> int:
     UnsupportedError
         For the ragged size of a nested tensor, which is no number.
     """
-    table = "backed_var_to_val" if hasattr(env, "backed_var_to_val") else "var_to_val"
-    known: Mapping[sympy.Symbol, object] = getattr(env, table, None) or {}
-    value = known.get(symbol, 1)
+    value = _traced_value(env, symbol)
     if isinstance(value, SingletonInt):
         raise UnsupportedError(
-            "memplan does not compile nested tensors (torch.jagged): give the compiled part their values() and "
-            "offsets(), or leave what takes them out by torch.compiler.disable"
+            f"the ragged size {symbol} of a nested tensor stands for its offsets and is no number that a tensor could "
+            "be made with: take the sizes of its values() instead"
         )
     traced: int = int(value)  # type: ignore[call-overload]
     return traced

@@ -40,6 +40,17 @@ def size_of(value: int | torch.SymInt) -> Size:
     return convert(expr)
 
 
+def solved(expr: sympy.Expr) -> tuple[sympy.Symbol, int, int] | None:
+    """(symbol, factor, offset) of a size that is ``factor * symbol + offset``; None of others, which tell no symbol."""
+    if len(expr.free_symbols) != 1:
+        return None
+    (symbol,) = expr.free_symbols
+    factor = sympy.diff(expr, symbol) if expr.is_polynomial(symbol) else None
+    if factor is None or not factor.is_Integer or factor <= 0:
+        return None
+    return symbol, int(factor), int(expr.xreplace({symbol: sympy.Integer(0)}))
+
+
 def sizes_of(values: Iterable[int | torch.SymInt]) -> tuple[Size, ...]:
     return tuple(size_of(v) for v in values)
 

@@ -44,6 +44,7 @@ from .program import (
     Program,
     ProgramInput,
     ProgramOutput,
+    SizeSource,
     Symbolic,
     SymbolInput,
     TensorInput,
@@ -273,11 +274,20 @@ def format_input(item: ProgramInput) -> str:
         case TensorInput():
             return format_view(item.view)
         case SymbolInput():
-            return f"{item.symbol}: integer"
+            return f"{item.symbol}: integer{_format_source(item.source)}"
         case OpaqueInput():
             return f"{item.name}: passed on"
         case _:
             assert_never(item)
+
+
+def _format_source(source: SizeSource | None) -> str:
+    if source is None:
+        return ""
+    read = f"{'stride' if source.stride else 'size'} {source.dim} of input {source.position}"
+    if (source.factor, source.offset) != (1, 0):
+        read = f"({read} - {source.offset}) / {source.factor}"
+    return f", {read}"
 
 
 def format_output(item: ProgramOutput) -> str:

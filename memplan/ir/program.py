@@ -287,11 +287,26 @@ class TensorInput:
 
 
 @dataclass(frozen=True, slots=True)
+class SizeSource:
+    """``(size of dimension dim of tensor input number position - offset) / factor``; of its stride if ``stride``."""
+
+    position: int
+    dim: int
+    factor: int = 1
+    offset: int = 0
+    stride: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class SymbolInput:
-    """Positional input number ``position`` is an integer: the value of ``symbol``."""
+    """Positional input number ``position`` is an integer: the value of ``symbol``.
+
+    With a ``source`` no argument of the caller's gives it: it is read there, and stands after all that are given.
+    """
 
     position: int
     symbol: sympy.Symbol
+    source: SizeSource | None = None
 
 
 @dataclass(frozen=True, slots=True)

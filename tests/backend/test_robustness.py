@@ -262,19 +262,3 @@ def test_numbers_taken_out_of_tensors_inside_of_a_graph(function: Callable[..., 
         compiled = torch.compile(function, backend="memplan", fullgraph=True, options={"wrapper": wrapper})
         for x in (torch.tensor([[1.5, -0.25, 3.125]]), torch.tensor([[-1.75, 0.25, 0.125]]), -torch.ones(1, 3)):
             torch.testing.assert_close(compiled(x), function(x))
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_nested_tensors_are_refused_with_what_to_do(training: bool) -> None:
-    torch._dynamo.reset()
-    linear = torch.nn.Linear(4, 4)
-    parts = [torch.ones(2, 4), torch.ones(3, 4)]
-    nested = torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=training)
-    compiled = torch.compile(lambda x: linear(x).sin().sum(), backend="memplan")
-    message = r"does not compile nested tensors .*values\(\) and offsets\(\)"
-    with torch.set_grad_enabled(training), pytest.raises(Exception, match=message):
-        compiled(nested)
-    assert linear.weight.grad is None
-    # the same layer, given what the message says
-    rows = torch.cat(parts).requires_grad_(training)
-    torch.testing.assert_close(compiled(rows), linear(rows).sin().sum())
