@@ -14,6 +14,7 @@ are gone. The order of the result is the program's order but for what the moves 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -25,6 +26,7 @@ from .cleanup import normalise
 from .fuse_costs import SMALL, Limits, inline_gain, keeps_parallel, pays_together, row_is_contiguous
 from .fuse_graph import Bytes, FusionGraph, Group, Placement
 from .fuse_kernels import MergeRules, inline, merge, stored_value, updates_once_a_row, without_stores
+from .kernel_access import spoiled_by_error
 
 #: of a buffer's many readers, those considered as partners: the nearest ones in program order
 _NEAREST = 6
@@ -237,6 +239,8 @@ class Fuser:
         kernel = merge(a, b, MergeRules(first.mutates | second.mutates, dropped))
         if kernel is None or not keeps_parallel(kernel, first.op.device, self.limits, (a, b)):
             return None
+        if self._spoils(kernel, (first, second)):
+            return None
         flows = first.changes & second.reads
         return kernel if flows or pays_together(a, b, kernel, self.program) else None
 
@@ -302,8 +306,16 @@ class Fuser:
                 return None
             if touched - c.reads - c.changes and not updates_once_a_row(new):
                 return None
+            if self._spoils(new, (c,)):
+                return None
             out.append(new)
         return out
+
+    def _spoils(self, kernel: Kernel, parts: Sequence[Group]) -> bool:
+        """Whether an index out of range would spoil more that is the caller's than it does in the kernel's parts."""
+        buffers = self.program.buffers
+        before = [b for p in parts for b in spoiled_by_error(_kernel(p), p.op.device, buffers)]
+        return not spoiled_by_error(kernel, parts[0].op.device, buffers) <= frozenset(before)
 
     def _inline_spans(
         self,

@@ -7,14 +7,24 @@ last word where it is asked.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import sympy
 
 from ..ir.index import bounds, expand, is_nonnegative, ranges_of, simplify, stride_of
 from ..ir.loops import Kernel, Level, Load, Reduce, Store, StoreMode, operands, value_references
-from ..ir.program import Copy, Extern, KernelOp, Operation, UserKernel, View, argument_views
+from ..ir.program import (
+    EXTERNAL_KINDS,
+    Buffer,
+    Copy,
+    Extern,
+    KernelOp,
+    Operation,
+    UserKernel,
+    View,
+    argument_views,
+)
 
 #: ATen operators that walk all operands with one iterator: `out=` on an operand of the same layout is in place.
 ELEMENTWISE = frozenset(
@@ -26,6 +36,16 @@ ELEMENTWISE = frozenset(
         *("hardtanh", "hardswish", "hardsigmoid", "elu", "softplus", "bitwise_and", "bitwise_or", "bitwise_xor"),
     }
 )
+
+
+def spoiled_by_error(kernel: Kernel, device: str, buffers: Mapping[str, Buffer]) -> frozenset[str]:
+    """What is the caller's and holds made-up numbers once the kernel has met an index out of range.
+
+    A CPU's kernel goes on with another index and raises at its end; after a GPU's assertion nothing can be read.
+    """
+    if device != "cpu" or not kernel.checks_indices:
+        return frozenset()
+    return frozenset(b for b in kernel.written_buffers if buffers[b].kind in EXTERNAL_KINDS and not buffers[b].donated)
 
 
 def may_take(op: Operation, old: str, new: str) -> str:

@@ -31,6 +31,7 @@ from ..ir.program import (
     argument_views,
     evaluate,
 )
+from .kernel_access import spoiled_by_error
 from .relocation import CopyForm, Relocation, relocation_of_source, touched_buffers
 from .schedule import rounded
 
@@ -136,7 +137,7 @@ class Mover:
             op = relocation.operation(self.at(p))
             if op is None:
                 return f"{_named(self.at(p))} uses it in a layout that {copy.target!r} does not have"
-            refusal = _refusal(self.at(p), op, relocation)
+            refusal = _refusal(self.at(p), op, relocation) or self.spoils(op, copy.target)
             if refusal:
                 return refusal
             if copy.source in self.at(p).writes and copy.target in self.at(position).mutates:
@@ -147,6 +148,12 @@ class Mover:
         elif not any(copy.source in self.at(p).writes for p in moved):
             return "nothing in the program writes it"
         return self.apply(copy, position, moved)
+
+    def spoils(self, op: Operation, target: str) -> str:
+        """Why an operation that may raise must not write there while it does not know yet that it will not."""
+        if isinstance(op, KernelOp) and target in spoiled_by_error(op.kernel, op.device, self.buffers):
+            return f"an index out of range in {_named(op)} would spoil {target!r}, which is the caller's"
+        return ""
 
     def all_that_is_written(self, copy: CopyForm, uses: Sequence[int]) -> bool:
         """Whether one operation writes the source (with gaps in it), and no more elements than are copied."""

@@ -90,6 +90,29 @@ def test_nothing_is_written_for_a_bad_index() -> None:
     assert bool(((x == -1) | (x == untouched)).all())
 
 
+def _memory(x: Tensor, i: Tensor, memory: Tensor) -> Tensor:
+    memory.mul_(0.5).add_(x[i[0]].sum(0))
+    return x + memory
+
+
+def _slice(x: Tensor, i: Tensor, memory: Tensor) -> Tensor:
+    memory[:5] = x[i[0]][:, 0]
+    return x + 1
+
+
+@pytest.mark.parametrize("function", [_memory, _slice])
+def test_a_bad_index_leaves_what_is_the_callers(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    """A value made of rows that were looked up is not written over the caller's before all indices are known."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="memplan", dynamic=False)
+    memory, expected = torch.ones(6), torch.ones(6)
+    torch.testing.assert_close(compiled(*_inputs(1), memory), function(*_inputs(1), expected))
+    torch.testing.assert_close(memory, expected)
+    with pytest.raises(IndexError):
+        compiled(*_inputs(70), memory)
+    assert torch.equal(memory, expected)
+
+
 def test_ignored_targets_and_padding_are_no_errors() -> None:
     def function(x: Tensor, i: Tensor) -> Tensor:
         return F.cross_entropy(x, i[0, :4], ignore_index=-100)

@@ -262,3 +262,51 @@ def test_numbers_taken_out_of_tensors_inside_of_a_graph(function: Callable[..., 
         compiled = torch.compile(function, backend="memplan", fullgraph=True, options={"wrapper": wrapper})
         for x in (torch.tensor([[1.5, -0.25, 3.125]]), torch.tensor([[-1.75, 0.25, 0.125]]), -torch.ones(1, 3)):
             torch.testing.assert_close(compiled(x), function(x))
+
+
+class RaisesAfterCounting(nn.Module):
+    """Running statistics, counters, an operator that may raise, and more of them after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        out: Tensor = self.second(_at_most_100(self.first(x) + x))
+        return out
+
+
+@torch.library.custom_op("memplan_tests::at_most_100", mutates_args=())
+def _at_most_100(x: Tensor) -> Tensor:
+    if bool((x > 100).any()):
+        raise ValueError("more than 100")
+    return x.clone()
+
+
+_at_most_100.register_fake(torch.empty_like)
+_at_most_100.register_autograd(lambda ctx, grad: grad)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("wrapper", ["python", "cpp"])
+def test_an_operator_that_raises_leaves_whole_buffers(wrapper: str, training: bool) -> None:
+    """Each as it was before the call, or as eager leaves it; and the next step goes on from there."""
+    torch._dynamo.reset()
+    eager, ours = RaisesAfterCounting(), RaisesAfterCounting()
+    ours.load_state_dict(eager.state_dict())
+    compiled = torch.compile(ours, backend="memplan", options={"wrapper": wrapper})
+    x = torch.randn(4, 3)
+    with torch.set_grad_enabled(training):
+        torch.testing.assert_close(compiled(x), eager(x))
+        before = {name: b.clone() for name, b in ours.named_buffers()}
+        for function in (compiled, eager):
+            with pytest.raises(ValueError, match="more than 100"):
+                function(x + 500)
+        after = dict(eager.named_buffers())
+        for name, found in ours.named_buffers():
+            assert torch.equal(found, before[name]) or torch.allclose(found, after[name]), name
+        eager.load_state_dict(ours.state_dict())
+        torch.testing.assert_close(compiled(x), eager(x))
+    torch.testing.assert_close(ours.state_dict(), eager.state_dict())
