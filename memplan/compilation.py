@@ -99,7 +99,7 @@ PASS_NAMES = (
     "rematerialize",
     "padding",
     "convolutions",
-    "cpu_scratch",
+    "scratch",
     *(p.name for p in PASSES),
     "reorder",
     "overlap",

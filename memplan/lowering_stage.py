@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeGuard
 
+from .call_scratch import count_scratch
 from .convolutions import plan_convolutions
-from .cpu_scratch import count_cpu_scratch
 from .ir.config import Config
 from .ir.in_flight import HostCopy
 from .ir.loops import Size
@@ -40,7 +40,7 @@ class Lowering:
         program = with_contracts(lower_program(program, self.config, self.kept))
         if self.config.enabled("convolutions"):
             program = plan_convolutions(program, self.config)
-        return count_cpu_scratch(program, self.config) if self.config.enabled("cpu_scratch") else program
+        return count_scratch(program, self.config) if self.config.enabled("scratch") else program
 
 
 def _is_undecided(op: Operation) -> TypeGuard[Extern]:

@@ -26,9 +26,9 @@ import sympy
 import torch
 
 from .artifact import Artifact
+from .call_scratch import decides
 from .capture.fx import HigherOrderCall
 from .communicating import group_of
-from .cpu_scratch import decides
 from .ir.config import Config
 from .ir.errors import CacheError, CompilerError, SavedModelError
 from .ir.plan import Plan

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console, RenderableType
 
+import memplan.call_scratch
 import memplan.convolutions
-import memplan.cpu_scratch
 from memplan.reports import compare, dot, page, perfetto, picture, tables, terminal
 from memplan.reports.build import build_report
 from memplan.reports.commands_gate import show_comparison
@@ -92,7 +92,7 @@ def test_scratch_that_is_not_counted_is_named() -> None:
     graph = report.graphs[0].model_copy(update={"notes": notes})
     text = rendered(terminal.summary(report.model_copy(update={"graphs": (graph, *report.graphs[1:])})))
     assert "not counted, since it is not known: the scratch of conv_0, conv_1, conv_2 and 2 more" in text
-    for stage in (memplan.cpu_scratch, memplan.convolutions):
+    for stage in (memplan.call_scratch, memplan.convolutions):
         assert terminal.UNCOUNTED in Path(str(stage.__file__)).read_text(encoding="utf-8")
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import memplan
-from memplan import cpu_scratch
-from memplan.cpu_scratch import count_cpu_scratch, decides, scratch_of
+from memplan import call_scratch
+from memplan.call_scratch import count_scratch, decides, scratch_of
 from memplan.ir.config import Config
 from memplan.ir.program import Extern
 from memplan.plan_cache import find_entry
@@ -37,9 +37,9 @@ class Net(nn.Module):
 
 @pytest.fixture(autouse=True)
 def nothing_known() -> Iterator[None]:
-    cpu_scratch._known.clear()
+    call_scratch._known.clear()
     yield
-    cpu_scratch._known.clear()
+    call_scratch._known.clear()
 
 
 def peak_of(step: Callable[[], object]) -> int:
@@ -123,7 +123,7 @@ def test_a_users_profiler_sees_nothing_of_it() -> None:
 
 
 def program_of(options: dict[str, object] | None = None) -> tuple[memplan.ir.program.Program, Extern]:
-    options = {"disable": ["cpu_scratch"], **(options or {})}
+    options = {"disable": ["scratch"], **(options or {})}
     with memplan.record() as recording, torch.no_grad():
         torch.compile(nn.Conv2d(3, 32, 3), backend="memplan", options=options)(torch.randn(2, 3, 20, 20))
     torch._dynamo.reset()
@@ -148,7 +148,7 @@ def test_what_is_not_measured_is_said() -> None:
 
 def test_no_room_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
     _, call = program_of()
-    monkeypatch.setattr(cpu_scratch, "_free_memory", lambda: 1 << 20)
+    monkeypatch.setattr(call_scratch, "_free_memory", lambda: 1 << 20)
     assert scratch_of(call, Config(cache_dir=None, plan_cache=False)) is None
 
 
@@ -171,8 +171,8 @@ def test_it_is_kept_and_measured_again_for_other_settings(tmp_path: Path, monkey
         runs.append(op)
         return 17
 
-    monkeypatch.setattr(cpu_scratch, "_measured", measured)
-    cpu_scratch._known.clear()
+    monkeypatch.setattr(call_scratch, "_measured", measured)
+    call_scratch._known.clear()
     assert scratch_of(call, config) == found
     assert not runs
     with torch.backends.mkldnn.flags(enabled=False):
@@ -195,5 +195,5 @@ def test_the_plans_key_has_what_decides_it(tmp_path: Path) -> None:
     assert before.key == again.key != other.key
     assert decides(program)
     assert not decides(program.with_operations(()))
-    counted = count_cpu_scratch(program, config, lambda op, config: 4096)
+    counted = count_scratch(program, config, lambda op, config: 4096)
     assert next(op for op in counted.operations if op.name == call.name).scratch == 4096  # type: ignore[union-attr]
