@@ -43,6 +43,7 @@ from .passes.overlap import overlap
 from .passes.pipeline import PASSES as PIPELINE
 from .passes.pipeline import Pass, collector_paused, run_pipeline
 from .passes.reorder import reorder
+from .passes.room import best_room
 from .passes.schedule import lifetimes, make_plan, own_peak, storages, timeline
 from .passes.split_reductions import SplitReductions
 from .passes.templates import Templates
@@ -212,6 +213,7 @@ def plan_prepared(
                 note=p.note,
                 slabs=choice.slabs if k == len(prepared) - 1 else (),
                 reserve=choice.reserve if k == 0 else None,
+                requests=choice.requests if k == 0 else None,
             )
         )
     memory = step_memories(plans, joins)
@@ -469,7 +471,7 @@ def _assemble(
     keeping = made_once(lambda: _keeping(made.plan, artifact, linked, program, config, kept))
     made: CompiledProgram = CompiledProgram(make_plan, call, source, keeping, artifact.waterfall, artifact)
     starts = artifact.python.starts
-    call = explained(reserving(call, artifact.reserves), lambda: made.plan, filename, starts, explain)
+    call = explained(reserving(call, artifact.reserves, best_room), lambda: made.plan, filename, starts, explain)
     call = settled(call) if WAIT in artifact.python.operators.values() else call
     call = call if linked.communicating is None else linked.communicating.guarded(call)
     return replace(made, call=call)

@@ -28,11 +28,13 @@ class Poolable(Protocol):
 
 @dataclass(frozen=True)
 class StepChoice:
-    """For each program its pools; the slabs that the last one gets; bytes to reserve by device."""
+    """For each program its pools; the slabs that the last one gets; by device, bytes to reserve and the step's large
+    allocations."""
 
     pooled: tuple[Pooled, ...]
     slabs: tuple[Slab, ...] = ()
     reserve: Mapping[str, Size] = field(default_factory=dict)
+    requests: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     by_device: Mapping[str, StepPools] = field(default_factory=dict)
 
 
@@ -58,6 +60,7 @@ def choose(
     parts: list[list[Pooled]] = [[] for _ in laid]
     slabs: list[Slab] = []
     reserve: dict[str, Size] = {}
+    requests: dict[str, tuple[tuple[int, int], ...]] = {}
     by_device: dict[str, StepPools] = {}
     for device in devices:
         if device.startswith("cuda") or (always and len(laid) > 1):
@@ -69,12 +72,14 @@ def choose(
             slabs += found.slabs
             if found.reserve != 0:
                 reserve[device] = found.reserve
+            if found.requests:
+                requests[device] = found.requests
             for part, pooled in zip(parts, found.pooled, strict=True):
                 part.append(pooled)
         else:
             for part, one in zip(parts, laid, strict=True):
                 part.append(_by_live_bytes(one, device, always, libraries))
-    return StepChoice(tuple(map(_joined, parts)), tuple(slabs), reserve, by_device)
+    return StepChoice(tuple(map(_joined, parts)), tuple(slabs), reserve, requests, by_device)
 
 
 def _by_live_bytes(one: Laid, device: str | None, always: bool, libraries: PlannerLibraries) -> Pooled:

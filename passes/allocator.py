@@ -17,8 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..ir.errors import PlanningError
+from ..ir.plan import Segment
 
 KIB, MIB = 1 << 10, 1 << 20
+#: made-up addresses of segments are this power of two apart: more than any of them has
+_APART = 44
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +135,40 @@ class CachingAllocator:
         self._next_segment = 0
         self._allocated = self._requested = self._reserved = 0
         self._peak_allocated = self._peak_requested = self._peak_reserved = 0
+
+    @classmethod
+    def from_segments(cls, segments: Sequence[Segment], rules: AllocatorRules | None = None) -> CachingAllocator:
+        """An allocator that has these segments of its large pool; what is live in them stays.
+
+        Segments that it makes lie above them. Not for expandable segments.
+        """
+        made = cls(rules)
+        pool = made._pools.setdefault((0, False), _Pool(False))
+        for segment in segments:
+            address, before = segment.address, None
+            for size, live in segment.blocks:
+                block = _Block(address, size, pool, segment.address, requested=size if live else None, before=before)
+                if before is not None:
+                    before.after = block
+                if live:
+                    made._live[made._next_handle] = block
+                    made._next_handle += 1
+                else:
+                    pool.put(block)
+                address, before = address + size, block
+            held = sum(size for size, live in segment.blocks if live)
+            made._count(held, held, segment.nbytes)
+            made._next_segment = max(made._next_segment, (address >> _APART) + 1)
+        return made
+
+    def segments(self) -> tuple[Segment, ...]:
+        """The segments of the large pool, as `from_segments` takes them."""
+        found: dict[int, dict[int, tuple[int, bool]]] = {}
+        blocks = [b for b in self._live.values() if not b.pool.small]
+        blocks += [b for (_, small), pool in self._pools.items() if not small for b in pool.blocks.values()]
+        for b in blocks:
+            found.setdefault(b.segment, {})[b.address] = (b.size, b.requested is not None)
+        return tuple(Segment(at, tuple(found[at][k] for k in sorted(found[at]))) for at in sorted(found))
 
     @property
     def stats(self) -> AllocatorStats:
@@ -250,7 +287,7 @@ class CachingAllocator:
         self._next_segment += 1
         if self._next_segment <= len(self._addresses):
             return self._addresses[self._next_segment - 1]
-        return self._next_segment << 44  # far apart, in the order in which they are made
+        return self._next_segment << _APART  # in the order in which they are made
 
     def _new_segment(self, pool: _Pool, rounded: int) -> _Block:
         size = self._rules.segment_bytes(rounded)

@@ -188,6 +188,7 @@ def make_plan(
     note: str = "",
     slabs: Sequence[Slab] = (),
     reserve: Mapping[str, Size] | None = None,
+    requests: Mapping[str, tuple[tuple[int, int], ...]] | None = None,
 ) -> Plan:
     """Join the decisions into a plan.
 
@@ -203,6 +204,8 @@ def make_plan(
         Inputs that share allocations of the forward.
     reserve:
         By device, bytes to have free when the program starts.
+    requests:
+        By device, the large allocations of the whole step.
     """
     lives = lifetimes(program, order)
     live_places = {b: p for b, p in in_place.items() if b in lives and p in lives}
@@ -242,6 +245,7 @@ def make_plan(
         by_device(program, order, stores, pools, pooled, slabs, reserve or {}),
         tuple(slabs),
         dict(reserve or {}),
+        dict(requests or {}),
     )
 
 

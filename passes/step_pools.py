@@ -24,7 +24,7 @@ from ..ir.loops import Size
 from ..ir.plan import Lifetime, Pool, Slab
 from ..ir.program import Phase, SymbolInput
 from .allocator import MIB
-from .allocator_replay import NativeReplay, Replayed, Requests, replay_steps
+from .allocator_replay import FREE, NativeReplay, Replayed, Requests, replay_steps
 from .core_pool import core_pool
 from .pack_search import PackSearch
 from .pools import Pooled, aligned, stretch_pools
@@ -66,12 +66,14 @@ MOST_TRIALS, MOST_TRIALS_PYTHON = 120, 6
 class StepPools:
     """For each program its pools, by which storage roots are placed; ``slabs`` as the last program gets them.
 
-    ``reserve`` is the bytes to have free before the step, 0 for none.
+    ``reserve`` is the bytes to have free before the step, 0 for none; ``requests`` the large allocations of a training
+    step that is worth a reserve, and their frees, if all sizes are known.
     """
 
     pooled: tuple[Pooled, ...]
     slabs: tuple[Slab, ...] = ()
     reserve: Size = 0
+    requests: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +291,23 @@ class _Search:
             known = frozenset(i.symbol for i in self.step.laid[0].program.inputs if isinstance(i, SymbolInput))
             expression = self.step.peak_expression(known)
             reserve = reserve if expression is None else expression
-        return StepPools(tuple(pooled), slabs, reserve)
+        return StepPools(tuple(pooled), slabs, reserve, self.large(self.requests(c)))
+
+    def large(self, requests: Requests) -> tuple[tuple[int, int], ...]:
+        """What a later step has to find room for, in another state of the allocator."""
+        known = all(isinstance(s.size, int) for s in self.step.stores)
+        if not (self.may_reserve and requests.gradients and known and self.reserve(requests, 1.0)):
+            return ()
+        large: set[int] = set()
+        found: list[tuple[int, int]] = []
+        for key, size in zip(requests.keys, requests.sizes, strict=True):
+            if size > MIB:
+                large.add(key)
+                found.append((key, size))
+            elif size == FREE and key in large:
+                large.remove(key)
+                found.append((key, FREE))
+        return tuple(found)
 
 
 def _grouped(step: WholeStep, count: int) -> Iterator[_Group]:

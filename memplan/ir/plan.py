@@ -97,11 +97,45 @@ RESERVE_PART = 64
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
-    """Bytes to have free on a device before a call; ``symbols`` are the (symbol, input's position) in ``nbytes``."""
+    """Bytes to have free on a device before a call; ``symbols`` are the (symbol, input's position) in ``nbytes``.
+
+    ``requests``: the large allocations of the step and their frees, as in `Plan.requests`.
+    """
 
     device: str
     nbytes: Size
     symbols: tuple[tuple[sympy.Symbol, int], ...] = ()
+    requests: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """What the device's caching allocator got from the device in one piece: its blocks in the order of their
+    addresses, each (bytes, whether something is in it)."""
+
+    address: int
+    blocks: tuple[tuple[int, bool], ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(size for size, _ in self.blocks)
+
+    @property
+    def unused(self) -> bool:
+        """Whether it can be given back to the device."""
+        return not any(live for _, live in self.blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What to do before a step: give unused segments back or not, then make one free piece of ``nbytes`` (0: none).
+
+    ``reserved`` is what large segments have in all after the step, by simulation.
+    """
+
+    nbytes: int
+    give_back: bool
+    reserved: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +202,10 @@ class Plan:
     slabs: tuple[Slab, ...] = ()
     #: by device, bytes to have free in its caching allocator when the program starts (see memplan.runtime.reserve)
     reserve: Mapping[str, Size] = field(default_factory=dict)
+    #: By device, the large allocations of the whole training step whose forward the program is, and their frees, in
+    #: order: (key, bytes), or (key, -1) when it is freed. For what lies about when a later step begins: see
+    #: memplan.passes.room.
+    requests: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     #: by device, the whole step that the program belongs to; only where a caching allocator is simulated
     step: Mapping[str, StepMemory] = field(default_factory=dict)
 

@@ -8,18 +8,22 @@ something else (gradients that are kept, optimiser states) has settled in the fr
 useless by that go back to the device first. What is free in small blocks,
 above all between parameters that were made in another dtype and then cast, is no room for a step's large requests and
 does not count.
+
+That is how a first step is prepared. Of a training step the large requests are known, and a later one that finds the
+allocator in a new state is tried out in simulation first (`memplan.passes.room`, handed in): whether one piece helps,
+and of what size.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import torch
 
-from ..ir.plan import RESERVE_PART, RESERVE_STEP, Plan, Reserve
+from ..ir.plan import RESERVE_PART, RESERVE_STEP, Plan, Reserve, Room, Segment
 from ..ir.program import SymbolInput, evaluate
 
 log = logging.getLogger(__name__)
@@ -32,18 +36,32 @@ _STATES = 64
 _MOST_GIVEN_BACK = 8
 
 
+#: From the step's large requests and the large segments.
+FindRoom = Callable[[Sequence[tuple[int, int]], Sequence[Segment]], Room]
+
+
 def reserves_of(plan: Plan) -> tuple[Reserve, ...]:
-    """The plan's reserves, with where the call finds the sizes in them."""
+    """The plan's reserves, with where the call finds the sizes in them, and the requests of its step."""
     positions = {i.symbol: i.position for i in plan.program.inputs if isinstance(i, SymbolInput)}
     found = []
-    for device, nbytes in plan.reserve.items():
+    for device in sorted({*plan.reserve, *plan.requests}):
+        nbytes = plan.reserve.get(device, 0)
         symbols = () if isinstance(nbytes, int) else sorted(nbytes.free_symbols, key=str)
-        found.append(Reserve(device, nbytes, tuple((s, positions[s]) for s in symbols)))
+        known = tuple((s, positions[s]) for s in symbols)
+        found.append(Reserve(device, nbytes, known, plan.requests.get(device, ())))
     return tuple(found)
 
 
-def reserving(call: Callable[..., object], reserves: tuple[Reserve, ...]) -> Callable[..., object]:
-    """The call, before which the reserves are made free; the call itself where there are none."""
+def reserving(
+    call: Callable[..., object], reserves: tuple[Reserve, ...], find_room: FindRoom | None = None
+) -> Callable[..., object]:
+    """The call, before which the reserves are made free; the call itself where there are none.
+
+    Parameters
+    ----------
+    find_room:
+        What finds room for the requests of a step that is not the first.
+    """
     if not reserves:
         return call
     wanted = tuple((torch.device(r.device), r) for r in reserves)
@@ -53,7 +71,8 @@ def reserving(call: Callable[..., object], reserves: tuple[Reserve, ...]) -> Cal
         nonlocal first, left
         for device, reserve in wanted:
             nbytes = evaluate(reserve.nbytes, {s: int(args[k]) for s, k in reserve.symbols})  # type: ignore[call-overload]
-            left -= make_free(device, nbytes, first=first, give_back=left > 0)
+            find = partial(find_room, reserve.requests) if find_room and reserve.requests and left else None
+            left -= make_free(device, nbytes, first=first, give_back=left > 0, find_room=find)
         first = False
         return call(args)
 
@@ -61,7 +80,14 @@ def reserving(call: Callable[..., object], reserves: tuple[Reserve, ...]) -> Cal
     return run
 
 
-def make_free(device: torch.device, nbytes: int, *, first: bool = False, give_back: bool = True) -> bool:
+def make_free(
+    device: torch.device,
+    nbytes: int,
+    *,
+    first: bool = False,
+    give_back: bool = True,
+    find_room: Callable[[Sequence[Segment]], Room] | None = None,
+) -> bool:
     """Have ``nbytes`` bytes free in the caching allocator of a GPU, in large blocks.
 
     What is lacking is allocated in one piece and freed. Not while a CUDA graph is being captured, whose memory is a
@@ -75,6 +101,8 @@ def make_free(device: torch.device, nbytes: int, *, first: bool = False, give_ba
     give_back:
         Where something is lacking, segments that nothing is in are given back to the device before, so that they do
         not lie beside the one piece: what is lacking and they are one piece then.
+    find_room:
+        Decides both instead in a new state that is not the first.
 
     Returns
     -------
@@ -84,13 +112,21 @@ def make_free(device: torch.device, nbytes: int, *, first: bool = False, give_ba
         return False
     held, used, split = _counts(device)
     states = _enough.setdefault(device.index or 0, OrderedDict())
-    if nbytes <= states.get((held, used), -1) or (not first and held - used - split >= nbytes):
+    if nbytes <= states.get((held, used), -1):
         return False
-    lacking = _lacking(device, nbytes)
-    given_back = give_back and lacking > 0
-    if given_back:
-        torch.cuda.empty_cache()
-        lacking = _lacking(device, nbytes)
+    if first or find_room is None:
+        if not first and held - used - split >= nbytes:
+            return False
+        lacking = _lacking(_large(device), nbytes)
+        given_back = give_back and lacking > 0
+        if given_back:
+            torch.cuda.empty_cache()
+            lacking = _lacking(_large(device), nbytes)
+    else:
+        room = find_room(_large(device))
+        lacking, given_back = room.nbytes, room.give_back
+        if given_back:
+            torch.cuda.empty_cache()
     if lacking > 0 and not _made_free(device, lacking):
         return given_back
     states[_counts(device)[:2]] = nbytes
@@ -107,19 +143,23 @@ def _counts(device: torch.device) -> tuple[int, int, int]:
     return held, used, split
 
 
-def _lacking(device: torch.device, nbytes: int) -> int:
-    """What free blocks, of those large enough and on the current stream, have less than ``nbytes`` bytes in all."""
-    stream, least = torch.cuda.current_stream(device).cuda_stream, nbytes // RESERVE_PART
-    usable = sum(
-        block["size"]
+def _large(device: torch.device) -> list[Segment]:
+    """The large segments of the current stream, those of graphs' pools not among them."""
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return [
+        Segment(segment["address"], tuple((block["size"], block["state"] != "inactive") for block in segment["blocks"]))
         for segment in torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
         if segment["device"] == (device.index or 0)
         and segment["stream"] == stream
         and segment["segment_type"] == "large"
         and tuple(segment["segment_pool_id"]) == (0, 0)
-        for block in segment["blocks"]
-        if block["state"] == "inactive" and block["size"] >= least
-    )
+    ]
+
+
+def _lacking(segments: Sequence[Segment], nbytes: int) -> int:
+    """What free blocks, of those large enough, have less than ``nbytes`` bytes in all."""
+    least = nbytes // RESERVE_PART
+    usable = sum(size for s in segments for size, live in s.blocks if not live and size >= least)
     return max(0, nbytes - usable) // RESERVE_STEP * RESERVE_STEP
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import sympy
 import torch
 
+from memplan.ir.plan import Room, Segment
 from memplan.ir.program import Program
 from memplan.passes.schedule import make_plan
 from memplan.runtime import reserve
@@ -57,10 +59,11 @@ class FakeGpu:
         self.walked += 1
         return [
             {
-                "device": 0, "stream": self.stream, "segment_type": "large", "segment_pool_id": self.pool,
+                "address": k << 40, "device": 0, "stream": self.stream, "segment_type": "large",
+                "segment_pool_id": self.pool,
                 "blocks": [{"size": n, "state": "active_allocated" if live else "inactive"} for n, live in blocks],
             }
-            for blocks in self.segments
+            for k, blocks in enumerate(self.segments)
         ]  # fmt: skip
 
 
@@ -177,3 +180,51 @@ def test_the_call_reserves_by_its_sizes(gpu: FakeGpu) -> None:
     run = reserve.reserving(call, reserve.reserves_of(replace(plan, reserve={"cuda:0": 2 * MIB * s})))
     assert run([5, None]) == 5
     assert gpu.asked == [10 * MIB]
+
+
+def _found(nbytes: int, give_back: bool, asked: list[int]) -> reserve.FindRoom:
+    def find(requests: Sequence[tuple[int, int]], segments: Sequence[Segment]) -> Room:
+        assert requests == ((0, 5 * MIB), (0, -1))
+        asked.append(sum(s.nbytes for s in segments))
+        return Room(nbytes, give_back, 0)
+
+    return find
+
+
+def test_room_for_a_later_step_is_found_in_each_new_state(gpu: FakeGpu) -> None:
+    """The first step has the plan's reserve; nothing is found again in a state that a loop comes back to."""
+    asked: list[int] = []
+    wanted = (reserve.Reserve("cuda:0", 100 * MIB, requests=((0, 5 * MIB), (0, -1))),)
+    run = reserve.reserving(lambda args: args[0], wanted, _found(30 * MIB, True, asked))
+    run([1])
+    assert (gpu.asked, asked, gpu.emptied) == ([100 * MIB], [], 1)
+    for _ in range(3):
+        gpu.segments = [[(90 * MIB, True), (10 * MIB, False)], [(20 * MIB, False)]]
+        run([1])
+        gpu.segments = [[(90 * MIB, True), (10 * MIB, False)], [(30 * MIB, False)]]
+        run([1])
+    assert asked == [120 * MIB] * 3  # what was made free was thrown away each time, which no loop does
+    assert gpu.asked[1:] == [30 * MIB] * 3
+    assert gpu.emptied == 4
+
+
+def test_steps_without_a_reserve_find_room_too(gpu: FakeGpu) -> None:
+    asked: list[int] = []
+    wanted = (reserve.Reserve("cuda:0", 0, requests=((0, 5 * MIB), (0, -1))),)
+    run = reserve.reserving(lambda args: args[0], wanted, _found(0, False, asked))
+    run([1])
+    assert (gpu.asked, asked) == ([], [])
+    gpu.segments = [[(90 * MIB, True), (10 * MIB, False)]]
+    for _ in range(3):
+        run([1])
+    assert (gpu.asked, asked, gpu.emptied) == ([], [100 * MIB], 0)
+
+
+def test_a_loop_without_a_steady_state_stops_looking(gpu: FakeGpu) -> None:
+    asked: list[int] = []
+    wanted = (reserve.Reserve("cuda:0", 0, requests=((0, 5 * MIB), (0, -1))),)
+    run = reserve.reserving(lambda args: args[0], wanted, _found(0, True, asked))
+    for step in range(1, 40):
+        gpu.segments = [[(100 * MIB * step, True)]]
+        run([1])
+    assert len(asked) == gpu.emptied == reserve._MOST_GIVEN_BACK
