@@ -106,7 +106,7 @@ def launcher(name: str, size: int, parts: int, tensors: dict[str, torch.Tensor])
     found = compile_one(build_of(name, size, parts), Target.current())
     device = torch.cuda.current_device()
     function, context = native.load(found.cubin, found.handle.name, found.shared_bytes, device)  # type: ignore[attr-defined]
-    bound = native.bind(function, context, 1 if name == "then_sum" else parts, 8 * 32, found.shared_bytes)
+    bound = native.bind(function, context, 1 if name == "then_sum" else parts, 8 * 32, found.shared_bytes, False)
     addresses = [tensors[n].data_ptr() for n in _ARGUMENTS[name]]
     return lambda: bound(torch.cuda.current_stream().cuda_stream, *addresses)
 

@@ -1,7 +1,23 @@
 // Launching kernels of a GPU, in a C++ wrapper: straight to the driver, whose library the loader opens.
 #pragma once
+namespace mp {
+// cuda.h: CUlaunchAttribute, CUlaunchConfig, CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+struct LaunchAttribute {
+    int32_t id, padding, value;
+    char rest[60];
+};
+struct LaunchConfig {
+    uint32_t grid[3], block[3], shared;
+    void* stream;
+    LaunchAttribute* attributes;
+    uint32_t count;
+};
+static_assert(sizeof(LaunchAttribute) == 72 && sizeof(LaunchConfig) == 56, "what cuda.h has");
+constexpr int32_t starts_early = 6;
+}  // namespace mp
 #define MP_CUDA(X) \
     X(cuLaunchKernel, (void*, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, void*, void**, void**)) \
+    X(cuLaunchKernelEx, (const mp::LaunchConfig*, void*, void**, void**)) \
     X(cuGetErrorString, (int32_t, const char**)) \
     X(cuCtxGetCurrent, (void**)) \
     X(cuCtxPushCurrent_v2, (void*)) \
@@ -32,8 +48,15 @@ static inline int32_t launch(Call& call, void* context, const Kernel& kernel, co
     const bool elsewhere = context != kernel.context;
     int32_t status = elsewhere ? cuCtxPushCurrent_v2(kernel.context) : 0;
     if (__builtin_expect(status != 0, 0)) return driver_failed(call, name, status);
-    status = cuLaunchKernel(kernel.function, uint32_t(grid), uint32_t(grid_y), uint32_t(grid_z), uint32_t(kernel.threads),
-                            1, 1, uint32_t(kernel.shared), stream, parameters, nullptr);
+    const uint32_t x = uint32_t(grid), y = uint32_t(grid_y), z = uint32_t(grid_z), threads = uint32_t(kernel.threads);
+    const uint32_t shared = uint32_t(kernel.shared);
+    if (kernel.early) {
+        LaunchAttribute attribute = {starts_early, 0, 1, {}};
+        const LaunchConfig config = {{x, y, z}, {threads, 1, 1}, shared, stream, &attribute, 1};
+        status = cuLaunchKernelEx(&config, kernel.function, parameters, nullptr);
+    } else {
+        status = cuLaunchKernel(kernel.function, x, y, z, threads, 1, 1, shared, stream, parameters, nullptr);
+    }
     if (elsewhere) cuCtxPopCurrent_v2(&context);
     return __builtin_expect(status != 0, 0) ? driver_failed(call, name, status) : 0;
 }

@@ -54,7 +54,10 @@ struct Host {
 // on no size, else block sizes to divide by.
 struct Kernel {
     void* function;
-    int64_t threads, shared, grid;
+    int64_t threads;
+    int32_t shared;
+    int32_t early;  // whether it may start before the kernel in front of it has ended, for which it waits itself
+    int64_t grid;
     int64_t blocks[3];
     void* context;  // of the GPU that it was loaded onto
 };

@@ -9,6 +9,7 @@ import sympy
 import torch
 
 from memplan.ir.canonical import CanonicalKernel
+from memplan.ir.early_launch import EarlyLaunch
 from memplan.ir.errors import LoweringError
 from memplan.ir.index import FloorDiv
 from memplan.ir.loops import Kernel, Level, Load, Size, StoreMode
@@ -17,12 +18,11 @@ from memplan.ir.program import evaluate
 from .row_schedule import schedule
 from .triton_body import emit_body
 from .triton_configs import LaunchConfig, Shape, choose
-from .triton_device_functions import device_source
 from .triton_loops import Loops, arrange, duplicates, extents
 from .triton_online import with_online_softmax
 from .triton_printer import signature_name
+from .triton_source import module_source
 
-_HEADER = "import triton\nimport triton.language as tl\nfrom triton.language.extra import libdevice\n"
 _INT32_LIMIT = 2**31 - 1
 
 
@@ -89,6 +89,7 @@ def emit_triton(
     aligned: tuple[bool, ...] | None = None,
     deterministic: bool = False,
     wide: bool = False,
+    early: EarlyLaunch = EarlyLaunch.NEVER,
 ) -> TritonKernel:
     """Triton source of a kernel.
 
@@ -104,6 +105,8 @@ def emit_triton(
         One configuration only, and no floating-point atomics.
     wide:
         Count in 64 bits even if the hinted sizes do not need it.
+    early:
+        What it does about the kernels before and after it.
 
     Raises
     ------
@@ -128,14 +131,7 @@ def emit_triton(
     arguments = _arguments(kernel, body)
     blocks = tuple(n for n, _ in configs[0].blocks)
     parameters = [n for n, _ in arguments] + [f"{b}: tl.constexpr" for b in blocks]
-    source = "".join(
-        (
-            _HEADER,
-            device_source(emitted.functions),
-            f"\n\n@triton.jit\ndef {name}({', '.join(parameters)}):\n",
-            emitted.text,
-        )
-    )
+    source = module_source(name, parameters, emitted.functions, emitted.text, early)
     grid_axes = tuple((a.numel, f"{a.name.upper()}BLOCK") for a in loops.axes if a.name != "r")
     guard = () if is_wide or limits is None else tuple(e for e in limits if not isinstance(e, int) and not e.is_Integer)
     pointers = sum(kind.startswith("*") for _, kind in arguments)

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import torch
 
+from memplan.ir.early_launch import EarlyLaunch
 from memplan.ir.errors import LoweringError
 from memplan.ir.loops import Kernel, Load
 from memplan.ir.program import View
@@ -22,20 +23,20 @@ from memplan.ir.template import ACCUMULATOR, Method, Product
 from .row_schedule import schedule
 from .triton_body import Body, Dims, Value
 from .triton_configs import LaunchConfig
-from .triton_device_functions import device_source
 from .triton_kernel import TritonKernel, pointer_type
 from .triton_loops import Axis, Loops
 from .triton_printer import signature_name
+from .triton_source import module_source
 
-_HEADER = "import triton\nimport triton.language as tl\nfrom triton.language.extra import libdevice\n"
 _LIMIT = 2**31
 _TILE: Dims = frozenset({0, 1})
 
 
-def emit_product(product: Product, *, name: str) -> TritonKernel:
+def emit_product(product: Product, *, name: str, early: EarlyLaunch = EarlyLaunch.NEVER) -> TritonKernel:
     """The kernel of a canonical product (buffers ``b0, b1, ...``), its sizes and its configuration written into it.
 
     Its arguments are the buffers in order, then the workspaces ``partials`` and ``counters`` where there are some.
+    ``early``: what it does about the kernels before and after it.
 
     Raises
     ------
@@ -48,18 +49,20 @@ def emit_product(product: Product, *, name: str) -> TritonKernel:
     lines = _METHODS[config.method](product, epilogue.print())
     spaces = tuple(w.role for w in product.workspaces())
     launch = LaunchConfig((("UNIT", 1),), config.warps, config.stages)
-    return _kernel(product, name, lines, spaces, epilogue, launch, product.instances)
+    return _kernel(product, name, lines, spaces, epilogue, launch, product.instances, early)
 
 
-def emit_parts(product: Product, *, name: str) -> TritonKernel:
+def emit_parts(product: Product, *, name: str, early: EarlyLaunch = EarlyLaunch.NEVER) -> TritonKernel:
     """The first of two launches of a SPLIT product: sums of every part, for `emit_finish`; arguments likewise."""
     _check_reach(product)
     epilogue = _Epilogue(product)
     launch = LaunchConfig((("UNIT", 1),), product.config.warps, product.config.stages)
-    return _kernel(product, name, _parts(product), ("partials",), epilogue, launch, product.instances)
+    return _kernel(product, name, _parts(product), ("partials",), epilogue, launch, product.instances, early)
 
 
-def emit_finish(product: Product, *, name: str, rows: int, warps: int) -> TritonKernel:
+def emit_finish(
+    product: Product, *, name: str, rows: int, warps: int, early: EarlyLaunch = EarlyLaunch.NEVER
+) -> TritonKernel:
     """The second of two launches: adds up the parts of ``rows`` rows of a tile in order, and runs the epilogue."""
     config = product.config
     epilogue = _Epilogue(product)
@@ -77,7 +80,7 @@ def emit_finish(product: Product, *, name: str, rows: int, warps: int) -> Triton
         *_finish(product, epilogue.print()),
     ]
     launch = LaunchConfig((("UNIT", 1),), warps, 1)
-    return _kernel(product, name, lines, ("partials",), epilogue, launch, product.tiles * slices)
+    return _kernel(product, name, lines, ("partials",), epilogue, launch, product.tiles * slices, early)
 
 
 def _kernel(
@@ -88,19 +91,13 @@ def _kernel(
     epilogue: _Epilogue,
     launch: LaunchConfig,
     instances: int,
+    early: EarlyLaunch,
 ) -> TritonKernel:
     arguments = [(b, f"*{signature_name(t)}") for b, t in _types(product).items()]
     arguments += [(r, "*i32" if r == "counters" else "*fp32") for r in spaces]
-    parameters = ", ".join([*(n for n, _ in arguments), "UNIT: tl.constexpr"])
-    source = "".join(
-        (
-            _HEADER,
-            device_source(tuple(sorted(epilogue.functions))),
-            f"\n\n@triton.jit\ndef {name}({parameters}):\n",
-            "\n".join(f"    {line}" for line in lines),
-            "\n",
-        )
-    )
+    parameters = [*(n for n, _ in arguments), "UNIT: tl.constexpr"]
+    body = "".join(f"    {line}\n" for line in lines)
+    source = module_source(name, parameters, sorted(epilogue.functions), body, early)
     return TritonKernel(
         name,
         source,

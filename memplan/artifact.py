@@ -54,13 +54,14 @@ class GpuKernel:
     cubin: bytes
     shared_bytes: int
     fixed: tuple[int | None, ...] | None = None
+    early: bool = False
 
     @staticmethod
     def of(name: str, index: int, grid: GridKernel, compiled: Compiled) -> GpuKernel:
         entry = str(compiled.handle.name)  # type: ignore[attr-defined]
         limits = tuple(grid.index_limit)
         given = (grid.arguments, grid.symbols, grid.axes, limits, compiled.build, entry)
-        return GpuKernel(name, index, *given, compiled.cubin, compiled.shared_bytes)
+        return GpuKernel(name, index, *given, compiled.cubin, compiled.shared_bytes, early=compiled.early)
 
     @staticmethod
     def of_user(name: str, index: int, user: Direct) -> GpuKernel:
@@ -72,7 +73,7 @@ class GpuKernel:
 
     def launcher(self) -> Launcher:
         """Its launcher; the cubin is not loaded yet."""
-        compiled = Compiled(self.build, _Entry(self.entry), self.cubin, self.shared_bytes, 0)
+        compiled = Compiled(self.build, _Entry(self.entry), self.cubin, self.shared_bytes, 0, self.early)
         return make_launcher(self, compiled, self.index)
 
 

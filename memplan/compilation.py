@@ -312,7 +312,7 @@ def _from_cache(found: Found, program: Program, config: Config) -> CompiledProgr
     def wide(name: str) -> Launcher:
         plan = found.plan()
         device, kernel = kernel_sets.collect(plan.program).sources[name]
-        return kernel_sets.build_wide(device, kernel, name, plan.program.hints, deterministic)
+        return kernel_sets.build_wide(device, kernel, name, plan.program.hints, deterministic, config)
 
     deterministic = torch.are_deterministic_algorithms_enabled()
     try:
@@ -356,7 +356,7 @@ def _compile(planned: Planned, program: Program, config: Config, kept: Kept) -> 
         return tuned(lines, gpu, emitted, config, lambda text: _dump(config, f"{program.name}.tuning.py", text))
 
     first = () if not tuning_wanted(config) else (choose,)
-    built = with_templates(kernel_sets.build(found, plan.program, config, *first), templates)
+    built = with_templates(kernel_sets.build(found, plan.program, config, *first), templates, config)
     built = replace(built, callables={**built.callables, **user.launchers})
     python = print_python(lines, poison=config.poison)
     cpp = ahead if on_cpu else choose_wrapper(lines, built.emitted, config, user.fixed)

@@ -62,4 +62,4 @@ def load_in_cpp(
 
 
 def _cpu_row(function: Callable[..., object]) -> KernelRow:
-    return (ctypes.cast(function, ctypes.c_void_p).value or 0, 0, 0, 0, 0, 0, 0, 0)  # type: ignore[arg-type]
+    return (ctypes.cast(function, ctypes.c_void_p).value or 0, 0, 0, 0, 0, 0, 0, 0, 0)  # type: ignore[arg-type]

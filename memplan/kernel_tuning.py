@@ -71,7 +71,7 @@ def tuned(
     plan = lines.plan
     store = Cache(config.cache_dir) if config.cache_dir else Cache()
     several = {n: k for n, k in emitted.items() if n in kernels and len(k.configs) > 1}
-    keys = {n: _cache_key(kernels[n], emitted[n], lines) for n in several}
+    keys = {n: _cache_key(kernels[n], emitted[n], lines, config) for n in several}
     kept = {n: json.loads(data)["number"] for n, key in keys.items() if (data := store.get_bytes(key)) is not None}
     missing = {n: k for n, k in several.items() if n not in kept}
     if not missing:
@@ -109,14 +109,15 @@ def run_block(block: TuningBlock, bench: Bench) -> None:
         bench.release()
 
 
-def _cache_key(kernel: CanonicalKernel, emitted: TritonKernel, lines: WrapperProgram) -> str:
+def _cache_key(kernel: CanonicalKernel, emitted: TritonKernel, lines: WrapperProgram, config: Config) -> str:
     import triton
 
     hints = lines.plan.program.hints
     sizes = [(s.name, evaluate(s, hints)) for s in emitted.symbols]
     device = torch.cuda.get_device_name()
     versions = (str(torch.__version__), str(triton.__version__), str(torch.version.cuda), str(_VERSION))
-    return cache_key("kernel tuning", device, *versions, repr((kernel.kernel, kernel.offsets, sizes, emitted.configs)))
+    what = (kernel.kernel, kernel.offsets, sizes, emitted.configs, config.early_launch)
+    return cache_key("kernel tuning", device, *versions, repr(what))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from .codegen.triton_kernel import TritonKernel, emit_triton
 from .fallback import Failure, KernelBuildError, NoCompilerError
 from .ir.canonical import CanonicalKernel, canonicalize, hoist_offsets
 from .ir.config import Config
+from .ir.early_launch import early_launch
 from .ir.errors import CacheError, CompilerError, MemplanError
 from .ir.loops import Kernel
 from .ir.program import KernelOp, Program
@@ -186,7 +187,7 @@ def _cpp_build_failures(
     return failures or (Failure(tuple(u for n, _ in mine for u in kernels.users[n]), error),)
 
 
-def build_cuda(kernels: KernelSet, program: Program, choose: Choose = _first) -> BuiltKernels:
+def build_cuda(kernels: KernelSet, program: Program, config: Config, choose: Choose = _first) -> BuiltKernels:
     """Build the GPU kernels, each in the configuration that is chosen for it, and make launchers.
 
     Raises
@@ -198,17 +199,19 @@ def build_cuda(kernels: KernelSet, program: Program, choose: Choose = _first) ->
     if not mine:
         return BuiltKernels({}, "")
     hints, deterministic = program.hints, torch.are_deterministic_algorithms_enabled()
+    target = Target.current()
+    early = early_launch(config.early_launch, target.arch)
     failures: list[Failure] = []
     emitted: dict[str, TritonKernel] = {}
     for name, _, kernel in mine:
         try:
-            emitted[name] = emit_triton(kernel, name=name, hints=hints, deterministic=deterministic)
+            emitted[name] = emit_triton(kernel, name=name, hints=hints, deterministic=deterministic, early=early)
         except _EMITTER_ERRORS as error:
             failures.append(Failure(kernels.users[name], error))
     chosen = {} if failures else choose(emitted)
     builds = [Build.of(k, k.configs[chosen.get(n, 0)]) for n, k in emitted.items()]
     launchers: dict[str, Launcher] = {}
-    for (name, found), built in zip(emitted.items(), compile_builds(builds, Target.current()), strict=True):
+    for (name, found), built in zip(emitted.items(), compile_builds(builds, target), strict=True):
         if isinstance(built, CompilerError):
             failures.append(Failure(kernels.users[name], built))
             continue
@@ -219,7 +222,7 @@ def build_cuda(kernels: KernelSet, program: Program, choose: Choose = _first) ->
     for name, launcher in launchers.items():
         if emitted[name].index_limit:
             launcher.load()
-            callables[name] = _widening(launcher, *kernels.sources[name], name, hints, deterministic)
+            callables[name] = _widening(launcher, *kernels.sources[name], name, hints, deterministic, config)
         else:
             callables[name] = launcher.bound()  # loaded now: not while somebody records a CUDA graph
     return BuiltKernels(callables, "\n".join(k.source for k in emitted.values()), launchers, emitted)
@@ -236,17 +239,25 @@ def _widening(
     name: str,
     hints: Mapping[sympy.Symbol, int],
     deterministic: bool,
+    config: Config,
 ) -> Callable[..., None]:
     """`widening` with a kernel that is built when it is first needed."""
-    return widening(narrow, lambda: build_wide(device, kernel, name, hints, deterministic))
+    return widening(narrow, lambda: build_wide(device, kernel, name, hints, deterministic, config))
 
 
 def build_wide(
-    device: str, kernel: CanonicalKernel, name: str, hints: Mapping[sympy.Symbol, int], deterministic: bool
+    device: str,
+    kernel: CanonicalKernel,
+    name: str,
+    hints: Mapping[sympy.Symbol, int],
+    deterministic: bool,
+    config: Config,
 ) -> Launcher:
     """The kernel built to count in 64 bits.  Raises CompilerError if Triton refuses it."""
-    emitted = emit_triton(kernel, name=name, hints=hints, deterministic=deterministic, wide=True)
-    built = compile_builds([Build.of(emitted, emitted.configs[0])], Target.current())[0]
+    target = Target.current()
+    early = early_launch(config.early_launch, target.arch)
+    emitted = emit_triton(kernel, name=name, hints=hints, deterministic=deterministic, wide=True, early=early)
+    built = compile_builds([Build.of(emitted, emitted.configs[0])], target)[0]
     if isinstance(built, CompilerError):
         raise built
     return make_launcher(emitted, built, _index(device))
@@ -255,6 +266,6 @@ def build_wide(
 def build(kernels: KernelSet, program: Program, config: Config, choose: Choose = _first) -> BuiltKernels:
     """All kernels of the program; ``choose`` says which configuration those of a GPU are built in."""
     cpu = build_cpu(kernels, program, config)
-    cuda = build_cuda(kernels, program, choose)
+    cuda = build_cuda(kernels, program, config, choose)
     callables, source = {**cpu.callables, **cuda.callables}, cpu.source + cuda.source
     return replace(cuda, callables=callables, source=source, library=cpu.library)

@@ -294,7 +294,7 @@ def _load_code(path: Path, artifact: Artifact, code: Mapping[str, bytes]) -> dic
                 file = Path(folder) / "kernels.so"
                 file.write_bytes(code["kernels.so"])
                 kernels |= load_kernels(file, artifact.library.signatures)
-            host = code.get(f"host/cuda_launch.{cuda_launch.soabi()}.so")
+            host = code.get(f"host/{cuda_launch.module_name()}")
             if host is not None:
                 file = Path(folder) / "cuda_launch.so"
                 file.write_bytes(host)

@@ -104,7 +104,7 @@ def _fill(
     from .reports.target import report_from
 
     plan = compiled.plan
-    artifact = replace(artifact, gpu=(*artifact.gpu, *_wide_kernels(compiled, artifact)))
+    artifact = replace(artifact, gpu=(*artifact.gpu, *_wide_kernels(compiled, artifact, config)))
     interface = _with_weights(writer, exported)
     constants = {}
     for name, tensor in plan.program.constants.items():
@@ -117,7 +117,7 @@ def _fill(
             raise SavedModelError("the built kernels are gone from the cache: save again")
         writer.add("kernels.so", data)
     if artifact.gpu:
-        writer.add(f"host/cuda_launch.{cuda_launch.soabi()}.so", cuda_launch.module_path().read_bytes())
+        writer.add(f"host/{cuda_launch.module_name()}", cuda_launch.module_path().read_bytes())
     cpp = cpp_parts(plan, interface, artifact, plan.program.constants, config)
     if cpp is not None:
         writer.add("wrapper.so", cpp[0])
@@ -131,7 +131,7 @@ def _fill(
     return {"memplan": version("memplan"), "torch": _release(torch.__version__), "needs": _needs(artifact)}
 
 
-def _wide_kernels(compiled: CompiledProgram, artifact: Artifact) -> list[GpuKernel]:
+def _wide_kernels(compiled: CompiledProgram, artifact: Artifact, config: Config) -> list[GpuKernel]:
     """Kernels that count in 64 bits, for those whose sizes may come to need it."""
     found: list[GpuKernel] = []
     sources = collect(compiled.plan.program).sources
@@ -139,7 +139,7 @@ def _wide_kernels(compiled: CompiledProgram, artifact: Artifact) -> list[GpuKern
         if kernel.index_limit:
             deterministic = torch.are_deterministic_algorithms_enabled()
             hints = compiled.plan.program.hints
-            wide = build_wide(*sources[kernel.name], kernel.name, hints, deterministic)
+            wide = build_wide(*sources[kernel.name], kernel.name, hints, deterministic, config)
             made = GpuKernel.of(kernel.name + WIDE, kernel.index, kernel, wide.compiled)
             found.append(replace(made, index_limit=()))
     return found

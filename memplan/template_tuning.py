@@ -25,6 +25,7 @@ from .codegen.triton_kernel import TritonKernel, emit_triton
 from .codegen.triton_product import emit_product
 from .ir.canonical import canonicalize, hoist_offsets
 from .ir.config import Config
+from .ir.early_launch import EarlyLaunch, early_launch
 from .ir.errors import CompilerError, LoweringError
 from .ir.program import Program, View, evaluate
 from .ir.template import Method, Product, ProductConfig, Workspace, canonical_product
@@ -72,40 +73,44 @@ def measured_choices(
 ) -> Mapping[Product, ProductConfig]:
     """The configurations of those candidates that are faster than ATen; measured now where the cache has nothing."""
     store = Cache(config.cache_dir) if config.cache_dir else Cache()
+    early = early_launch(config.early_launch, Target.current().arch)
     distinct = {c.key: c for c in candidates}
     found: dict[Product, ProductConfig] = {}
     missing: dict[Product, Candidate] = {}
     for key, candidate in distinct.items():
-        data = store.get_bytes(_cache_key(key))
+        data = store.get_bytes(_cache_key(key, early))
         if data is None:
             missing[key] = candidate
         elif (chosen := decode(data)) is not None:
             found[key] = chosen
-    for key, measured in _without_modes(missing, program).items():
+    for key, measured in _without_modes(missing, program, early).items():
         if measured.kept:
-            keep(store, _cache_key(key), encode(measured))
+            keep(store, _cache_key(key, early), encode(measured))
         if measured.config is not None:
             found[key] = measured.config
     return found
 
 
-def _without_modes(missing: Mapping[Product, Candidate], program: Program) -> dict[Product, Measured]:
+def _without_modes(
+    missing: Mapping[Product, Candidate], program: Program, early: EarlyLaunch
+) -> dict[Product, Measured]:
     """`measure_all` outside of what traces: real tensors are made, on the candidates' own device."""
     out: dict[Product, Measured] = {}
     with torch.no_grad(), _disable_current_modes():
         for device in sorted({c.call.device for c in missing.values()}):
             with torch.cuda.device(device):
-                out.update(measure_all({k: c for k, c in missing.items() if c.call.device == device}, program))
+                here = {k: c for k, c in missing.items() if c.call.device == device}
+                out.update(measure_all(here, program, early=early))
                 torch.cuda.empty_cache()  # the buffers of measurements are not to stay reserved
     return out
 
 
-def _cache_key(key: Product) -> str:
+def _cache_key(key: Product, early: EarlyLaunch) -> str:
     import triton
 
     device = torch.cuda.get_device_name()
     versions = (str(torch.__version__), str(triton.__version__), str(torch.version.cuda), str(_VERSION))
-    return cache_key("template", device, *versions, repr(key))
+    return cache_key("template", device, *versions, repr((key, early.value)))
 
 
 def encode(measured: Measured) -> bytes:
@@ -181,11 +186,16 @@ def _splits(sized: Product, processors: int) -> list[ProductConfig]:
 
 
 def measure_all(
-    missing: Mapping[Product, Candidate], program: Program, limit: int | None = None
+    missing: Mapping[Product, Candidate],
+    program: Program,
+    limit: int | None = None,
+    *,
+    early: EarlyLaunch = EarlyLaunch.NEVER,
 ) -> dict[Product, Measured]:
     """Each candidate measured; all that is to be timed is built first, in parallel.
 
     ``limit``: most bytes that one measurement may take; None for what the program itself needs, and `ALLOWANCE`.
+    ``early``: what our kernels do about those around them.
     """
     if not missing:
         return {}
@@ -195,7 +205,7 @@ def measure_all(
     for key, candidate in missing.items():
         needed = held_bytes(candidate, program)
         if needed <= limit:
-            kernels[key] = _emitted(key, limit - needed)
+            kernels[key] = _emitted(key, limit - needed, early)
             continue
         reason = f"it would take {needed} bytes to time it, of {limit}"
         _log.info("%s stays ATen's call: %s", candidate.call.name, reason)
@@ -209,14 +219,14 @@ def measure_all(
             if isinstance(found := built[Build.of(kernel, kernel.configs[0])], Compiled) and not found.scratch_bytes
         ]
         if usable:
-            out[key] = measure(missing[key], program, usable)
+            out[key] = measure(missing[key], program, usable, early)
         else:
             _log.info("%s stays ATen's call: no template fits or builds", missing[key].call.name)
             out[key] = Measured(None, 0.0, math.inf, skipped="no template fits or builds")
     return out
 
 
-def _emitted(key: Product, room: int) -> list[tuple[ProductConfig, TritonKernel]]:
+def _emitted(key: Product, room: int, early: EarlyLaunch) -> list[tuple[ProductConfig, TritonKernel]]:
     """What contends for a product, as text; ``room``: most bytes for workspaces."""
     processors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
     found = []
@@ -225,7 +235,7 @@ def _emitted(key: Product, room: int) -> list[tuple[ProductConfig, TritonKernel]
         if sum(w.count for w in sized.workspaces()) > room:
             continue
         try:
-            found.append((config, emit_product(sized, name="product")))
+            found.append((config, emit_product(sized, name="product", early=early)))
         except LoweringError as error:
             _log.info("no template: %s", error)
             break
@@ -258,13 +268,16 @@ def reused(candidate: Candidate, program: Program) -> dict[str, str]:
 
 
 def measure(
-    candidate: Candidate, program: Program, usable: Sequence[tuple[ProductConfig, TritonKernel, Compiled]]
+    candidate: Candidate,
+    program: Program,
+    usable: Sequence[tuple[ProductConfig, TritonKernel, Compiled]],
+    early: EarlyLaunch = EarlyLaunch.NEVER,
 ) -> Measured:
     """Time ATen with its kernel and every template on the same buffers, which are freed afterwards.
 
     A template is taken only if what it computes is what ATen with its kernel does (`_Held.difference`).
     """
-    held = _Held(candidate, program)
+    held = _Held(candidate, program, early)
     runs: list[Callable[[], None]] = [held.aten()]
     configs: list[ProductConfig] = []
     for config, kernel, compiled in usable:
@@ -326,8 +339,8 @@ class _Held:
     each has for itself: one that left them other than zero would spoil the next.
     """
 
-    def __init__(self, candidate: Candidate, program: Program) -> None:
-        self.candidate, self.program = candidate, program
+    def __init__(self, candidate: Candidate, program: Program, early: EarlyLaunch = EarlyLaunch.NEVER) -> None:
+        self.candidate, self.program, self.early = candidate, program, early
         self.tensors: dict[str, torch.Tensor] = {}
         call = candidate.call
         generator = torch.Generator(call.device).manual_seed(0)
@@ -350,7 +363,7 @@ class _Held:
         if kernel is None:
             return None
         canonical = hoist_offsets(canonicalize(kernel.kernel))
-        emitted = emit_triton(canonical, name="epilogue", hints=self.program.hints)
+        emitted = emit_triton(canonical, name="epilogue", hints=self.program.hints, early=self.early)
         built = compile_builds([Build.of(emitted, emitted.configs[0])], Target.current())[0]
         if isinstance(built, CompilerError):
             raise built

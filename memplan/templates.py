@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 from .codegen.triton_kernel import TritonKernel
 from .codegen.triton_product import emit_product
+from .ir.config import Config
+from .ir.early_launch import EarlyLaunch, early_launch
 from .ir.errors import CompilerError
 from .ir.program import Program
 from .ir.template import Product, Template, canonical_product
@@ -44,11 +46,11 @@ def collect_templates(program: Program) -> TemplateSet:
     return TemplateSet(arguments, sources)
 
 
-def emitted_templates(templates: TemplateSet) -> dict[str, TritonKernel]:
-    return {name: emit_product(product, name=name) for name, (_, product) in templates.sources.items()}
+def emitted_templates(templates: TemplateSet, early: EarlyLaunch) -> dict[str, TritonKernel]:
+    return {name: emit_product(product, name=name, early=early) for name, (_, product) in templates.sources.items()}
 
 
-def with_templates(built: BuiltKernels, templates: TemplateSet) -> BuiltKernels:
+def with_templates(built: BuiltKernels, templates: TemplateSet, config: Config) -> BuiltKernels:
     """The kernels and the templates of a program.
 
     Raises
@@ -58,8 +60,9 @@ def with_templates(built: BuiltKernels, templates: TemplateSet) -> BuiltKernels:
     """
     if not templates.sources:
         return built
-    emitted = emitted_templates(templates)
-    compiled = compile_builds([Build.of(k, k.configs[0]) for k in emitted.values()], Target.current())
+    target = Target.current()
+    emitted = emitted_templates(templates, early_launch(config.early_launch, target.arch))
+    compiled = compile_builds([Build.of(k, k.configs[0]) for k in emitted.values()], target)
     launchers = dict(built.launchers)
     callables = dict(built.callables)
     for (name, kernel), found in zip(emitted.items(), compiled, strict=True):

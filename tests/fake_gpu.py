@@ -29,6 +29,7 @@ from memplan.runtime.triton_build import Build, Compiled, Target
 
 #: Bytes of shared memory that each fake build says it needs: more than a kernel gets without asking.
 SHARED = 60_000
+_WAITS = "    gdc_wait()\n"
 
 
 class _Launch(ctypes.Structure):
@@ -39,6 +40,7 @@ class _Launch(ctypes.Structure):
         ("shared", ctypes.c_uint64),
         ("stream", ctypes.c_uint64),
         ("context", ctypes.c_uint64),
+        ("early", ctypes.c_uint64),
         ("count", ctypes.c_uint64),
         ("arguments", ctypes.c_uint64 * 128),
     ]
@@ -54,6 +56,7 @@ class Launched:
     shared: int
     stream: int
     context: int
+    early: bool
     arguments: tuple[int, ...]
 
 
@@ -76,9 +79,8 @@ class FakeGpu:
             made = self.driver.fake_launch(ctypes.c_uint64(k)).contents
             values = tuple(made.arguments[: made.count])
             name = self.names[made.kernel][0]
-            found.append(
-                Launched(name, tuple(made.grid), tuple(made.block), made.shared, made.stream, made.context, values)
-            )
+            where = (tuple(made.grid), tuple(made.block), made.shared, made.stream, made.context, bool(made.early))
+            found.append(Launched(name, *where, values))
         return found
 
     def kernel(self, launched: Launched) -> TritonKernel:
@@ -112,7 +114,7 @@ class FakeGpu:
             number = register(ctypes.cast(function, ctypes.c_void_p), len(build.arguments))  # type: ignore[arg-type]
             self.names[number] = (build.name, self.emitted[build.name][1])
             cubin = b"\x7fELF" + number.to_bytes(8, "little")
-            out.append(Compiled(build, SimpleNamespace(name=build.name), cubin, SHARED, 0))
+            out.append(Compiled(build, SimpleNamespace(name=build.name), cubin, SHARED, 0, _WAITS in build.source))
         return out
 
     def on_gpu(self, program: Program) -> Program:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 
 from .communication_options import CommunicationOptions
+from .early_launch import EARLY_LAUNCHES
 from .errors import OptionError
 
 WRAPPERS = ("auto", "python", "cpp")
@@ -72,6 +73,10 @@ class Config:
         Raise where an index of a gather, a scatter, an embedding or a loss is out of range, as eager does: an
         `IndexOutOfRangeError` from a CPU's kernels, a device-side assertion on a GPU. Without it such an index reads
         or writes whatever lies there.
+    early_launch:
+        Whether a kernel of ours on a GPU of compute capability 9.0 or more is started while the one before it ends,
+        and waits itself (`memplan.ir.early_launch`): ``"auto"``; ``"start"``, ``"end"`` or ``"wait"`` (it may as soon
+        as the one before it has begun everywhere, has stored its results, or has ended everywhere); ``"never"``.
     pools:
         ``"auto"`` (what the simulated device allocator likes best), ``"always"`` or ``"never"``.
     communication:
@@ -98,6 +103,7 @@ class Config:
     max_fused_buffers: int = 24
     loss_chunk: int = 2**28
     check_indices: bool = True
+    early_launch: str = "auto"
     pools: str = "auto"
     communication: CommunicationOptions = field(default_factory=CommunicationOptions)
     cache_dir: str | None = None
@@ -144,7 +150,8 @@ class Config:
 
 
 def from_environment(config: Config) -> Config:
-    """The options that ``MEMPLAN_`` and their name set: dump, poison, cache_dir, plan_cache, disable, wrapper."""
+    """The options that ``MEMPLAN_`` and their name set: dump, poison, cache_dir, plan_cache, disable, wrapper,
+    early_launch."""
     env = os.environ
     values: dict[str, object] = {}
     if env.get("MEMPLAN_DUMP"):
@@ -158,8 +165,9 @@ def from_environment(config: Config) -> Config:
     if env.get("MEMPLAN_DISABLE"):
         names = tuple(n for n in env["MEMPLAN_DISABLE"].replace(" ", ",").split(",") if n)
         values["disable"] = _checked("disable", names, config.known_passes)
-    if env.get("MEMPLAN_WRAPPER"):
-        values["wrapper"] = _checked("wrapper", env["MEMPLAN_WRAPPER"], config.known_passes)
+    for name in ("wrapper", "early_launch"):
+        if given := env.get(f"MEMPLAN_{name.upper()}"):
+            values[name] = _checked(name, given, config.known_passes)
     return replace(config, **values)  # type: ignore[arg-type]
 
 
@@ -200,6 +208,8 @@ def _checked(name: str, value: object, known_passes: tuple[str, ...]) -> object:
             return _choice(name, value, RANDOM)
         case "target":
             return None if value is None else _choice(name, str(value).upper(), TARGETS)
+        case "early_launch":
+            return _choice(name, value, tuple(EARLY_LAUNCHES))
         case "pools":
             return _choice(name, value, ("auto", "always", "never"))
         case "communication":

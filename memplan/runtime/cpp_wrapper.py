@@ -18,9 +18,9 @@ from .cache import Cache
 from .cpp_wrapper_host import find_symbol, host
 from .python_runtime import namespace
 
-#: One row of a call's table of kernels: function, threads, bytes of shared memory, grid, three block sizes, the
-#: GPU's context. What does not apply is zero.
-KernelRow = tuple[int, int, int, int, int, int, int, int]
+#: One row of a call's table of kernels: function, threads, bytes of shared memory, whether it is started early, grid,
+#: three block sizes, the GPU's context. What does not apply is zero.
+KernelRow = tuple[int, int, int, int, int, int, int, int, int]
 _KINDS = {"tensor": 0, "number": 1, "object": 2, "literal": 3}
 
 

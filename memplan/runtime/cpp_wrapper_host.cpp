@@ -15,7 +15,9 @@ struct Host {
 };
 struct Kernel {
   void* function;
-  int64_t threads, shared, grid, blocks[3];
+  int64_t threads;
+  int32_t shared, early;
+  int64_t grid, blocks[3];
   void* context;
 };
 struct Graph {
@@ -180,9 +182,12 @@ bool fill_kernels(Graph* graph) {
     unsigned long long function = 0;
     Kernel& k = graph->kernels[i];
     unsigned long long context = 0;
-    long long f[6] = {};
-    good = PyArg_ParseTuple(PyTuple_GET_ITEM(rows, i), "KLLLLLLK", &function, f, f + 1, f + 2, f + 3, f + 4, f + 5, &context);
-    k = {reinterpret_cast<void*>(function), f[0], f[1], f[2], {f[3], f[4], f[5]}, reinterpret_cast<void*>(context)};
+    int shared = 0, early = 0;
+    long long threads = 0, f[4] = {};
+    good = PyArg_ParseTuple(PyTuple_GET_ITEM(rows, i), "KLiiLLLLK", &function, &threads, &shared, &early, f, f + 1, f + 2,
+                            f + 3, &context);
+    k = {reinterpret_cast<void*>(function), threads, shared, early, f[0], {f[1], f[2], f[3]},
+         reinterpret_cast<void*>(context)};
   }
   Py_DECREF(rows);
   if (good) Py_CLEAR(graph->prepare);

@@ -8,7 +8,9 @@
 
 #define DRIVER(X) \
   X(cuLaunchKernel, (void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**)) \
+  X(cuLaunchKernelEx, (const driver::LaunchConfig*, void*, void**, void**)) \
   X(cuGetErrorString, (int, const char**)) \
+  X(cuDriverGetVersion, (int*)) \
   X(cuInit, (unsigned)) \
   X(cuDeviceGet, (int*, int)) \
   X(cuDeviceGetAttribute, (int*, int, int)) \
@@ -22,6 +24,18 @@
   X(cuFuncSetAttribute, (void*, int, int))
 
 namespace driver {
+// cuda.h: CUlaunchAttribute, CUlaunchConfig
+struct LaunchAttribute {
+  int id, padding, value;
+  char rest[60];
+};
+struct LaunchConfig {
+  unsigned grid[3], block[3], shared;
+  void* stream;
+  LaunchAttribute* attributes;
+  unsigned count;
+};
+static_assert(sizeof(LaunchAttribute) == 72 && sizeof(LaunchConfig) == 56, "what cuda.h has");
 #define MP_DECLARE(name, arguments) int(*name) arguments = nullptr;
 DRIVER(MP_DECLARE)
 }  // namespace driver
@@ -35,11 +49,15 @@ constexpr int scratch_pointers = 2;
 constexpr int most_shared = 97, allowed_shared = 8;
 // more has to be asked for
 constexpr int plain_shared = 48 * 1024;
+// cuda.h: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION; and the first driver (CUDA 12.3) that records such
+// launches into CUDA graphs
+constexpr int starts_early = 6, first_driver = 12030;
 
 struct Kernel {
   void *function, *context;
   unsigned grid, threads, shared;
   unsigned grid_y = 1, grid_z = 1;
+  bool early = false;  // started before the kernel in front of it has ended, for which it waits itself
 };
 
 PyObject* failed(const char* what, int status) {
@@ -57,8 +75,15 @@ int start(const Kernel& kernel, void* stream, void** parameters) {
   const bool elsewhere = context != kernel.context;
   if (!status && elsewhere) status = driver::cuCtxPushCurrent_v2(kernel.context);
   if (status) return status;
-  status = driver::cuLaunchKernel(kernel.function, kernel.grid, kernel.grid_y, kernel.grid_z, kernel.threads, 1, 1, kernel.shared, stream,
-                                  parameters, nullptr);
+  if (kernel.early) {
+    driver::LaunchAttribute attribute = {starts_early, 0, 1, {}};
+    const driver::LaunchConfig config = {{kernel.grid, kernel.grid_y, kernel.grid_z}, {kernel.threads, 1, 1},
+                                         kernel.shared, stream, &attribute, 1};
+    status = driver::cuLaunchKernelEx(&config, kernel.function, parameters, nullptr);
+  } else {
+    status = driver::cuLaunchKernel(kernel.function, kernel.grid, kernel.grid_y, kernel.grid_z, kernel.threads, 1, 1,
+                                    kernel.shared, stream, parameters, nullptr);
+  }
   if (elsewhere) driver::cuCtxPopCurrent_v2(&context);
   return status;
 }
@@ -94,6 +119,7 @@ PyObject* launch_bound(PyObject* self, PyObject* const* args, Py_ssize_t count) 
 PyMethodDef bound = {"launch", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(launch_bound)), METH_FASTCALL,
                      "launch(stream, *arguments)"};
 
+// function, context, grid, threads, shared
 bool read_kernel(PyObject* const* args, Kernel& kernel) {
   kernel.function = reinterpret_cast<void*>(PyLong_AsUnsignedLongLong(args[0]));
   kernel.context = reinterpret_cast<void*>(PyLong_AsUnsignedLongLong(args[1]));
@@ -107,13 +133,20 @@ bool read_kernel(PyObject* const* args, Kernel& kernel) {
   return !PyErr_Occurred();
 }
 
+// the same, and whether it is started early
+bool read_early(PyObject* const* args, Kernel& kernel) {
+  const int early = read_kernel(args, kernel) ? PyObject_IsTrue(args[5]) : -1;
+  kernel.early = early > 0;
+  return early >= 0;
+}
+
 PyObject* bind(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Kernel kernel;
-  if (count != 5) {
-    PyErr_SetString(PyExc_TypeError, "bind(function, context, grid, threads, shared)");
+  if (count != 6) {
+    PyErr_SetString(PyExc_TypeError, "bind(function, context, grid, threads, shared, early)");
     return nullptr;
   }
-  if (!read_kernel(args, kernel)) return nullptr;
+  if (!read_early(args, kernel)) return nullptr;
   PyObject* self = PyBytes_FromStringAndSize(reinterpret_cast<const char*>(&kernel), sizeof kernel);
   if (!self) return nullptr;
   PyObject* out = PyCFunction_NewEx(&bound, self, nullptr);
@@ -123,12 +156,12 @@ PyObject* bind(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 PyObject* launch(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Kernel kernel;
-  if (count < 6) {
-    PyErr_SetString(PyExc_TypeError, "launch(function, context, grid, threads, shared, stream, *arguments)");
+  if (count < 7) {
+    PyErr_SetString(PyExc_TypeError, "launch(function, context, grid, threads, shared, early, stream, *arguments)");
     return nullptr;
   }
-  if (!read_kernel(args, kernel)) return nullptr;
-  return launch_on(kernel, args + 5, count - 5);
+  if (!read_early(args, kernel)) return nullptr;
+  return launch_on(kernel, args + 6, count - 6);
 }
 
 // A grid along three axes, none of them zero.
@@ -190,6 +223,14 @@ PyObject* open_driver(PyObject*, PyObject* path) {
   Py_RETURN_NONE;
 }
 
+// Whether the driver can start kernels early, recorded CUDA graphs included.
+PyObject* launches_early(PyObject*, PyObject*) {
+  int version = 0;
+  const int status = driver::cuDriverGetVersion(&version);
+  if (status) return failed("cuDriverGetVersion", status);
+  return PyBool_FromLong(version >= first_driver);
+}
+
 PyCFunction fast(PyObject* (*f)(PyObject*, PyObject* const*, Py_ssize_t)) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
 }
@@ -197,6 +238,7 @@ PyCFunction fast(PyObject* (*f)(PyObject*, PyObject* const*, Py_ssize_t)) {
 PyMethodDef methods[] = {{"bind", fast(bind), METH_FASTCALL, nullptr},
                          {"launch", fast(launch), METH_FASTCALL, nullptr},
                          {"launch_grid", fast(launch_grid), METH_FASTCALL, nullptr},
+                         {"launches_early", launches_early, METH_NOARGS, nullptr},
                          {"load", load, METH_VARARGS, nullptr},
                          {"open_driver", open_driver, METH_O, nullptr},
                          {nullptr, nullptr, 0, nullptr}};

@@ -8,6 +8,7 @@ callable that goes straight to ``cuLaunchKernel``. The driver is opened at run t
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.machinery
 import importlib.util
 import logging
@@ -32,9 +33,19 @@ DRIVER = "libcuda.so.1"
 _given: list[Path] = []
 
 
-def soabi() -> str:
+def _soabi() -> str:
     """The name of the Python interface that a native module is built for."""
     return str(sysconfig.get_config_var("SOABI"))
+
+
+def _source() -> str:
+    return (files(__package__) / "cuda_launch.cpp").read_text(encoding="utf-8")
+
+
+def module_name() -> str:
+    """What the built module is called in a saved model: after its source and the Python that it is built for, so that
+    no other version of memplan and no other Python takes it."""
+    return f"cuda_launch.{hashlib.sha256(_source().encode()).hexdigest()[:8]}.{_soabi()}.so"
 
 
 def use_module(path: Path) -> None:
@@ -51,13 +62,13 @@ def module_path() -> Path:
         No C++ compiler, or no headers of Python.
     """
     return build_library(
-        (files(__package__) / "cuda_launch.cpp").read_text(encoding="utf-8"),
+        _source(),
         name="cuda_launch",
         flags=("-O2",),
         include_dirs=(sysconfig.get_paths()["include"],),
         openmp=False,
         native=False,
-        extra_key=(sys.version, soabi()),
+        extra_key=(sys.version, _soabi()),
     )
 
 

@@ -23,6 +23,7 @@ from typing import Protocol
 from memplan.ir.errors import CompilerError
 
 from . import triton_worker
+from .early_launch import waits_first
 
 _log = logging.getLogger("memplan.triton")
 
@@ -125,7 +126,8 @@ class Compiled:
     """A built kernel.
 
     ``handle`` is Triton's `CompiledKernel`; ``shared_bytes`` per program instance; ``scratch_bytes`` of global memory
-    per program instance that the caller has to give (zero for every kernel that memplan emits).
+    per program instance that the caller has to give (zero for every kernel that memplan emits). ``early``: whether it
+    waits for the kernel before it, so that it may be launched early (`memplan.ir.early_launch`).
     """
 
     build: Build
@@ -133,6 +135,7 @@ class Compiled:
     cubin: bytes
     shared_bytes: int
     scratch_bytes: int
+    early: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +152,7 @@ def compile_one(build: Build, target: Target) -> Compiled:
     Raises
     ------
     CompilerError
-        If Triton refuses it, with the kernel's name and Triton's message.
+        If Triton refuses it, with the kernel's name and Triton's message; or it waits too late for the one before it.
     """
     try:
         handle = triton_worker.build(*build.request, target=(target.backend, target.arch, target.warp_size))
@@ -162,6 +165,7 @@ def compile_one(build: Build, target: Target) -> Compiled:
         handle.asm["cubin"],  # type: ignore[attr-defined]
         int(metadata.shared),
         int(getattr(metadata, "global_scratch_size", 0) or 0),
+        waits_first(handle.asm["ptx"], build.name),  # type: ignore[attr-defined]
     )
 
 

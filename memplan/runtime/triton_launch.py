@@ -101,14 +101,14 @@ class Launcher:
             self._start = self._through_triton()
             return
         function, context = self.function()
-        threads, shared = self.threads, self.compiled.shared_bytes
+        threads, shared, early = self.threads, self.compiled.shared_bytes, self.early
         if self._grid_of is None:
-            self._start = native.bind(function, context, self._fixed, threads, shared)
+            self._start = native.bind(function, context, self._fixed, threads, shared, early)
         else:
             launch, grid_of, pointers = native.launch, self._grid_of, self._pointers
 
             def start(stream: int, *arguments: int) -> None:
-                launch(function, context, grid_of(*arguments[pointers:]), threads, shared, stream, *arguments)
+                launch(function, context, grid_of(*arguments[pointers:]), threads, shared, early, stream, *arguments)
 
             self._start = start
 
@@ -121,6 +121,12 @@ class Launcher:
     def threads(self) -> int:
         """Threads of one program instance."""
         return 32 * self.compiled.build.num_warps
+
+    @property
+    def early(self) -> bool:
+        """Whether it is started before the kernel in front of it has ended: it waits itself, and the driver can."""
+        native = native_launch()
+        return self.compiled.early and native is not None and bool(native.launches_early())
 
     def function(self) -> tuple[int, int]:
         """The loaded kernel as the driver knows it: function and context.
@@ -141,15 +147,16 @@ class Launcher:
             self._loaded = native.load(self.compiled.cubin, entry, self.compiled.shared_bytes, device)
         return self._loaded
 
-    def row(self) -> tuple[int, int, int, int, int, int, int, int]:
-        """What a C++ wrapper has to know: function, threads, bytes of shared memory, grid (zero where it depends on
-        sizes), three block sizes, context."""
+    def row(self) -> tuple[int, int, int, int, int, int, int, int, int]:
+        """What a C++ wrapper has to know: function, threads, bytes of shared memory, whether it is started early, grid
+        (zero where it depends on sizes), three block sizes, context."""
         function, context = self.function()
         first, second, third, *_ = (*self._blocks, 0, 0, 0)
-        return (function, self.threads, self.compiled.shared_bytes, self._fixed, first, second, third, context)
+        threads, shared, early = self.threads, self.compiled.shared_bytes, int(self.early)
+        return (function, threads, shared, early, self._fixed, first, second, third, context)
 
     def _through_triton(self) -> Callable[..., None]:
-        """The handle's own launcher, where there is no native one."""
+        """The handle's own launcher, where there is no native one; nothing is started early."""
         handle = self.compiled.handle
         run = handle.run  # type: ignore[attr-defined]  # makes the function
         function, metadata = handle.function, handle.packed_metadata  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ from memplan.codegen import cpp_kernel
 from memplan.codegen.triton_kernel import TritonKernel
 from memplan.fallback import FallbackWarning, with_fallback
 from memplan.ir.canonical import canonicalize
+from memplan.ir.config import Config
 from memplan.ir.errors import CompilerError, LoweringError, UnsupportedError
 from memplan.ir.loops import Call
 from memplan.ir.program import Phase, Program
@@ -200,7 +201,7 @@ def test_sizes_beyond_32_bits_get_a_kernel_that_counts_in_64(monkeypatch: pytest
     monkeypatch.setattr(Target, "current", staticmethod(Target))
     size = sympy.Symbol("s0", integer=True, positive=True)
     canonical = canonicalize(add_relu(size))
-    launch = kernel_sets._widening(Narrow(), "cuda:0", canonical, "k", {size: 64}, False)  # type: ignore[arg-type]
+    launch = kernel_sets._widening(Narrow(), "cuda:0", canonical, "k", {size: 64}, False, Config())  # type: ignore[arg-type]
     for n in (64, 2**31, 128, 2**32):
         launch(0, 0, 0, 0, n)
     assert launched == [("narrow", 64), ("wide", 2**31), ("narrow", 128), ("wide", 2**32)]

@@ -6,6 +6,7 @@ import ctypes
 import os
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,19 @@ int cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, 
   for (int i = 0; i < 5; ++i) std::memcpy(&record[7 + i], parameters[i], 8);
   return status;
 }
+int version = 12030;
+struct Config {
+  unsigned grid[3], block[3], shared;
+  void* stream;
+  int* attributes;
+  unsigned count;
+};
+int cuLaunchKernelEx(const Config* c, void* f, void** parameters, void** extra) {
+  record[12] = c->count == 1 ? c->attributes[0] << 8 | c->attributes[2] : 0;
+  return cuLaunchKernel(f, c->grid[0], c->grid[1], c->grid[2], c->block[0], c->block[1], c->block[2], c->shared,
+                        c->stream, parameters, extra);
+}
+int cuDriverGetVersion(int* found) { *found = version; return 0; }
 int cuGetErrorString(int, const char** text) { *text = "too bad"; return 0; }
 void* current = (void*)6;
 int cuInit(unsigned) { return 0; }
@@ -118,22 +132,31 @@ def test_native_launch_hands_the_driver_what_it_was_given() -> None:
     module.open_driver(str(path))
     driver = ctypes.CDLL(str(path))
     record = (ctypes.c_uint64 * 16).in_dll(driver, "record")
-    module.bind(1 << 45, 6, 77, 128, 4096)(9, 1 << 40, (1 << 63) + 5, 3)
+    module.bind(1 << 45, 6, 77, 128, 4096, False)(9, 1 << 40, (1 << 63) + 5, 3)
     assert list(record[:12]) == [1 << 45, 77, 1, 128, 1, 4096, 9, 1 << 40, (1 << 63) + 5, 3, 0, 0]
-    module.launch(5, 6, 3, 32, 0, 8, 1, 2, -1)
+    module.launch(5, 6, 3, 32, 0, False, 8, 1, 2, -1)
     assert list(record[:12]) == [5, 3, 1, 32, 1, 0, 8, 1, 2, (1 << 64) - 1, 0, 0]
-    module.launch(5, 6, 0, 32, 0, 1, 4, 4, 4)
+    module.launch(5, 6, 0, 32, 0, False, 1, 4, 4, 4)
     assert record[6] == 8, "an empty grid is not launched"
+    assert record[12] == 0, "nothing was started early so far"
+    given = (1 << 45, 6, 77, 128, 4096, True)
+    for start in (module.bind(*given), partial(module.launch, *given)):
+        record[0] = record[12] = 0
+        start(9, 1 << 40, 2, 3)
+        assert list(record[:13]) == [1 << 45, 77, 1, 128, 1, 4096, 9, 1 << 40, 2, 3, 0, 0, 6 << 8 | 1]
+    assert module.launches_early()
+    ctypes.c_int.in_dll(driver, "version").value = 12020
+    assert not module.launches_early(), "drivers before CUDA 12.3 record no early launches"
     ctypes.c_int.in_dll(driver, "status").value = 700
     with pytest.raises(RuntimeError, match="error 700 of the CUDA driver: too bad"):
-        module.launch(5, 6, 3, 32, 0, 8, 1, 2, 3)
+        module.launch(5, 6, 3, 32, 0, False, 8, 1, 2, 3)
     ctypes.c_int.in_dll(driver, "status").value = 0
     with pytest.raises(TypeError):
-        module.launch(5, 6, 3, 32, 0, 8, "x", 2, 3)
+        module.launch(5, 6, 3, 32, 0, False, 8, "x", 2, 3)
     with pytest.raises(OverflowError, match="3000000000 program instances"):
-        module.launch(5, 6, 3_000_000_000, 32, 0, 8, 1)
+        module.launch(5, 6, 3_000_000_000, 32, 0, False, 8, 1)
     assert list(record[13:16]) == [0, 0, 0], "the context was the right one"
-    module.launch(5, 9, 3, 32, 0, 8, 1, 2, 3)
+    module.launch(5, 9, 3, 32, 0, False, 8, 1, 2, 3)
     assert list(record[14:16]) == [9, 1], "another GPU's context is current for the launch"
     assert module.load(b"good", "kernel", 60_000, 0) == (77, 6)
     assert record[13] == 60_000, "more than 48 KiB of shared memory has to be asked for"

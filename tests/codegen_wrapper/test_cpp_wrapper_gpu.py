@@ -207,20 +207,48 @@ def test_no_elements_are_no_launch(gpu: FakeGpu) -> None:
     assert all(k.grid[0] for k in gpu.launches())
 
 
+#: ours, and cuda.h's: where each member lies
+_LAYOUTS = "".join(
+    f'static_assert(offsetof({ours}, {mine}) == offsetof({theirs}, {its}), "{its}");\n'
+    for ours, theirs, members in (
+        ("LaunchAttribute", "CUlaunchAttribute", {"id": "id", "value": "value.programmaticStreamSerializationAllowed"}),
+        (
+            "LaunchConfig",
+            "CUlaunchConfig",
+            {
+                **{f"grid[{k}]": f"gridDim{axis}" for k, axis in enumerate("XYZ")},
+                **{f"block[{k}]": f"blockDim{axis}" for k, axis in enumerate("XYZ")},
+                "shared": "sharedMemBytes",
+                "stream": "hStream",
+                "attributes": "attrs",
+                "count": "numAttrs",
+            },
+        ),
+    )
+    for mine, its in members.items()
+)
+
+
 @pytest.mark.parametrize("text", ["wrapper", "loader"])
 def test_declarations_are_the_drivers_own(text: str, tmp_path: Path) -> None:
     """The compiler refuses a pointer to a function of another type than cuda.h's."""
     if text == "wrapper":
         torchs = files("memplan.codegen") / "cpp_wrapper_cuda.h"
-        declarations = torchs.read_text().split("#define MP_CUDA(X)")[1].split("MP_CUDA(MP_DECLARE)")[0]
-        declarations = "#define LIST(X)" + declarations
+        config, declarations = torchs.read_text().split("MP_CUDA(MP_DECLARE)")[0].split("#define MP_CUDA(X)")
+        config, declarations = config.split("#pragma once")[1] + "using namespace mp;", "#define LIST(X)" + declarations
     else:
         loader = (files("memplan.runtime") / "cuda_launch.cpp").read_text()
-        declarations = "#define LIST(X)" + loader.split("#define DRIVER(X)")[1].split("namespace driver")[0]
+        declarations, config = loader.split("#define DRIVER(X)")[1].split("namespace driver")[:2]
+        declarations = "#define LIST(X)" + declarations
+        config = "namespace driver" + config.split("#define")[0] + "} using namespace driver;"
+        config += "constexpr int starts_early" + loader.split("constexpr int starts_early")[1].split(";")[0] + ";"
     source = (
         "#include <cuda.h>\n#include <cstdint>\n#include <torch/csrc/inductor/aoti_torch/c/shim.h>\n"
         'static_assert(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN == 97, "");\n'
         'static_assert(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES == 8, "");\n'
+        f"{config}\n"
+        'static_assert(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION == starts_early, "");\n'
+        f"{_LAYOUTS}"
         # a handle is a pointer, an enumeration an integer: the same in a register
         "template <class R, class... A, class S, class... B> constexpr bool alike(R (*)(A...), S (*)(B...)) {\n"
         "  return sizeof...(A) == sizeof...(B) && sizeof(R) == sizeof(S) && ((sizeof(A) == sizeof(B)) && ...);\n}\n"

@@ -14,6 +14,7 @@ import memplan
 import memplan.kernels
 from memplan.codegen.python_wrapper import print_python
 from memplan.codegen.wrapper_lines import wrapper_lines
+from memplan.ir.early_launch import EarlyLaunch
 from memplan.ir.errors import VerificationError
 from memplan.ir.plan import InPool, Pool
 from memplan.ir.program import BufferKind, Copy, Extern, KernelOp, Program, View
@@ -279,7 +280,7 @@ def test_layers_share_a_template_and_it_builds() -> None:
 
     program = all_in(ProductConfig(32, 32, 32)).run(analyzed(model, [(64, 32), (32, 32), (32, 32)]))
     assert sum(isinstance(op, Template) for op in program.operations) == 2
-    (kernel,) = emitted_templates(collect_templates(program)).values()
+    (kernel,) = emitted_templates(collect_templates(program), EarlyLaunch.START).values()
     (built,) = compile_builds([Build.of(kernel, kernel.configs[0])], Target())
     assert isinstance(built, Compiled)
 
