@@ -5,7 +5,7 @@
 For each shape and epilogue: microseconds of ATen's call and our kernel after it, of the fastest template, and what was
 chosen. The answers of every fastest template are compared with ATen's. At the end: the part of the list that templates
 win, the least ratio of what was chosen (timed once more, by itself), and the same for the shapes made for split-K.
-Needs one NVIDIA GPU; about two minutes.
+``MEMPLAN_EARLY_LAUNCH=never`` launches all kernels in the ordinary way. Needs one NVIDIA GPU; about two minutes.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ import memplan  # noqa: E402
 if not any(Path(p) == ROOT for p in memplan.__path__):
     memplan.__path__.append(str(ROOT))  # memplan.codegen, where the package is not installed
 
+from memplan.ir.config import Config, from_environment  # noqa: E402
+from memplan.ir.early_launch import early_launch  # noqa: E402
 from memplan.ir.loops import Call, Cast, Constant, Kernel, Load, Node, Range, Store, outer_symbol  # noqa: E402
 from memplan.ir.program import (  # noqa: E402
     Buffer,
@@ -44,6 +46,7 @@ from memplan.ir.program import (  # noqa: E402
     View,
 )
 from memplan.passes.templates import Candidate, candidates  # noqa: E402
+from memplan.runtime.triton_build import Target  # noqa: E402
 from memplan.template_tuning import Measured, compare, measure_all  # noqa: E402
 
 HALF = torch.bfloat16
@@ -187,11 +190,12 @@ class Row:
 
 def run(shapes: Sequence[Shape]) -> list[Row]:
     rows = []
+    early = early_launch(from_environment(Config()).early_launch, Target.current().arch)
     for shape in shapes:
         start = time.perf_counter()
         try:
             found, program = candidate(shape)
-            (measured,) = measure_all({found.key: found}, program, limit=16 << 30).values()
+            (measured,) = measure_all({found.key: found}, program, limit=16 << 30, early=early).values()
             wrong = ""
             if measured.fastest is not None:
                 wrong = compare(replace(found, product=replace(found.product, config=measured.fastest)), program)

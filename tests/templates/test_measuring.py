@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from memplan import template_tuning
 from memplan.ir.config import Config
+from memplan.ir.early_launch import EarlyLaunch
 from memplan.ir.program import Program
 from memplan.ir.template import Method, Product, ProductConfig
 from memplan.passes.templates import Candidate, candidates, least_peak
@@ -106,7 +107,7 @@ def limited(monkeypatch: pytest.MonkeyPatch, program: Program, limit: int) -> Me
     """The measurement of the only product of a program on a GPU that only counts what it is asked for."""
     timed: list[Usable] = []
 
-    def measure(candidate: Candidate, program: Program, usable: Usable) -> Measured:
+    def measure(candidate: Candidate, program: Program, usable: Usable, early: EarlyLaunch) -> Measured:
         timed.append(usable)
         return Measured(None, 1.0, 2.0, skipped=f"{len(usable)} would be timed")
 
@@ -152,7 +153,7 @@ def test_what_one_program_has_no_room_for_is_measured_in_another(
     answers = [small, Measured(ProductConfig(64, 64, 64), 2.0, 1.0)]
     asked: list[Product] = []
 
-    def measured(missing: Mapping[Product, Candidate], program: Program) -> dict[Product, Measured]:
+    def measured(missing: Mapping[Product, Candidate], program: Program, early: EarlyLaunch) -> dict[Product, Measured]:
         asked.extend(missing)
         return {key: answers.pop(0) for key in missing}
 
