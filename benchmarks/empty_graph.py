@@ -16,6 +16,7 @@ import torch
 
 from memplan.runtime.cuda_launch import native_launch
 from memplan.runtime.triton_build import Build, Target, compile_one
+from memplan.runtime.triton_launch import Launcher
 
 _SOURCE = """\
 import triton
@@ -75,13 +76,10 @@ def measure_early(links: int, repeats: int) -> list[Replayed]:
 
 
 def _measured(title: str, name: str, links: int, repeats: int) -> Replayed:
-    native = native_launch()
-    if native is None:
+    if native_launch() is None:
         raise RuntimeError("there is no driver, or no compiler for the module that calls it")
-    compiled = compile_one(build_of(name), Target.current())
-    function, context = native.load(compiled.cubin, compiled.handle.name, 0, torch.cuda.current_device())  # type: ignore[attr-defined]
     number = torch.zeros(1, dtype=torch.int64, device="cuda")
-    start = native.bind(function, context, 1, 32, 0, compiled.early)
+    start = Launcher(compile_one(build_of(name), Target.current()), 1, 1).bound()
 
     def chain() -> None:
         stream = torch.cuda.current_stream().cuda_stream

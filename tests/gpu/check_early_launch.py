@@ -22,7 +22,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -33,9 +33,8 @@ from memplan.codegen.triton_product import emit_product
 from memplan.codegen.triton_source import module_source
 from memplan.ir.early_launch import EarlyLaunch
 from memplan.ir.template import Method, ProductConfig
-from memplan.runtime.cuda_launch import native_launch
 from memplan.runtime.triton_build import Build, Target, compile_one
-from memplan.runtime.triton_launch import make_launcher
+from memplan.runtime.triton_launch import Launcher, make_launcher
 from tests.templates.products import product
 
 EARLY = (EarlyLaunch.WAIT, EarlyLaunch.START, EarlyLaunch.END)
@@ -65,12 +64,7 @@ def kernel(early: EarlyLaunch, count: int, slow: bool, waits: bool = True) -> La
     build = Build("link", source, arguments, (True, True), (("N", count), ("BLOCK", block), ("SLOW", int(slow))), 4, 1)
     compiled = compile_one(build, Target.current())
     assert compiled.early == (waits and early is not EarlyLaunch.NEVER)
-    native = native_launch()
-    assert native is not None
-    name = compiled.handle.name  # type: ignore[attr-defined]
-    function, context = native.load(compiled.cubin, name, compiled.shared_bytes, torch.cuda.current_device())
-    starts_early = early is not EarlyLaunch.NEVER
-    return native.bind(function, context, count // block, 128, compiled.shared_bytes, starts_early)  # type: ignore[no-any-return]
+    return Launcher(replace(compiled, early=early is not EarlyLaunch.NEVER), count // block, 2).bound()
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,7 @@ def test_both_wrappers_launch_it_alike(gpu: FakeGpu) -> None:
             found = torch.compile(planes, backend="memplan", options={"wrapper": wrapper})(x)
         torch.testing.assert_close(found, wanted)
         made.append([k for k in gpu.launches() if k.kernel == "plane"])
+        assert [k.early for k in gpu.launches()] == [k.kernel != "plane" for k in gpu.launches()], "it may not wait"
         source = recording.graphs[0].wrapper
         assert ("MP_LAUNCH_USER" in source) == (wrapper == "cpp")
     (first,), (second,) = made
