@@ -73,8 +73,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
 
 
 @pytest.fixture
-def tuned(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Tuned:
+def tuned(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tuned]:
     """Kernels are timed on the fake GPU: the last configuration is always the fastest."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # among several, atomic additions of floats have no fixed order
     found = Tuned()
     print_tuning = kernel_tuning.print_tuning
 
@@ -105,7 +107,8 @@ def tuned(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Tuned:
     monkeypatch.setattr(kernel_tuning, "compile_builds", gpu.compile_builds)
     monkeypatch.setattr(memplan.compilation, "tuning_wanted", lambda config: config.max_autotune)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "no GPU at all")
-    return found
+    yield found
+    torch.set_num_threads(threads)
 
 
 def step(folder: Path, **options: object) -> tuple[list[Tensor], memplan.recording.Recording]:
