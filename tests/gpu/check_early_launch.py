@@ -39,16 +39,17 @@ from tests.templates.products import product
 
 EARLY = (EarlyLaunch.WAIT, EarlyLaunch.START, EarlyLaunch.END)
 #: what a kernel of a chain does: reads backwards, so that every instance needs another one's results; the first
-#: instances of a slow one take their time
+#: instances of a slow one take some microseconds, and their results show that they did
 _BODY = """\
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(x + (N - 1 - i))
-    more = 0
+    program = tl.program_id(0)
+    i = program * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + (N - 1 - i)) * 3 + 1
     if SLOW:
-        if tl.program_id(0) < 4:
-            for k in range(2000):
-                more = (more * 1664525 + k) % 65536
-    value = value * 3 + 1 + (more == 65536)
+        spent = program
+        if program < 4:
+            for k in range(500):
+                spent = (spent * 1664525 + k) % 65521
+        value += spent
     tl.store(y + i, value)
 """
 _PARAMETERS = ("x", "y", "N: tl.constexpr", "BLOCK: tl.constexpr", "SLOW: tl.constexpr")
