@@ -69,7 +69,7 @@ class Noted(memplan.budget.Budget):
 
     last: Noted | None = None
 
-    def search(self) -> memplan.budget.Modules:
+    def search(self) -> tuple[memplan.budget.Modules, memplan.budget.Planned]:
         Noted.last = self
         return super().search()
 

@@ -130,7 +130,7 @@ class Sweeping(Budget):
         """`updated` of rungs that were taken."""
         return {}
 
-    def search(self) -> Modules:
+    def search(self) -> tuple[Modules, Planned]:
         shared = self.shared
         most = self.peak(RUNGS)
         least = self.peak(0)
@@ -142,13 +142,13 @@ class Sweeping(Budget):
         except PlanningError as error:
             shared.error = str(error)
         shared.step = self._choices[self.cut.loss_chunks[0]].menus.segments.graph.microseconds
-        return self._tried[RUNGS][0]
+        return self._tried[RUNGS]
 
     def one(self, limit: int) -> Found:
         """Search as if nothing had been planned before."""
-        alone = Alone(limit, self.figures, self.cut, self.plan, self._choices, self._chunks, self._cuts)
+        alone = Alone(limit, self.figures, self.cut, self.plan, self._choices, self._chunks, self._chosen, self._kept)
         alone.known = self._tried
-        taken = alone.search()
+        taken, _ = alone.search()
         needs = {n: p.peak.needed for n, (_, p) in alone._tried.items()}
         rung = next(n for n, (modules, _) in alone._tried.items() if modules is taken)
         over = min((n for n, size in needs.items() if size > limit and n > rung), default=None)
@@ -158,7 +158,8 @@ class Sweeping(Budget):
         peak, after = planned.peak, self.updates.setdefault(rung, (0, 0))
         if after == (0, 0):
             after = self.updates[rung] = (updated(planned, 1), updated(planned, 2))
-        return Found(limit, rung, peak.needed, peak.nbytes, time_added, above, between, len(needs), after)
+        made = len({id(planned) for _, planned in alone._tried.values()})
+        return Found(limit, rung, peak.needed, peak.nbytes, time_added, above, between, made, after)
 
 
 class Alone(Budget):
@@ -166,12 +167,12 @@ class Alone(Budget):
 
     known: dict[int, tuple[Modules, Planned]]
 
-    def peak(self, rung: int) -> int:
+    def tried(self, rung: int) -> tuple[Modules, Planned]:
         if rung in self.known:
+            self.choice(rung)
             self._tried[rung] = self.known[rung]
-        needed = super().peak(rung)
-        self.known[rung] = self._tried[rung]
-        return needed
+        self.known[rung] = super().tried(rung)
+        return self.known[rung]
 
 
 def updated(planned: Planned, passes: int) -> int:

@@ -56,12 +56,13 @@ from .passes.offload_choice import OffloadModel
 from .passes.pipeline import collector_paused
 from .passes.rematerialize import choose_within
 from .passes.step_peak import step_peak
+from .pooling import choose
 from .recompute_prices import cheap_again
 from .remedies import recomputing
 from .runtime import cuda_graphs
 from .runtime.host_copies import finish_copies
 from .runtime.library_workspaces import product_gpus, with_workspaces
-from .step_planning import StepPlanner, joined
+from .step_planning import PlannedAhead, StepPlanner, joined
 from .target import on_target
 
 log = logging.getLogger(__name__)
@@ -125,6 +126,8 @@ class Region:
     parameters: frozenset[int] | None = None
     #: the forward planned together with its backward; None where each is planned by itself
     planner: StepPlanner | None = None
+    #: what a search for a budget has planned already
+    ahead: PlannedAhead | None = None
     #: the backward as it was planned, and its FX graph's text
     backward: Program | None = None
     backward_code: str = ""
@@ -163,10 +166,10 @@ class Region:
         if module is None or not forward.operations:
             return None
         on_gpu = any(b.device.startswith("cuda") for b in forward.buffers.values())
-        if not on_gpu and self.config.pools != "always":
+        if not on_gpu and self.config.pools != "always" and self.ahead is None:
             return None
         self.backward, self.backward_code = self.capture_backward(module), str(module.graph)
-        return StepPlanner(forward, self.backward, self.received(self.backward), self.config)
+        return StepPlanner(forward, self.backward, self.received(self.backward), self.config, self.ahead)
 
     def forward_apart(
         self, call: Callable[..., object], program: Program, module: torch.fx.GraphModule
@@ -382,11 +385,14 @@ class Region:
         programs = [trial.capture_forward(modules[0]), trial.capture_backward(modules[1])]
         if config.cuda_graphs:  # see `finish_recorded`
             programs = [without_donation(p) for p in programs]
-        prepared = [prepare_program(p, config) for p in programs]
-        pairs = joined(prepared[0].laid.program, trial.received(programs[1]))
-        plans = [p.plan for p in plan_prepared(prepared, pairs, config)]
+        forward, backward = programs
+        prepared = (prepare_program(forward, config), prepare_program(backward, config))
+        pairs = joined(prepared[0].laid.program, trial.received(backward))
+        choice = choose(prepared, pairs)
+        plans = [p.plan for p in plan_prepared(prepared, pairs, config, choice)]
         joins = {later: earlier for earlier, later in pairs}
-        return budget.Planned(plans, joins, step_peak(plans, joins))
+        ahead = PlannedAhead((forward, backward), prepared, pairs, choice)
+        return budget.Planned(plans, joins, step_peak(plans, joins), ahead)
 
     def received(self, backward: Program) -> tuple[tuple[int, str], ...]:
         """(position among the forward's results, input of the backward that receives it)."""
@@ -488,7 +494,6 @@ def chooser(
         assert config.budget is not None
         if tell_curve is None and config.target is None:
             check_budget(config.budget, device)
-        cut = replace(cut, make=collector_paused()(cut.make))
         search = Budget(config.budget, figures, cut, partial(region.trial, forward_outputs, parameters))
         searching: Budget | OffloadBudget = search
         if config.offload:
@@ -497,7 +502,10 @@ def chooser(
             searching = OffloadBudget(search, model, partial(region.trial, forward_outputs, parameters))
         if tell_curve is not None:
             tell_curve(searching.curve())
-        return searching.search()
+        with collector_paused():
+            modules, planned = searching.search()
+        region.ahead = planned.ahead
+        return modules
 
     return Chooser(
         choose=lambda graph: choose_within(graph, config.recompute_time, figures, products=config.recompute_products),

@@ -8,41 +8,56 @@ what its plans say, so choices are cut, captured and planned as they will run, a
 moved until the plans' own peak is as near to the budget as it gets. Where little is allowed, losses are computed in
 smaller slices too: what a slice of logits takes is alive when all saved tensors are.
 
-Monotone: the limits tried are a fixed ladder from the least to the fastest choice, walked by halving, and of the plans
-within the budget the one with the highest peak is taken. Two budgets take the same way down to a rung that is within
-the larger one and not within the smaller; from there on the larger has a plan with that rung's peak, the smaller none
-that high. So a smaller budget never gives a higher peak, whatever the model gets wrong.
+The limits tried are those of a ladder of whole powers (`STEP`). The model is off by nearly the same in plans that are
+nearly the same, so the second rung that is tried is mostly the right one, and in a deep model the first.
+
+Monotone: budgets that differ by less than a *level* (`LEVEL`) are one. A plan that uses its level, that is, which needs
+more than the level below allows, needs more than any of a smaller budget; where none is found that does, the one found
+for the level below is taken if it needs more. So a smaller budget never gives a higher peak, whatever the model gets
+wrong, but for the fastest plan, which is tried only where the model is not off by more than a fifth (`SURE`).
 """
 
 from __future__ import annotations
 
+import bisect
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from typing import TYPE_CHECKING
 
 import torch.fx
 
 from .capture.partition import Cutter
 from .ir.device import DeviceFigures
 from .ir.errors import PlanningError
-from .ir.joint import JointGraph
 from .ir.plan import Plan
 from .ir.program import Origin
 from .passes.remat_choice import Choice, Choices
 from .passes.remat_menu import kept_nodes, make_menus
 from .passes.step_peak import StepPeak, alive_at
 
+if TYPE_CHECKING:
+    from .step_planning import PlannedAhead
+
 log = logging.getLogger(__name__)
 #: A forward and its backward.
 Modules = tuple[torch.fx.GraphModule, torch.fx.GraphModule]
 
-#: Rungs between the least and the fastest choice.
-RUNGS = 64
+#: Ratio of the limits of two rungs; the highest rung, of the fastest choice, has none, and rung 0 has the least choice.
+STEP = 1.005
+RUNGS = 8192
+LIMITS = tuple(int(STEP**rung) for rung in range(RUNGS))
 #: Points of a curve over all budgets, the fastest choice aside.
 CURVE = 16
-#: Part of the budget that a plan should use for the search to end.
-CLOSE = 0.97
+#: Ratio of two levels of budgets: a plan is looked for that needs at least its level's part of it.
+LEVEL = 1.015
+#: Part of the budget that plans are expected to need beyond what the model says.
+EXPECTED = 0.01
+#: Rungs that one search tries at most, and after how many it stops going by the model.
+PROBES, GUESSES = 10, 5
+#: Part of the model's peak that the fastest choice's plans need at least: they are made if a budget has that much.
+SURE = 0.8
 #: Slices of logits that a limit should have room for, if they can be made so small: two are alive at once, one of them
 #: with a gradient of the weights that is as large as a slice of a few thousand tokens.
 SLICES = 16
@@ -51,11 +66,15 @@ _SHOWN = 6
 
 @dataclass(frozen=True)
 class Planned:
-    """The plans of one way to cut the step; ``joins`` is backward buffer -> forward buffer."""
+    """The plans of one way to cut the step; ``joins`` is backward buffer -> forward buffer.
+
+    ``ahead``: what the step can be compiled from without being planned again, if this way is taken.
+    """
 
     plans: Sequence[Plan]
     joins: Mapping[str, str]
     peak: StepPeak
+    ahead: PlannedAhead | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,59 +101,102 @@ class Budget:
     plan: Callable[[Modules], Planned]
     #: what can be chosen, by the size of the losses' slices
     _choices: dict[int, Choices] = field(default_factory=dict)
-    #: the size of the losses' slices of rungs that were cut
+    #: of rungs that were looked at: the size of the losses' slices, what the model chooses, and the nodes kept by it
     _chunks: dict[int, int] = field(default_factory=dict)
-    _cuts: dict[int, Modules] = field(default_factory=dict)
+    _chosen: dict[int, Choice] = field(default_factory=dict)
+    _kept: dict[int, tuple[int, ...]] = field(default_factory=dict)
     _tried: dict[int, tuple[Modules, Planned]] = field(default_factory=dict)
 
-    def search(self) -> Modules:
-        """The cut whose plans need the most bytes within the limit.
+    def search(self) -> tuple[Modules, Planned]:
+        """The fastest cut if its plans are within the limit, else one whose plans need as much of it as was found.
 
         Raises
         ------
         PlanningError
             If no plan is within the limit: the least bytes that one needs, and what stands at its peak.
         """
-        if self.peak(RUNGS) <= self.limit:
-            return self._tried[RUNGS][0]
-        low, high = 0, RUNGS
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self.peak(middle) > self.limit:
-                high = middle
-                continue
-            low = middle
-            if self.peak(middle) >= CLOSE * self.limit:
+        if SURE * self._fastest_peak() <= self.limit and self.peak(RUNGS) <= self.limit:
+            return self._tried[RUNGS]
+        rung = self._best(_level(self.limit))
+        if rung is None:
+            if self.peak(0) > self.limit:
+                least = min((p for _, p in self._tried.values()), key=lambda p: p.peak.needed)
+                raise PlanningError(cannot_be_met(self.limit, least))
+            rung = 0
+        return self._tried[rung]
+
+    def _best(self, level: int) -> int | None:
+        """A rung within a level of the budget; its plans need no fewer bytes than those of any level below."""
+        best = self._probed(_bytes(level))
+        while best is not None and self.peak(best) < _bytes(level - 1):
+            # nothing that uses this level was found: what a budget of the one below takes may be more
+            level -= 1
+            other = self._probed(_bytes(level))
+            if other is None:
                 break
-        if low == 0:
-            self.peak(0)
-        fitting = [(p.peak.needed, n) for n, (_, p) in self._tried.items() if p.peak.needed <= self.limit]
-        if not fitting:
-            least = min((p for _, p in self._tried.values()), key=lambda p: p.peak.needed)
-            raise PlanningError(cannot_be_met(self.limit, least))
-        return self._tried[max(fitting)[1]][0]
+            best = max(best, other, key=self.peak)
+        return best
+
+    def _probed(self, limit: int) -> int | None:
+        """A rung whose plans need ``limit`` bytes or a little less; if none was found, the nearest below.
+
+        Where the model's limits would lead is tried, corrected by how far it was off in the plans before, and then the
+        middle of what is left.
+        """
+        low, high = -1, RUNGS
+        off = int(EXPECTED * limit)
+        fitting: list[int] = []
+        for attempt in range(PROBES):
+            if high - low <= 1:
+                break
+            guess = rung_of(limit - off) if attempt < GUESSES else (low + high) // 2
+            rung = min(max(guess, low + 1), high - 1)
+            needed = self.peak(rung)
+            off = needed - LIMITS[rung]
+            if needed > limit:
+                high = rung
+                continue
+            low = rung
+            fitting.append(rung)
+            if needed * LEVEL >= limit:
+                break
+        return max(fitting, key=self.peak, default=None)
 
     def curve(self) -> tuple[CurvePoint, ...]:
         """Peaks and times from the least choice to the fastest."""
         found = []
-        for rung in (RUNGS, *range(0, RUNGS, RUNGS // CURVE)):
+        for rung in self.spread(CURVE):
             nbytes = self.peak(rung)
             added = self.choice(rung).microseconds
             alone = self._choices[self._chunks[rung]].menus.segments.graph.microseconds
             found.append(CurvePoint(nbytes, alone + added, added))
         return tuple(sorted(found, key=lambda p: (p.nbytes, p.microseconds)))
 
+    def spread(self, count: int) -> tuple[int, ...]:
+        """The fastest choice's rung, and others at equal ratios down to the least choice's: ``count`` beside it."""
+        sizes = self.cut.loss_chunks
+        least = rung_of(self.choices(sizes[-1]).least.peak)
+        most = max(least + 1, rung_of(self.choices(sizes[0]).fastest.peak))
+        between = (least + (most - least) * k // count for k in range(count - 1, 0, -1))
+        return tuple(dict.fromkeys((RUNGS, *between, 0)))
+
     def peak(self, rung: int) -> int:
         """Bytes that the plans of a rung need."""
-        if rung not in self._tried:
-            modules = self._modules(rung)
-            self._tried[rung] = (modules, self.plan(modules))
-            log.info("rung %d of %d: %d bytes", rung, RUNGS, self._tried[rung][1].peak.needed)
-        return self._tried[rung][1].peak.needed
+        return self.tried(rung)[1].peak.needed
 
     def tried(self, rung: int) -> tuple[Modules, Planned]:
-        """The cut of a rung, and its plans."""
-        self.peak(rung)
+        """The cut of a rung, and its plans: one and the same for rungs at which the model chooses the same."""
+        if rung not in self._tried:
+            self.choice(rung)
+            size, kept = self._chunks[rung], self._kept[rung]
+            alike = (n for n in self._tried if (self._chunks[n], self._kept[n]) == (size, kept))
+            same = next(alike, None)
+            if same is None:
+                modules = self.cut(lambda graph: kept, size)
+                self._tried[rung] = (modules, self.plan(modules))
+                log.info("rung %d of %d: %d bytes", rung, RUNGS, self._tried[rung][1].peak.needed)
+            else:
+                self._tried[rung] = self._tried[same]
         return self._tried[rung]
 
     def added(self, modules: Modules) -> float:
@@ -142,50 +204,59 @@ class Budget:
         return self.choice(next(n for n, (m, _) in self._tried.items() if m is modules)).microseconds
 
     def choice(self, rung: int) -> Choice:
-        """What the model chooses at a rung."""
-        if rung not in self._chunks:
-            self._modules(rung)
-        return self._choice(rung) or self._choices[self._chunks[rung]].least
-
-    def _choice(self, rung: int) -> Choice | None:
-        """`choice` with slices of the size that the rung has, or is tried with; None if the model finds none."""
-        choices = self._choices[self._chunks[rung]]
-        if rung in (0, RUNGS):
-            return choices.least if rung == 0 else choices.fastest
-        return choices.within(self._limit(rung))
-
-    def _limit(self, rung: int) -> int:
-        """The model's limit at a rung: every one higher by the same part."""
-        sizes = self.cut.loss_chunks
-        for end, size in ((RUNGS, sizes[0]), (0, sizes[-1])):
-            if size not in self._choices:
-                self._modules(end)
-        most, least = self._choices[sizes[0]].fastest.peak, self._choices[sizes[-1]].least.peak
-        return int(least * (most / least) ** (rung / RUNGS))
-
-    def _modules(self, rung: int) -> Modules:
-        """The cut of a rung: with slices as large as its limit has room for, or smaller if that is not enough."""
-        if rung not in self._cuts:
+        """What the model chooses at a rung: with slices as large as its limit has room for, or smaller if need be."""
+        if rung not in self._chosen:
             sizes = self.cut.loss_chunks
             if rung == RUNGS:
-                sizes = sizes[:1]
+                size, found = sizes[0], self.choices(sizes[0]).fastest
             elif rung == 0:
-                sizes = sizes[-1:]
+                size, found = sizes[-1], self.choices(sizes[-1]).least
             else:
-                limit = self._limit(rung)
-                sizes = tuple(n for n in sizes if SLICES * n <= limit) or sizes[-1:]
-            for size in sizes:
-                self._chunks[rung] = size
-                self._cuts[rung] = self.cut(partial(self._kept, rung, size), size)
-                if self._choice(rung) is not None:
-                    break
-        return self._cuts[rung]
+                size, found = self._within(LIMITS[rung])
+            self._chunks[rung], self._chosen[rung] = size, found
+            self._kept[rung] = kept_nodes(self.choices(size).menus.segments, list(found.runs))
+        return self._chosen[rung]
 
-    def _kept(self, rung: int, size: int, graph: JointGraph) -> Sequence[int]:
-        """Nodes to keep at a rung, of a joint graph with losses in slices of a size."""
+    def _within(self, limit: int) -> tuple[int, Choice]:
+        for size in self._sizes(limit):
+            found = self.choices(size).within(limit)
+            if found is not None:
+                return size, found
+        size = self.cut.loss_chunks[-1]
+        return size, self.choices(size).least
+
+    def _sizes(self, limit: int) -> tuple[int, ...]:
+        """Sizes of the losses' slices that a limit may have room for."""
+        sizes = self.cut.loss_chunks
+        return tuple(n for n in sizes if SLICES * n <= limit) or sizes[-1:]
+
+    def _fastest_peak(self) -> int:
+        """The model's peak of the fastest choice, or a little less: slices may be smaller than that one's."""
+        return self.choices(self._sizes(self.limit)[0]).fastest.peak
+
+    def choices(self, size: int) -> Choices:
+        """What can be chosen with losses in slices of a size."""
         if size not in self._choices:
-            self._choices[size] = Choices(make_menus(graph, self.figures))
-        return kept_nodes(self._choices[size].menus.segments, list(self.choice(rung).runs))
+            self._choices[size] = Choices(make_menus(self.cut.read(size), self.figures))
+        return self._choices[size]
+
+
+def rung_of(limit: int) -> int:
+    """The highest rung with a limit within this one."""
+    return max(0, bisect.bisect_right(LIMITS, limit) - 1)
+
+
+def _bytes(level: int) -> int:
+    """The budget that those of a level are taken for: the least of them."""
+    return math.ceil(LEVEL**level)
+
+
+def _level(limit: int) -> int:
+    """The level of a budget."""
+    level = max(0, int(math.log(limit, LEVEL)) - 1)
+    while _bytes(level + 1) <= limit:
+        level += 1
+    return level
 
 
 def cannot_be_met(limit: int, least: Planned) -> str:

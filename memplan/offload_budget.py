@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch.fx
 
-from .budget import CLOSE, RUNGS, Budget, CurvePoint, Modules, Planned, cannot_be_met
+from .budget import RUNGS, Budget, CurvePoint, Modules, Planned, cannot_be_met, rung_of
 from .calibration import copy_figures
 from .capture.partition import OFFLOADED
 from .ir.config import Config
@@ -26,8 +26,10 @@ from .passes.offload_choice import OffloadModel
 
 log = logging.getLogger(__name__)
 
-#: Rungs of the budget's ladder that are tried with offload.
-TRIED = tuple(RUNGS * eighths // 8 for eighths in (8, 7, 6, 5, 4, 2, 0))
+#: Rungs of the budget's ladder that are tried with offload, beside the fastest choice's.
+TRIED = 6
+#: Part of the budget that a plan should use for the search to end.
+CLOSE = 0.97
 #: Plans of one cut with more or less on the host.
 ATTEMPTS = 4
 #: How far over the budget the least of a model may be for its plans to be tried all the same.
@@ -55,7 +57,7 @@ class OffloadBudget:
     plan: Callable[[Modules, Sequence[str]], Planned]
     least: Planned | None = None
 
-    def search(self) -> Modules:
+    def search(self) -> tuple[Modules, Planned]:
         """The cut that adds least time; its forward says what goes to the host.
 
         Raises
@@ -65,9 +67,10 @@ class OffloadBudget:
         """
         budget = self.budget
         if budget.peak(RUNGS) <= budget.limit:
-            return budget.tried(RUNGS)[0]
+            return budget.tried(RUNGS)
         taken = self.offloading()
-        if taken is not None and taken.microseconds <= budget.choice(RUNGS - 1).microseconds:
+        below = rung_of(budget.choice(RUNGS).peak) - 1
+        if taken is not None and taken.microseconds <= budget.choice(below).microseconds:
             return chosen(taken)
         try:
             alone = budget.search()
@@ -77,7 +80,7 @@ class OffloadBudget:
             if self.least is not None:
                 raise PlanningError(cannot_be_met(budget.limit, self.least)) from error
             raise
-        if taken is not None and taken.microseconds < budget.added(alone):
+        if taken is not None and taken.microseconds < budget.added(alone[0]):
             return chosen(taken)
         return alone
 
@@ -85,7 +88,7 @@ class OffloadBudget:
         """`Budget.curve`, and the tried cuts with half of what helps on the host, and with all of it."""
         found = list(self.budget.curve())
         alone = found[0].microseconds - found[0].recomputation
-        for rung in TRIED:
+        for rung in self.budget.spread(TRIED):
             modules, without = self.budget.tried(rung)
             model, again = self.model(modules, without), self.budget.choice(rung).microseconds
             most = len(model.least().names)
@@ -99,7 +102,7 @@ class OffloadBudget:
     def offloading(self) -> Taken | None:
         """The cut with offload that adds least time."""
         best: Taken | None = None
-        for rung in TRIED:
+        for rung in self.budget.spread(TRIED):
             nbytes = self.budget.peak(rung)
             again = self.budget.choice(rung).microseconds
             if nbytes <= self.budget.limit or (best is not None and again >= best.microseconds):
@@ -135,11 +138,11 @@ class OffloadBudget:
         return best
 
 
-def chosen(taken: Taken) -> Modules:
-    """The cut, whose forward says what goes to the host."""
+def chosen(taken: Taken) -> tuple[Modules, Planned]:
+    """The cut, whose forward says what goes to the host, and its plans."""
     log.info("%d saved tensors are offloaded, for %.0f us", len(taken.names), taken.microseconds)
     taken.modules[0].meta[OFFLOADED] = taken.names
-    return taken.modules
+    return taken.modules, taken.planned
 
 
 def model_of(

@@ -16,12 +16,30 @@ from .compilation import Planned, Prepared, Together, plan_prepared, plan_progra
 from .ir.config import Config
 from .ir.errors import MemplanError
 from .ir.program import Program, View
+from .ir.verify import verify_program
 from .lowering.lower import NOTHING_KEPT, Kept
 from .passes.whole_step import Laid
 from .plan_cache import Beside
 from .pooling import StepChoice, choose
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlannedAhead:
+    """A forward and a backward as a search has planned them already, with the same options but unverified.
+
+    ``programs``: as captured. ``joins``: (buffer of the forward after its passes, backward input that receives it).
+    """
+
+    programs: tuple[Program, Program]
+    prepared: tuple[Prepared, Prepared]
+    joins: tuple[tuple[str, str], ...]
+    choice: StepChoice
+
+    def of(self, program: Program) -> Prepared | None:
+        """What was made of this very program; None if another one was planned."""
+        return next((p for q, p in zip(self.programs, self.prepared, strict=True) if _same(q, program)), None)
 
 
 @dataclass
@@ -32,6 +50,8 @@ class StepPlanner:
     backward_program: Program
     received: tuple[tuple[int, str], ...]
     config: Config
+    #: what a search found for both, or for others like them
+    ahead: PlannedAhead | None = None
     prepared: dict[tuple[bool, Kept], Prepared] = field(default_factory=dict)
     #: what the forward was last planned with
     forward_kept: Kept = NOTHING_KEPT
@@ -65,7 +85,9 @@ class StepPlanner:
             log.debug("the forward and the backward are not planned together: %s", error)
             self.choice, self.apart = None, True
             return None
-        self.choice = choose(found, self.joins(found[0]))
+        ahead, joins = self.ahead, self.joins(found[0])
+        known = ahead is not None and (*found, joins) == (*ahead.prepared, ahead.joins)
+        self.choice = ahead.choice if ahead is not None and known else choose(found, joins)
         return found
 
     def backward(self, kept: Kept = NOTHING_KEPT) -> Planned:
@@ -90,8 +112,18 @@ class StepPlanner:
     def prepare(self, forward: bool, kept: Kept) -> Prepared:
         if (forward, kept) not in self.prepared:
             program = self.forward_program if forward else self.backward_program
-            self.prepared[forward, kept] = prepare_program(program, self.config, kept)
+            found = self.from_search(program) if kept == NOTHING_KEPT else None
+            self.prepared[forward, kept] = found or prepare_program(program, self.config, kept)
         return self.prepared[forward, kept]
+
+    def from_search(self, program: Program) -> Prepared | None:
+        """What a search has made of the program, verified now; None where every pass is to be seen in a dump."""
+        if self.ahead is None or self.config.dump is not None:
+            return None
+        found = self.ahead.of(program)
+        if found is not None and self.config.verify:
+            verify_program(found.laid.program)
+        return found
 
 
 def _leaving_slabs_alone(laid: Laid, members: set[str]) -> Laid:
@@ -101,6 +133,18 @@ def _leaving_slabs_alone(laid: Laid, members: set[str]) -> Laid:
         if s.root in members and s.lifetime.stop > len(laid.order):
             kept = {new: old for new, old in kept.items() if new not in s.members}
     return replace(laid, in_place=dict(kept))
+
+
+def _same(a: Program, b: Program) -> bool:
+    """Whether two captured programs are equal, name by name, and hold the same constants and callables."""
+
+    def data(p: Program) -> object:
+        return p.name, p.phase, tuple(p.buffers.items()), p.operations, p.inputs, p.outputs, dict(p.hints), p.notes
+
+    def objects(p: Program) -> object:
+        return [(name, id(held)) for mapping in (p.constants, p.callables) for name, held in mapping.items()]
+
+    return objects(a) == objects(b) and data(a) == data(b)
 
 
 def joined(forward: Program, received: Sequence[tuple[int, str]]) -> tuple[tuple[str, str], ...]:

@@ -7,6 +7,7 @@ are kept is decided here, through the one function of it that chooses them. `Cho
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_modu
 from ..ir.activation import Activation
 from ..ir.config import Config
 from ..ir.eager import EagerMemory
+from ..ir.errors import PlanningError
 from ..ir.joint import JointGraph
 from .activations import activations
 from .changed_inputs import keep_changed_inputs
@@ -50,10 +52,12 @@ class Cutter:
     """Makes forward and backward with the values kept that a choice names, and losses in slices of a given size.
 
     ``loss_chunks``: bytes of logits that a slice may have, the largest first, which is the one that is asked for.
+    ``read``: the joint graph with losses in slices of a size.
     """
 
     make: Callable[[Choose, int], Modules]
     loss_chunks: tuple[int, ...]
+    read: Callable[[int], JointGraph]
 
     def __call__(self, choose: Choose, loss_chunk: int | None = None) -> Modules:
         return self.make(choose, self.loss_chunks[0] if loss_chunk is None else loss_chunk)
@@ -114,23 +118,39 @@ def partitioner(config: Config, found: Partitioned, chooser: Chooser) -> Callabl
         own = config.enabled("rematerialize")
         sliced = _Sliced.of(joint, config, several=own and chooser.search is not None)
 
-        def make(choose: Choose, loss_chunk: int) -> Modules:
+        def cut_graph(given: torch.fx.GraphModule, choose: Choose, loss_chunk: int, *, shared: bool) -> Modules:
             fates: list[tuple[Activation, ...]] = []
             known = sliced.read.setdefault(loss_chunk, [])
             choosing = _choosing(replace(chooser, choose=choose) if own else None, num_fwd_outputs, fates, known)
+            options = functorch_config.patch(recompute_views=True, cse=functorch_config.cse and not shared)
             # (of the modules that it makes only the graphs are read: their Python is not printed, which took as long)
-            with _use_lazy_graph_module(True), functorch_config.patch(recompute_views=True), choosing:
-                # torch's partitioner changes the graph that it is given
-                several = bool(chooser.search or found.recut)
-                given = sliced.copy(loss_chunk) if several else sliced.joint(loss_chunk)
-                with functorch_config.patch(cse=functorch_config.cse and not several):
-                    modules: Modules = min_cut_rematerialization_partition(
-                        given, inputs, num_fwd_outputs=num_fwd_outputs, **kwargs
-                    )
+            with _use_lazy_graph_module(True), options, choosing:
+                modules: Modules = min_cut_rematerialization_partition(
+                    given, inputs, num_fwd_outputs=num_fwd_outputs, **kwargs
+                )
             modules[0].meta[_FATES] = fates[-1] if fates else ()
             return modules
 
-        cut = Cutter(make, sliced.sizes)
+        def make(choose: Choose, loss_chunk: int) -> Modules:
+            # torch's partitioner changes the graph that it is given
+            several = bool(chooser.search or found.recut)
+            given = sliced.copy(loss_chunk) if several else sliced.joint(loss_chunk)
+            return cut_graph(given, choose, loss_chunk, shared=several)
+
+        def read(loss_chunk: int) -> JointGraph:
+            known = sliced.read.setdefault(loss_chunk, [])
+            if not known:
+                # before it asks what to keep, it only marks nodes, and would mark them so again
+                with contextlib.suppress(_GraphRead):
+                    cut_graph(sliced.shared(loss_chunk), _stop, loss_chunk, shared=True)
+            if not known:
+                raise PlanningError(
+                    "what is kept for the backward is not memplan's to choose here: leave out option 'budget', or "
+                    "torch's own activation_memory_budget"
+                )
+            return known[0]
+
+        cut = Cutter(make, sliced.sizes, read)
         parameters = frozenset(kwargs.get("static_lifetime_input_indices") or ())  # type: ignore[call-overload]
         if chooser.search is not None and own:
             forward, backward = chooser.search(cut, num_fwd_outputs, parameters)
@@ -177,15 +197,28 @@ class _Sliced:
             chunk_losses(self.made[size], size)
         return self.made[size]
 
-    def copy(self, size: int) -> torch.fx.GraphModule:
-        """A copy to be cut; what torch's partitioner would do first, whatever the cut, is done once for all of them."""
+    def shared(self, size: int) -> torch.fx.GraphModule:
+        """The graph to cut copies of: what torch's partitioner would do first, whatever the cut, is done once."""
         module = self.joint(size)
         if size not in self._shared:
             module.graph.eliminate_dead_code()
             if functorch_config.cse:
                 module = self.made[size] = _make_graph_module(module, fx_graph_cse(module.graph))
             self._shared.add(size)
+        return module
+
+    def copy(self, size: int) -> torch.fx.GraphModule:
+        """A copy to be cut."""
+        module = self.shared(size)
         return _make_graph_module(module, copied(module.graph))
+
+
+class _GraphRead(Exception):
+    """Ends a cut when all that was wanted of it is there."""
+
+
+def _stop(graph: JointGraph) -> Sequence[int]:
+    raise _GraphRead
 
 
 @contextmanager

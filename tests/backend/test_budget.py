@@ -13,7 +13,7 @@ import memplan
 import memplan.backend
 import memplan.capture.chunked_loss
 import memplan.capture.partition
-from memplan.budget import RUNGS, Budget, Modules
+from memplan.budget import RUNGS, Budget, Modules, Planned
 from memplan.ir.activation import Fate
 from memplan.ir.errors import OptionError
 from memplan.ir.program import BufferKind
@@ -93,14 +93,13 @@ def test_twenty_budgets_give_rising_peaks_within_them(monkeypatch: pytest.Monkey
     found: list[tuple[int, int]] = []
 
     class Many(Budget):
-        def search(self) -> Modules:
+        def search(self) -> tuple[Modules, Planned]:
             most, low = self.peak(RUNGS), self.peak(0)
             for k in range(21):
                 self.limit = low + (most - low) * k // 20
-                modules = super().search()
-                (peak,) = (p.peak.nbytes for m, p in self._tried.values() if m is modules)
-                found.append((self.limit, peak))
-            return modules
+                taken = super().search()
+                found.append((self.limit, taken[1].peak.nbytes))
+            return taken
 
     monkeypatch.setattr(memplan.backend, "Budget", Many)
     torch._dynamo.reset()
