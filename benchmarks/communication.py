@@ -5,8 +5,9 @@ run over gloo). A Llama-style block and a model of 16 of them, sharded by `paral
 (one token) and a prefill. Rank 0 prints every line as soon as it is measured, and at the end writes
 ``communication.json`` and ``communication.md``:
 
-* milliseconds a step; the largest difference from the library's all-reduce in the same compiler, and whether all bits
-  are equal; bytes asked of the symmetric allocator; device copies in one step, as the profiler counts them;
+* milliseconds a step, by itself and with the systems in turns; the largest difference from the library's all-reduce in
+  the same compiler, and whether all bits are equal; bytes asked of the symmetric allocator; device copies in one step,
+  as the profiler counts them;
 * iterations with random delays on each rank, on inputs that change: all bits as without delays;
 * a rank with another plan, which has to be refused;
 * a rank that is killed, in processes of their own: the other one has to end within the group's timeout.
@@ -173,6 +174,7 @@ class Run:
         model = self.build(layers)
         xs = self.inputs(tokens)
         exact: torch.Tensor | None = None
+        steps: dict[str, Step] = {}
         for system in self.args.systems:
             if system == "memplan-library" and layers == 1:
                 continue
@@ -182,16 +184,28 @@ class Run:
                 continue
             try:
                 with torch.no_grad(), symmetric_memory(system == "inductor-auto" and self.device == "cuda"):
-                    exact = self.measure(row, system, model, xs, exact)
+                    exact, steps[system] = self.measure(row, system, model, xs, exact)
             except Exception as error:  # one system's failure is a line of the table, not the end of it
                 traceback.print_exc()
                 row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
             self.report(row)
+        if self.args.rounds and len(steps) > 1 and self.time_left(self.args.spare / 2):
+            with torch.no_grad():
+                self.report({"layers": layers, "tokens": tokens, **self.turns(steps, xs[0])})
+
+    def turns(self, steps: Mapping[str, Step], x: torch.Tensor) -> dict[str, object]:
+        """Milliseconds of the systems in turns, the median over all rounds: a host that is slower for a while is so for
+        all of them."""
+        found: dict[str, list[float]] = {system: [] for system in steps}
+        for number in range(self.args.rounds):
+            for system in sorted(steps) if number % 2 else sorted(steps, reverse=True):
+                steps[system](x)
+                found[system] += self.times(steps[system], x, batches=2)
+        return {"in turns, ms": {system: round(statistics.median(times), 4) for system, times in found.items()}}
 
     def measure(
         self, row: dict[str, object], system: str, model: nn.Module, xs: list[torch.Tensor], exact: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        torch._dynamo.reset()
+    ) -> tuple[torch.Tensor | None, Step]:
         gc.collect()  # programs of other lines would have a say in the size of the arena
         before = self.symmetric.total
         begun = time.perf_counter()
@@ -218,12 +232,12 @@ class Run:
         row["ms"], row["ms_least"] = round(statistics.median(found), 4), round(min(found), 4)
         if self.device == "cuda":
             row |= profiled(step, xs[0])
-        return exact
+        return exact, step
 
-    def times(self, step: Step, x: torch.Tensor) -> list[float]:
+    def times(self, step: Step, x: torch.Tensor, batches: int = 0) -> list[float]:
         """Milliseconds a step, of each of several batches of 10; ranks start each batch together."""
         out = []
-        for _ in range(self.args.repeats):
+        for _ in range(batches or self.args.repeats):
             dist.barrier(self.control)
             self.sync()
             started = time.perf_counter()
@@ -310,6 +324,7 @@ class Run:
 
 
 KILL_TIMEOUT = 15
+_numbers = itertools.count()
 #: by name in `SYSTEMS`
 MEMPLAN_OPTIONS: Mapping[str, Mapping[str, object]] = {
     "memplan": {},
@@ -349,17 +364,22 @@ def _child(rank: int, world: int, path: str, args: argparse.Namespace) -> None:
 
 
 def compiled(model: nn.Module, system: str) -> Step:
-    """What is measured under this name."""
-    torch._dynamo.reset()
+    """What is measured under this name: a function of its own, so that systems that take turns do not share what
+    Dynamo keeps for one."""
+    if system == "eager":
+        return model
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return model(x)  # type: ignore[no-any-return]
+
+    step.__code__ = step.__code__.replace(co_name=f"step_{next(_numbers)}")
     match system:
-        case "eager":
-            return model
         case "inductor" | "inductor-auto":
             selection = {"_collective.auto_select": True} if system == "inductor-auto" else {}
-            return torch.compile(model, backend="inductor", dynamic=False, options=selection)  # type: ignore[no-any-return]
+            return torch.compile(step, backend="inductor", dynamic=False, options=selection)  # type: ignore[no-any-return]
         case _:
             options = MEMPLAN_OPTIONS[system]
-            return torch.compile(model, backend="memplan", dynamic=False, options=dict(options))  # type: ignore[no-any-return]
+            return torch.compile(step, backend="memplan", dynamic=False, options=dict(options))  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
@@ -428,6 +448,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=11008)
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=10, help="in which the systems take turns, once all are compiled")
     parser.add_argument("--checks", nargs="*", default=list(CHECKS), choices=CHECKS)
     parser.add_argument("--delays", type=int, default=10_000, help="iterations with random delays")
     parser.add_argument("--seconds", type=float, default=330, help="what does not fit is left out")
