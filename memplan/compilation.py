@@ -13,7 +13,7 @@ import torch
 from . import kernels as kernel_sets
 from .artifact import Artifact, GpuKernel, Linked, cached, load_cached, load_gpu
 from .calibration import figures_for
-from .calls import made_once
+from .calls import below_autograd, made_once
 from .codegen import cpp_kernel, triton_kernel
 from .codegen.cpp_wrapper import CppWrapper
 from .codegen.python_wrapper import print_python
@@ -467,6 +467,7 @@ def _assemble(
                 raise
             say_python(str(error))
     call = in_python() if native is None else seen_by_modes(native, in_python)
+    call = below_autograd(call) if artifact.python.operators else call
     call = on_own_device(call, {b.device for b in program.buffers.values()})
     keeping = made_once(lambda: _keeping(made.plan, artifact, linked, program, config, kept))
     made: CompiledProgram = CompiledProgram(make_plan, call, source, keeping, artifact.waterfall, artifact)

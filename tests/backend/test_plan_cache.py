@@ -210,7 +210,7 @@ NO_NAMES = {
     "Origin": "*", "Pool": "name device group", "InPool": "pool", "Certificate": "note", "Buffer": "device group",
     "KernelOp": "device", "Extern": "device kwargs symbols", "Collective": "device group kwargs symbols",
     "Wait": "device kwargs symbols", "Copy": "device", "Program": "name constants callables", "Call": "op",
-    "UserKernel": "*", "Plan": "predicted_peak reserve step", "Literal": "value",
+    "UserKernel": "*", "Plan": "predicted_peak requests reserve step", "Literal": "value",
     "Slab": "name device", "Workspace": "role", "Template": "device kwargs symbols", "Reserve": "device",
     "InFlight": "device kwargs symbols", "HostCopy": "device kwargs symbols",
     "CanonicalProduct": "*",  # a key of what is measured, in no plan
