@@ -5,7 +5,7 @@
 For each shape: ATen's call with the kernel after it, and the ten fastest configurations of the grid, in microseconds
 (medians, in turns). With ``--two`` splits are timed in two launches as well, the second of which adds the parts up on
 all of the GPU. What is fastest is compared with ATen's answer. Needs one NVIDIA GPU; some twenty seconds a shape, most
-of it building. ``--seconds`` starts no shape after so long.
+of it building. ``--seconds`` starts no shape after so long. ``MEMPLAN_EARLY_LAUNCH`` is heeded.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.templates import SHAPES, Shape, candidate
+from benchmarks.templates import SHAPES, Shape, candidate, policy
 from memplan.codegen.triton_kernel import TritonKernel
 from memplan.codegen.triton_product import emit_finish, emit_parts, emit_product
+from memplan.ir.early_launch import EarlyLaunch
 from memplan.ir.template import Method, Product, ProductConfig
 from memplan.runtime.device_times import device_times
 from memplan.runtime.triton_build import Build, Compiled, Target, compile_builds
@@ -66,7 +67,9 @@ def built(product: Product, entries: Sequence[Entry]) -> list[tuple[ProductConfi
     return [(c, k, b) for (c, k), b in zip(entries, done, strict=True) if isinstance(b, Compiled)]
 
 
-def in_two(product: Product, entries: Sequence[Entry], processors: int) -> list[tuple[ProductConfig, Kernels]]:
+def in_two(
+    product: Product, entries: Sequence[Entry], processors: int, early: EarlyLaunch
+) -> list[tuple[ProductConfig, Kernels]]:
     """The splits among them in two launches, built."""
     _, rows, columns, _ = product.sizes
     share = max(64, 1 << max(0, rows * columns // processors).bit_length() - 1)
@@ -75,7 +78,8 @@ def in_two(product: Product, entries: Sequence[Entry], processors: int) -> list[
         sized = replace(product, config=c)
         height = min(c.rows, max(1, share // c.columns))
         warps = max(1, min(4, height * c.columns // 128))
-        made.append((c, emit_parts(sized, name="product"), emit_finish(sized, name="finish", rows=height, warps=warps)))
+        finish = emit_finish(sized, name="finish", rows=height, warps=warps, early=early)
+        made.append((c, emit_parts(sized, name="product", early=early), finish))
     builds = [Build.of(k, k.configs[0]) for _, *ks in made for k in ks]
     done = compile_builds(builds, Target.current())
     found: list[tuple[ProductConfig, Kernels]] = []
@@ -99,15 +103,17 @@ def sweep(shape: Shape, most: int, two: bool) -> None:
     begin = time.perf_counter()
     found, program = candidate(shape)
     processors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-    key = found.key
-    entries = [(c, emit_product(replace(key, config=c), name="product")) for c in grid(key, processors, most)]
+    key, early = found.key, policy()
+    entries = [
+        (c, emit_product(replace(key, config=c), name="product", early=early)) for c in grid(key, processors, most)
+    ]
     usable = built(key, entries)
-    held = _Held(found, program)
+    held = _Held(found, program, early)
 
     def runs(of: Sequence[tuple[ProductConfig, TritonKernel, Compiled]]) -> list[Callable[[], None]]:
         return [held.aten(), *(held.template(c, make_launcher(k, b)) for c, k, b in of)]
 
-    pairs = in_two(key, entries, processors) if two else []
+    pairs = in_two(key, entries, processors, early) if two else []
     if pairs:
         both = [two_launches(held, c, ks) for c, ks in pairs]
         aten, *spent = device_times([held.aten(), *both])
