@@ -59,6 +59,10 @@ KERNELS: dict[str, Emit] = {
 }
 
 
+#: those that are built under every policy
+SOME = ("pointwise", "looped rows", "product by split")
+
+
 def built(kernel: TritonKernel, arch: int = 90) -> Compiled:
     return compile_one(Build.of(kernel, kernel.configs[0]), Target(arch=arch))
 
@@ -80,7 +84,7 @@ TOUCHES = re.compile(r"(LD|LDG|ST|STG|ATOM|ATOMG|RED|REDG|LDGSTS|UBLKCP|UTMALDG|
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_kernel_waits_before_it_touches_memory(name: str) -> None:
     """As the compiler's text has it, and as the GPU runs it."""
-    for early in EARLY:
+    for early in EARLY if name in SOME else (EarlyLaunch.START,):
         kernel = KERNELS[name](early)
         found = built(kernel)
         assert found.early
