@@ -31,7 +31,7 @@ if not any(Path(p) == ROOT for p in memplan.__path__):
     memplan.__path__.append(str(ROOT))  # memplan.codegen, where the package is not installed
 
 from memplan.ir.config import Config, from_environment  # noqa: E402
-from memplan.ir.early_launch import EarlyLaunch, early_launch  # noqa: E402
+from memplan.ir.early_launch import EarlyLaunch, early_template  # noqa: E402
 from memplan.ir.loops import Call, Cast, Constant, Kernel, Load, Node, Range, Store, outer_symbol  # noqa: E402
 from memplan.ir.program import (  # noqa: E402
     Buffer,
@@ -189,8 +189,8 @@ class Row:
 
 
 def policy() -> EarlyLaunch:
-    """What kernels do about those around them, by ``MEMPLAN_EARLY_LAUNCH`` and the GPU."""
-    return early_launch(from_environment(Config()).early_launch, Target.current().arch)
+    """What templates do about the kernels around them, by ``MEMPLAN_EARLY_LAUNCH`` and the GPU."""
+    return early_template(from_environment(Config()).early_launch, Target.current().arch)
 
 
 def run(shapes: Sequence[Shape]) -> list[Row]:

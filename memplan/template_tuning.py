@@ -25,7 +25,7 @@ from .codegen.triton_kernel import TritonKernel, emit_triton
 from .codegen.triton_product import emit_product
 from .ir.canonical import canonicalize, hoist_offsets
 from .ir.config import Config
-from .ir.early_launch import EarlyLaunch, early_launch
+from .ir.early_launch import EarlyLaunch, early_template
 from .ir.errors import CompilerError, LoweringError
 from .ir.program import Program, View, evaluate
 from .ir.template import Method, Product, ProductConfig, Workspace, canonical_product
@@ -73,7 +73,7 @@ def measured_choices(
 ) -> Mapping[Product, ProductConfig]:
     """The configurations of those candidates that are faster than ATen; measured now where the cache has nothing."""
     store = Cache(config.cache_dir) if config.cache_dir else Cache()
-    early = early_launch(config.early_launch, Target.current().arch)
+    early = early_template(config.early_launch, Target.current().arch)
     distinct = {c.key: c for c in candidates}
     found: dict[Product, ProductConfig] = {}
     missing: dict[Product, Candidate] = {}

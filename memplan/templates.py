@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from .codegen.triton_kernel import TritonKernel
 from .codegen.triton_product import emit_product
 from .ir.config import Config
-from .ir.early_launch import EarlyLaunch, early_launch
+from .ir.early_launch import EarlyLaunch, early_template
 from .ir.errors import CompilerError
 from .ir.program import Program
 from .ir.template import Product, Template, canonical_product
@@ -61,7 +61,7 @@ def with_templates(built: BuiltKernels, templates: TemplateSet, config: Config) 
     if not templates.sources:
         return built
     target = Target.current()
-    emitted = emitted_templates(templates, early_launch(config.early_launch, target.arch))
+    emitted = emitted_templates(templates, early_template(config.early_launch, target.arch))
     compiled = compile_builds([Build.of(k, k.configs[0]) for k in emitted.values()], target)
     launchers = dict(built.launchers)
     callables = dict(built.callables)

@@ -60,3 +60,14 @@ EARLY_LAUNCHES: Mapping[str, EarlyLaunch] = {"auto": EarlyLaunch.START, **{e.val
 def early_launch(option: str, arch: int) -> EarlyLaunch:
     """What kernels that are built for a GPU do; ``arch``: its compute capability times ten."""
     return EARLY_LAUNCHES[option] if arch >= FIRST_ARCH else EarlyLaunch.NEVER
+
+
+def early_template(option: str, arch: int) -> EarlyLaunch:
+    """`early_launch` of templates of matrix products.
+
+    Their instances end at different times, the last of a tile adding up what all have summed. Those of a next one that
+    starts at once crowd onto the multiprocessors that are free first, two where there should be one: products with
+    long sums that took 5.4 us after one another took 6.6 (H200).
+    """
+    found = early_launch(option, arch)
+    return EarlyLaunch.END if option == "auto" and found is EarlyLaunch.START else found

@@ -17,7 +17,7 @@ from memplan.codegen.triton_kernel import TritonKernel, emit_triton
 from memplan.codegen.triton_product import emit_finish, emit_parts, emit_product
 from memplan.ir.canonical import canonicalize
 from memplan.ir.config import Config
-from memplan.ir.early_launch import EarlyLaunch, early_launch
+from memplan.ir.early_launch import EarlyLaunch, early_launch, early_template
 from memplan.ir.errors import CompilerError, OptionError
 from memplan.ir.loops import Kernel
 from memplan.runtime.early_launch import waits_first
@@ -188,6 +188,9 @@ def test_a_text_without_a_function_is_refused() -> None:
 def test_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
     assert early_launch("never", 90) is EarlyLaunch.NEVER
     assert early_launch("auto", 90) is not EarlyLaunch.NEVER
+    assert early_template("auto", 90) is EarlyLaunch.END
+    assert early_template("auto", 80) is EarlyLaunch.NEVER
+    assert [early_template(e.value, 90) for e in EarlyLaunch] == list(EarlyLaunch)
     assert [early_launch(e.value, 100) for e in EarlyLaunch] == list(EarlyLaunch)
     assert [early_launch(e.value, 89) for e in EarlyLaunch] == [EarlyLaunch.NEVER] * 4
     with pytest.raises(OptionError, match=r"is one of auto, never, wait, start, end, not 'nevr' .*'never'"):
