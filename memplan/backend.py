@@ -47,6 +47,7 @@ from .ir.errors import OptionError, PlanningError, UnsupportedError
 from .ir.in_flight import HostCopy
 from .ir.plan import InPool, Plan
 from .ir.program import BufferKind, Phase, Program, TensorInput, View
+from .lowering.corrections import corrected
 from .lowering.decompositions import decomposition_table
 from .lowering.lower import NOTHING_KEPT
 from .offload_budget import OffloadBudget, check_offload, model_of, offload_device
@@ -571,5 +572,5 @@ def compile_with(
         keep_inference_input_mutations=True,
     )
     # the backward is built with its forward, not inside the first .backward(), when all activations are alive
-    with functorch_config.patch(force_non_lazy_backward_lowering=True), sizes_as_nodes():
+    with functorch_config.patch(force_non_lazy_backward_lowering=True), sizes_as_nodes(), corrected():
         return backend(module, example_inputs)
