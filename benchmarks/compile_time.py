@@ -2,8 +2,8 @@
 
 Every row is a process of its own, with one caching directory for a cold and a warm process of a backend. *first* is the
 first forward and backward altogether; *compilers* the time inside of what AOTAutograd calls to compile (capture,
-planning, code and its loading; for Inductor its ``compile_fx_inner``), also per 1,000 captured operations. A warm
-Inductor takes the result of AOTAutograd from its cache as well, and then runs none of its compilers.
+planning, code and its loading; for Inductor its ``compile_fx_inner``), also per 1,000 captured operations. Warm, both
+take the result of AOTAutograd from a cache as well; Inductor then runs none of its compilers.
 """
 
 from __future__ import annotations
@@ -19,11 +19,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from .models import gpt2, llama, tokens
+
+if TYPE_CHECKING:  # (a process that measures Inductor imports none of it)
+    from memplan.ir.program import Program
 
 F32 = torch.float32
 RESULTS = Path(__file__).parent / "results" / "compile_time-cpu.md"
@@ -72,40 +76,38 @@ def _watched(backend: str) -> tuple[Callable[[], float], Callable[[], int]]:
 
     seconds: list[float] = []
     counts: list[int] = []
+    running: list[str] = []
 
     def timed(name: str) -> None:
         original = getattr(Region, name)
 
-        def compile(self: object, *given: object) -> object:
+        def compile(self: object, *given: object, **named: object) -> object:
             begin = time.perf_counter()
+            running.append(name)
             try:
-                return original(self, *given)
+                return original(self, *given, **named)
             finally:
-                seconds.append(time.perf_counter() - begin)
+                running.pop()
+                if not running:
+                    seconds.append(time.perf_counter() - begin)
 
         setattr(Region, name, compile)
 
-    def counted(name: str) -> None:
-        original = getattr(Region, name)
+    def note(self: object, program: Program, traced: object) -> None:
+        counts.append(len(program.operations))
+        noted(self, program, traced)
 
-        def capture(self: object, *given: object) -> object:
-            program = original(self, *given)
-            counts.append(len(program.operations))
-            return program
-
-        setattr(Region, name, capture)
-
-    for name in ("compile_forward", "compile_backward", "compile_inference"):
-        timed(name)
-    for name in ("capture_forward", "capture_backward"):
-        counted(name)
+    noted, Region.note = Region.note, note  # type: ignore[method-assign,assignment]
+    for phase in ("forward", "backward", "inference"):
+        for name in (f"compile_{phase}", f"finish_{phase}"):  # of traced graphs, and of those from the cache
+            timed(name)
     return lambda: sum(seconds), lambda: sum(counts)
 
 
 def run(model: str, layers: int, backend: str, start: str, cache: str) -> Row:
     """`measure` in a process of its own."""
     env = os.environ | {
-        "MEMPLAN_CACHE_DIR": f"{cache}/memplan", "MEMPLAN_PLAN_CACHE": "1",
+        "MEMPLAN_CACHE_DIR": f"{cache}/memplan", "MEMPLAN_PLAN_CACHE": "1", "MEMPLAN_TRACE_CACHE": "1",
         "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "TRITON_CACHE_DIR": f"{cache}/triton",
     }  # fmt: skip
     command = [sys.executable, "-m", "benchmarks.compile_time", "--one", model, str(layers), backend, start]

@@ -9,8 +9,10 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import assert_never
 
 import torch
 import torch._functorch.config as functorch_config
@@ -28,9 +30,9 @@ from .capture.attention import simplify_masks
 from .capture.fx import capture
 from .capture.joint import Costs
 from .capture.layout import convolutions_channels_last
-from .capture.partition import Chooser, Cutter, Modules, Partitioned, partitioner
+from .capture.partition import Chooser, Cutter, Modules, Partitioned, partitioner, result_names
 from .capture.size_inputs import sizes_as_nodes
-from .capture.traced import runnable
+from .capture.traced import Traced, runnable
 from .compilation import (
     PASS_NAMES,
     CompiledProgram,
@@ -47,7 +49,6 @@ from .ir.errors import OptionError, PlanningError, UnsupportedError
 from .ir.in_flight import HostCopy
 from .ir.plan import InPool, Plan
 from .ir.program import BufferKind, Phase, Program, TensorInput, View
-from .lowering.corrections import corrected
 from .lowering.decompositions import decomposition_table
 from .lowering.lower import NOTHING_KEPT
 from .offload_budget import OffloadBudget, check_offload, model_of, offload_device
@@ -61,10 +62,13 @@ from .pooling import choose
 from .recompute_prices import cheap_again
 from .remedies import recomputing
 from .runtime import cuda_graphs
+from .runtime.cache import Cache, cache_key
 from .runtime.host_copies import finish_copies
 from .runtime.library_workspaces import product_gpus, with_workspaces
 from .step_planning import PlannedAhead, StepPlanner, joined
 from .target import on_target
+from .trace_cache import Step, TraceCache
+from .trace_key import switched_off, trace_key
 
 log = logging.getLogger(__name__)
 _groups = itertools.count()
@@ -135,6 +139,9 @@ class Region:
     #: the forward's plan, once it is compiled, and the backward's
     forward_plan: Callable[[], Plan] | None = None
     backward_plan: Callable[[], Plan] | None = None
+    #: the programs as captured, and positions of their lazy inputs; a backward that was not as foreseen is none of them
+    captured: dict[Phase, Program] = field(default_factory=dict)
+    lazy: dict[Phase, tuple[int, ...]] = field(default_factory=dict)
     #: Dynamo's number of the frame, and how often it was compiled before
     compilation: tuple[int, int] | None = field(default_factory=lambda: compilation())
 
@@ -143,12 +150,57 @@ class Region:
         if self.records(program):
             self.recorded = True
             return self.watch_hooks(self.finish_recorded(program, module, inputs))
-        self.planner = self.plan_together(program)
+        return self.finish_forward(program, Traced.of(module), self.plan_together(program))
+
+    def finish_forward(self, program: Program, traced: Traced, planner: StepPlanner | None) -> Callable[..., object]:
+        """The forward's call, from its program."""
+        self.note(program, traced)
+        self.planner = planner
         if self.planner is None:
-            return self.with_workspaces(program, self.watch_hooks(self.finish(program, module)))
-        call = self.finish(program, module, self.planner.role(program))
-        hooked = self.watch_hooks(call, lambda: self.forward_apart(call, program, module))
+            return self.with_workspaces(program, self.watch_hooks(self.finish(program, traced)))
+        call = self.finish(program, traced, self.planner.role(program))
+        hooked = self.watch_hooks(call, lambda: self.forward_apart(call, program, traced))
         return self.with_workspaces(program, hooked)
+
+    def note(self, program: Program, traced: Traced) -> None:
+        """Remember a program for `step`."""
+        self.captured[program.phase], self.lazy[program.phase] = program, traced.lazy
+
+    def step(self) -> Step | str:
+        """The region as it was captured, to be kept; or why it cannot be."""
+        phases = set(self.captured)
+        if phases not in ({Phase.INFERENCE}, {Phase.FORWARD, Phase.BACKWARD}):
+            return "its backward was not foreseen"
+        bare = replace(self.partitioned, backward=None, recut=None)
+        programs = {p: replace(program) for p, program in self.captured.items()}
+        return Step(programs, self.lazy, bare, self.planner is not None)
+
+    def restored(self, step: Step) -> Callable[[Phase], Callable[..., object]]:
+        """Calls of a kept step, the forward's first; the region is a new one."""
+        self.partitioned = replace(step.partitioned)
+        named = {p: replace(program, name=f"{p.value}{self.group}") for p, program in step.programs.items()}
+        self.forward, self.backward = named.get(Phase.FORWARD), named.get(Phase.BACKWARD)
+
+        def together() -> StepPlanner | None:
+            if not step.together:
+                return None
+            assert self.forward is not None
+            assert self.backward is not None
+            return StepPlanner(self.forward, self.backward, self.received(self.backward), self.config)
+
+        def call_of(phase: Phase) -> Callable[..., object]:
+            program, traced = named[phase], Traced(step.lazy[phase])
+            match phase:
+                case Phase.FORWARD:
+                    return self.finish_forward(program, traced, together())
+                case Phase.BACKWARD:
+                    return self.finish_backward(program, traced, foreseen=True)
+                case Phase.INFERENCE:
+                    self.hold_to_budget(program)
+                    return self.finish_inference(program, traced)
+            assert_never(phase)
+
+        return call_of
 
     def with_workspaces(self, program: Program, call: Callable[..., object]) -> Callable[..., object]:
         """The call of a forward or an inference, before which the libraries have what they keep."""
@@ -172,16 +224,14 @@ class Region:
         self.backward, self.backward_code = self.capture_backward(module), str(module.graph)
         return StepPlanner(forward, self.backward, self.received(self.backward), self.config, self.ahead)
 
-    def forward_apart(
-        self, call: Callable[..., object], program: Program, module: torch.fx.GraphModule
-    ) -> Callable[..., object]:
+    def forward_apart(self, call: Callable[..., object], program: Program, traced: Traced) -> Callable[..., object]:
         """The forward with no saved tensor in a slab."""
         assert self.forward_plan is not None
         plan = self.forward_plan()
         saved = (n for n, b in plan.program.buffers.items() if b.kind is BufferKind.SAVED and n in plan.placements)
         if not any(isinstance(plan.placements[plan.storage_of(n)], InPool) for n in saved):
             return call
-        return completed(program, module, compile_program(program, self.config).call)
+        return completed(program, traced.lazy, compile_program(program, self.config).call)
 
     def watch_hooks(
         self, call: Callable[..., object], make_apart: Callable[[], Callable[..., object]] | None = None
@@ -217,10 +267,8 @@ class Region:
 
     def offloaded_positions(self) -> tuple[int, ...]:
         """Positions of what goes to the host among the forward's results."""
-        assert self.partitioned.forward is not None
-        outputs = self.partitioned.forward.graph.output_node().args[0]
         wanted = frozenset(self.partitioned.offloaded)
-        return tuple(k for k, n in enumerate(outputs) if isinstance(n, torch.fx.Node) and n.name in wanted)  # type: ignore[arg-type]
+        return tuple(k for k, name in enumerate(self.partitioned.results) if name in wanted)
 
     def compile_backward(self, module: torch.fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
         leave_donation_to_us()
@@ -229,32 +277,37 @@ class Region:
         if self.recorded:
             if self.records(program):
                 return self.finish_recorded(program, module, inputs)
-            plain = self.finish(without_donation(program), module)  # what the forward saved is in its recording's pool
+            # what the forward saved is in its recording's pool
+            plain = self.finish(without_donation(program), Traced.of(module))
             return cuda_graphs.beside_recordings(plain, cuda_graphs.gpu_of(program) or 0)
+        return self.finish_backward(program, Traced.of(module), foreseen)
+
+    def finish_backward(self, program: Program, traced: Traced, foreseen: bool) -> Callable[..., object]:
+        """The backward's call, from its program; ``foreseen``: it is the one that the forward was planned with."""
+        if foreseen or self.planner is None:
+            self.note(program, traced)
         together = self.planner.role(program) if foreseen and self.planner else None
         if self.config.plan_only or not any(b.donated for b in program.buffers.values()):
-            return self.finish(program, module, together)
+            return self.finish(program, traced, together)
         compiled = self.compiled(program, together)
 
         def keeping() -> Callable[..., object]:
-            return completed(program, module, compiled.keeping().call)
+            return completed(program, traced.lazy, compiled.keeping().call)
 
-        return backward_call(completed(program, module, compiled.call), keeping, lambda: self.hooked)
+        return backward_call(completed(program, traced.lazy, compiled.call), keeping, lambda: self.hooked)
 
     def capture_backward(self, module: torch.fx.GraphModule) -> Program:
         """Inputs that the forward made for this backward alone are donated: they die with their last use."""
         donated: set[int] = set()
         kinds: dict[str, BufferKind] = {}
         if self.forward is not None:
-            assert self.partitioned.forward is not None
-            outputs = self.partitioned.forward.graph.output_node().args[0]
             times = Counter(out.buffer for out in self.forward.outputs if isinstance(out, View))
-            for node, out in zip(outputs, self.forward.outputs, strict=True):  # type: ignore[arg-type]
+            for name, out in zip(self.partitioned.results, self.forward.outputs, strict=True):
                 # (of a storage that is saved twice, neither may be written over while the other is read)
-                if isinstance(out, View) and isinstance(node, torch.fx.Node):
+                if isinstance(out, View) and name is not None:
                     kind = self.forward.buffers[out.buffer].kind
                     if kind is not BufferKind.SAVED or times[out.buffer] == 1:
-                        kinds[node.name] = kind
+                        kinds[name] = kind
         static: set[int] = set()
         for position, node in enumerate(n for n in module.graph.nodes if n.op == "placeholder"):
             match kinds.get(node.name):
@@ -284,7 +337,12 @@ class Region:
         self.hold_to_budget(program)
         if self.records(program):
             return self.finish_recorded(program, module, inputs)
-        return self.with_workspaces(program, self.finish(program, module))
+        return self.finish_inference(program, Traced.of(module))
+
+    def finish_inference(self, program: Program, traced: Traced) -> Callable[..., object]:
+        """The call of an inference graph, from its program."""
+        self.note(program, traced)
+        return self.with_workspaces(program, self.finish(program, traced))
 
     def hold_to_budget(self, program: Program) -> None:
         """A program without a backward has nothing to recompute: it is within the budget or it is not.
@@ -318,11 +376,9 @@ class Region:
         """`finish`, recorded. Nothing is donated: a result in place of an input would be a part of its recording."""
         static = cuda_graphs.static_positions(program)
         kept = without_donation(program)
-        return cuda_graphs.recorded(self.finish(kept, module), inputs, kept, module, static)
+        return cuda_graphs.recorded(self.finish(kept, Traced.of(module)), inputs, kept, module, static)
 
-    def finish(
-        self, program: Program, module: torch.fx.GraphModule, together: Together | None = None
-    ) -> Callable[..., object]:
+    def finish(self, program: Program, traced: Traced, together: Together | None = None) -> Callable[..., object]:
         """The program planned, built, told to who listens."""
         if self.config.plan_only:
             planned = together.plan(NOTHING_KEPT) if together is not None else plan_program(program, self.config)
@@ -330,8 +386,9 @@ class Region:
                 self.forward_plan = lambda: planned.plan
             trace(planned.plan)
             self.tell(program, planned.plan, planned.waterfall)
-            return make_boxed_func(runnable(module).forward)  # type: ignore[no-any-return]
-        return completed(program, module, self.compiled(program, together).call)
+            assert traced.module is not None
+            return make_boxed_func(runnable(traced.module).forward)  # type: ignore[no-any-return]
+        return completed(program, traced.lazy, self.compiled(program, together).call)
 
     def compiled(self, program: Program, together: Together | None = None) -> CompiledProgram:
         """The program planned and built, told to who listens."""
@@ -370,7 +427,8 @@ class Region:
         self, forward_outputs: int, parameters: frozenset[int], modules: Modules, planned: budget.Planned
     ) -> OffloadModel:
         """What taking saved tensors of a planned cut to the host would do."""
-        trial = Region(self.config, self.group, Partitioned(forward_outputs, *modules), parameters=parameters)
+        cut = Partitioned(forward_outputs, result_names(modules[0]), modules[1])
+        trial = Region(self.config, self.group, cut, parameters=parameters)
         return model_of(trial.capture_forward(modules[0]), forward_outputs, modules, planned, self.config)
 
     def trial(
@@ -381,7 +439,7 @@ class Region:
         ``offloaded``: nodes whose values are kept on the host.
         """
         config = replace(self.config, dump=None, verify=False)
-        partitioned = Partitioned(forward_outputs, *modules, offloaded=tuple(offloaded))
+        partitioned = Partitioned(forward_outputs, result_names(modules[0]), modules[1], offloaded=tuple(offloaded))
         trial = Region(config, self.group, partitioned, parameters=parameters)
         programs = [trial.capture_forward(modules[0]), trial.capture_backward(modules[1])]
         if config.cuda_graphs:  # see `finish_recorded`
@@ -399,14 +457,12 @@ class Region:
         """(position among the forward's results, input of the backward that receives it)."""
         if backward.phase is not Phase.BACKWARD or self.forward is None:
             return ()
-        assert self.partitioned.forward is not None
-        outputs = self.partitioned.forward.graph.output_node().args[0]
         given = {i.view.buffer for i in backward.inputs if isinstance(i, TensorInput)}
         return tuple(
             (k, name)
-            for k, node in enumerate(outputs)  # type: ignore[arg-type]
-            if isinstance(node, torch.fx.Node)
-            for name in (node.name, host_name(node.name))
+            for k, result in enumerate(self.partitioned.results)
+            if result is not None
+            for name in (result, host_name(result))
             if name in given
         )
 
@@ -571,6 +627,30 @@ def compile_with(
         decompositions=decomposition_table(config),
         keep_inference_input_mutations=True,
     )
+    kept = None if tell_curve is not None else kept_traces(region, device, example_inputs)
     # the backward is built with its forward, not inside the first .backward(), when all activations are alive
-    with functorch_config.patch(force_non_lazy_backward_lowering=True), sizes_as_nodes(), corrected():
+    joined = nullcontext() if kept is None else kept.joined()
+    with functorch_config.patch(force_non_lazy_backward_lowering=True), sizes_as_nodes(), joined:
         return backend(module, example_inputs)
+
+
+def kept_traces(region: Region, device: str, inputs: Sequence[object]) -> TraceCache | None:
+    """Where AOTAutograd's results are kept; None if graphs are traced each time."""
+    config = region.config
+    found = switched_off(config, inputs)
+    if found is not None:
+        log.debug("graphs are traced in every process: %s", found)
+        return None
+    figures = copy_figures(device, config) if config.offload else figures_for(device, config)
+
+    def key(module: torch.fx.GraphModule, inputs: Sequence[object], aot: object) -> str:
+        return cache_key("trace 1", *trace_key(module, inputs, aot, config), device, repr(figures))
+
+    def restore(step: Step) -> Callable[[Phase], Callable[..., object]]:
+        if config.budget is not None:
+            check_budget(config.budget, device)
+        again = Region(config, region.group)
+        make = again.restored(step)
+        return lambda phase: recording.counted(make(phase), again.group, phase)
+
+    return TraceCache(Cache(config.cache_dir) if config.cache_dir else Cache(), key, region.step, restore)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
-import torch.fx
 
 from .ir.program import Program, SizeSource, SymbolInput, TensorInput
 
@@ -29,9 +28,9 @@ def below_autograd(call: Callable[..., object]) -> Callable[..., object]:
     return run
 
 
-def completed(program: Program, module: torch.fx.GraphModule, call: Callable[..., object]) -> Callable[..., object]:
-    """The call, given a graph's arguments as AOTAutograd passes them."""
-    return read_sizes(program, true_elements(program, module, call))
+def completed(program: Program, lazy: Sequence[int], call: Callable[..., object]) -> Callable[..., object]:
+    """The call, given a graph's arguments as AOTAutograd passes them; ``lazy``: see `true_elements`."""
+    return read_sizes(program, true_elements(program, lazy, call))
 
 
 def read_sizes(program: Program, call: Callable[..., object]) -> Callable[..., object]:
@@ -54,14 +53,12 @@ def _size(tensor: object, source: SizeSource) -> int:
     return (size - source.offset) // source.factor
 
 
-def true_elements(program: Program, module: torch.fx.GraphModule, call: Callable[..., object]) -> Callable[..., object]:
+def true_elements(program: Program, lazy: Sequence[int], call: Callable[..., object]) -> Callable[..., object]:
     """The call, given lazily conjugated or negated inputs as their elements are: kernels read memory, not such bits.
 
     (Dynamo compiles again for an input with other bits.) What the program writes into such an input is written back.
+    ``lazy`` are the positions of such inputs.
     """
-    nodes = enumerate(n for n in module.graph.nodes if n.op == "placeholder")
-    values = {k: n.meta.get("val") for k, n in nodes}
-    lazy = [k for k, v in values.items() if isinstance(v, torch.Tensor) and (v.is_conj() or v.is_neg())]
     if not lazy:
         return call
     changed = {b for op in program.operations for b in op.mutates}

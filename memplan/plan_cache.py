@@ -171,7 +171,7 @@ def find_entry(program: Program, config: Config, beside: Beside | None = None) -
     store = Cache(config.cache_dir) if config.cache_dir else Cache()
     try:
         identity = identify(program, _fingerprint)
-        around = (_versions(), _settings(), _machine(program, store), beside.key(identity) if beside else ())
+        around = (versions(), settings(), _machine(program, store), beside.key(identity) if beside else ())
         key = cache_key(_FORMAT, identity.form, config.cache_key(), *around)
     except (SavedModelError, UnknownCallableError, CompilerError, CacheError) as error:
         log.info("the plan of %s is not cached: %s", program.name, error)
@@ -204,7 +204,7 @@ def _digest_of_origins(identity: Identity) -> str:
     return hashlib.sha256(encode(identity.origins)).hexdigest()
 
 
-def _settings() -> KeyPart:
+def settings() -> KeyPart:
     """What of torch's global state is read while compiling."""
     cudnn = (torch._C._get_cudnn_enabled(), *cudnn_flags())
     return (torch.are_deterministic_algorithms_enabled(), str(torch.get_default_dtype()), *cudnn)
@@ -223,7 +223,7 @@ def _machine(program: Program, store: Cache) -> KeyPart:
 
 
 @functools.cache
-def _versions() -> KeyPart:
+def versions() -> KeyPart:
     """The versions of all that makes code, memplan's own as a digest of its files."""
     try:
         triton = version("triton")

@@ -1,4 +1,4 @@
-"""Commands about the cache of plans and built kernels: cache info, cache clear."""
+"""Commands about the cache of traces, plans and built kernels: cache info, cache clear."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from . import terminal
 from .text import size
 
 #: What entries are, by the ending of their files' names.
-KINDS = {".plan": "plans and the code that runs them", ".so": "built libraries", ".json": "what compilers can do"}
+KINDS = {
+    ".plan": "plans and the code that runs them",
+    ".trace": "traced graphs",
+    ".so": "built libraries",
+    ".json": "what compilers can do",
+}
 
 Directory = Annotated[
     str | None,
@@ -20,7 +25,7 @@ Directory = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    group = typer.Typer(no_args_is_help=True, help="Plans and built kernels that are kept on disk.")
+    group = typer.Typer(no_args_is_help=True, help="Traces, plans and built kernels that are kept on disk.")
     group.command("info", epilog="Example: memplan cache info")(info)
     group.command("clear", epilog="Example: memplan cache clear")(clear)
     app.add_typer(group, name="cache")

@@ -90,7 +90,8 @@ class Partitioned:
     """What the partitioner learned, for the compilers that AOTAutograd calls next."""
 
     forward_outputs: int = 0
-    forward: torch.fx.GraphModule | None = None
+    #: the forward's results by node; None for what is none
+    results: tuple[str | None, ...] = ()
     backward: torch.fx.GraphModule | None = None
     activations: tuple[Activation, ...] = ()
     #: nodes whose values are kept on the host, in the forward's order of results
@@ -101,6 +102,13 @@ class Partitioned:
     recut: Recut | None = None
     #: (node, why): logits that are not made in slices
     whole_logits: tuple[Note, ...] = ()
+
+
+def result_names(forward: torch.fx.GraphModule) -> tuple[str | None, ...]:
+    """The results of a graph by node; None for a literal."""
+    results = forward.graph.output_node().args[0]
+    assert isinstance(results, (tuple, list))
+    return tuple(n.name if isinstance(n, torch.fx.Node) else None for n in results)
 
 
 def partitioner(config: Config, found: Partitioned, chooser: Chooser) -> Callable[..., Modules]:
@@ -159,7 +167,7 @@ def partitioner(config: Config, found: Partitioned, chooser: Chooser) -> Callabl
         found.recut = Recut(cut, num_fwd_outputs, parameters) if own else None
         found.whole_logits = sliced.whole_logits
         found.forward_outputs = num_fwd_outputs
-        found.forward, found.backward = forward, backward
+        found.results, found.backward = result_names(forward), backward
         found.activations = forward.meta.pop(_FATES, ())
         found.offloaded = forward.meta.pop(OFFLOADED, ())
         return forward, backward

@@ -1,4 +1,4 @@
-"""A traced graph, run as it is."""
+"""A traced graph as far as its program does not say all, and run as it is."""
 
 from __future__ import annotations
 
@@ -6,11 +6,30 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.fx
 
 aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What compiling needs of a graph besides its program.
+
+    ``lazy``: positions of the inputs that are lazily conjugated or negated. ``module``: the graph itself; None where
+    the program comes from the cache.
+    """
+
+    lazy: tuple[int, ...]
+    module: torch.fx.GraphModule | None = None
+
+    @classmethod
+    def of(cls, module: torch.fx.GraphModule) -> Traced:
+        values = (n.meta.get("val") for n in module.graph.nodes if n.op == "placeholder")
+        lazy = (k for k, v in enumerate(values) if isinstance(v, torch.Tensor) and (v.is_conj() or v.is_neg()))
+        return cls(tuple(lazy), module)
 
 
 @contextmanager

@@ -85,6 +85,8 @@ class Config:
         Where plans and built kernels are kept; None for the user's cache directory.
     plan_cache:
         Take plans from the cache, and put them there. (Built kernels are always kept.)
+    trace_cache:
+        Take AOTAutograd's traces from the cache, too, and put them there; not without ``plan_cache``.
     """
 
     wrapper: str = "auto"
@@ -108,6 +110,7 @@ class Config:
     communication: CommunicationOptions = field(default_factory=CommunicationOptions)
     cache_dir: str | None = None
     plan_cache: bool = True
+    trace_cache: bool = True
     #: make the plan and run the traced graph as it is; nothing is built (`memplan.analyze`)
     plan_only: bool = False
     #: passes that exist; filled in by the caller of `from_options` for the check of `disable`
@@ -145,13 +148,13 @@ class Config:
 
     def cache_key(self) -> tuple[tuple[str, str], ...]:
         """Every field that changes what is generated."""
-        skip = {"dump", "cache_dir", "plan_cache", "known_passes"}
+        skip = {"dump", "cache_dir", "plan_cache", "trace_cache", "known_passes"}
         return tuple((f.name, repr(getattr(self, f.name))) for f in fields(self) if f.name not in skip)
 
 
 def from_environment(config: Config) -> Config:
-    """The options that ``MEMPLAN_`` and their name set: dump, poison, cache_dir, plan_cache, disable, wrapper,
-    early_launch."""
+    """The options that ``MEMPLAN_`` and their name set: dump, poison, cache_dir, plan_cache, trace_cache, disable,
+    wrapper, early_launch."""
     env = os.environ
     values: dict[str, object] = {}
     if env.get("MEMPLAN_DUMP"):
@@ -160,6 +163,8 @@ def from_environment(config: Config) -> Config:
         values["poison"] = env["MEMPLAN_POISON"] != "0"
     if env.get("MEMPLAN_PLAN_CACHE"):
         values["plan_cache"] = env["MEMPLAN_PLAN_CACHE"] != "0"
+    if env.get("MEMPLAN_TRACE_CACHE"):
+        values["trace_cache"] = env["MEMPLAN_TRACE_CACHE"] != "0"
     if env.get("MEMPLAN_CACHE_DIR"):
         values["cache_dir"] = env["MEMPLAN_CACHE_DIR"]
     if env.get("MEMPLAN_DISABLE"):
@@ -225,7 +230,10 @@ def _checked(name: str, value: object, known_passes: tuple[str, ...]) -> object:
                         f"passes are {', '.join(known_passes)}"
                     )
             return tuple(names)
-        case "verify" | "poison" | "plan_cache" | "cuda_graphs" | "max_autotune" | "check_indices" | "offload":
+        case (
+            "verify" | "poison" | "plan_cache" | "trace_cache" | "cuda_graphs" | "max_autotune" | "check_indices"
+            | "offload"
+        ):  # fmt: skip
             if not isinstance(value, bool):
                 raise OptionError(f"option {name!r} takes True or False, not {value!r}")
             return value

@@ -173,12 +173,12 @@ def test_what_differs_is_planned(options: Options, planned: list[str], change: s
 def test_another_version_of_memplan_misses(
     options: Options, planned: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan_cache._versions.cache_clear()
+    plan_cache.versions.cache_clear()
     monkeypatch.setattr(plan_cache, "source_digest", lambda: "another")
     try:
         check(options)
     finally:
-        plan_cache._versions.cache_clear()
+        plan_cache.versions.cache_clear()
     assert planned == ["forward", "backward"]
 
 
