@@ -448,9 +448,10 @@ class Region:
         prepared = (prepare_program(forward, config), prepare_program(backward, config))
         pairs = joined(prepared[0].laid.program, trial.received(backward))
         choice = choose(prepared, pairs)
-        plans = [p.plan for p in plan_prepared(prepared, pairs, config, choice)]
+        planned = plan_prepared(prepared, pairs, config, choice)
+        plans = [p.plan for p in planned]
         joins = {later: earlier for earlier, later in pairs}
-        ahead = PlannedAhead((forward, backward), prepared, pairs, choice)
+        ahead = PlannedAhead((forward, backward), prepared, pairs, choice, planned)
         return budget.Planned(plans, joins, step_peak(plans, joins), ahead)
 
     def received(self, backward: Program) -> tuple[tuple[int, str], ...]:

@@ -17,6 +17,7 @@ from .ir.config import Config
 from .ir.errors import MemplanError
 from .ir.program import Program, View
 from .ir.verify import verify_program
+from .ir.verify_plan import verify_plan
 from .lowering.lower import NOTHING_KEPT, Kept
 from .passes.whole_step import Laid
 from .plan_cache import Beside
@@ -36,6 +37,7 @@ class PlannedAhead:
     prepared: tuple[Prepared, Prepared]
     joins: tuple[tuple[str, str], ...]
     choice: StepChoice
+    planned: tuple[Planned, ...]
 
     def of(self, program: Program) -> Prepared | None:
         """What was made of this very program; None if another one was planned."""
@@ -58,6 +60,8 @@ class StepPlanner:
     #: the choice made for both; None so far, or where the forward is planned by itself
     choice: StepChoice | None = None
     apart: bool = False
+    #: the last plans of both, and what they were made of
+    made: tuple[tuple[Prepared, Prepared], StepChoice, tuple[Planned, ...]] | None = None
 
     def role(self, program: Program) -> Together:
         """How one of the two is compiled."""
@@ -75,7 +79,8 @@ class StepPlanner:
         both = self.both(kept)
         if both is None:
             return plan_program(self.forward_program, self.config, kept)
-        return plan_prepared(both, self.joins(both[0]), self.config, self.choice)[0]
+        assert self.choice is not None
+        return self.planned(both, self.choice)[0]
 
     def both(self, kept: Kept) -> tuple[Prepared, Prepared] | None:
         """The two programs, their pools chosen; None where the backward cannot be planned."""
@@ -85,10 +90,16 @@ class StepPlanner:
             log.debug("the forward and the backward are not planned together: %s", error)
             self.choice, self.apart = None, True
             return None
-        ahead, joins = self.ahead, self.joins(found[0])
-        known = ahead is not None and (*found, joins) == (*ahead.prepared, ahead.joins)
-        self.choice = ahead.choice if ahead is not None and known else choose(found, joins)
+        known = self.known(found)
+        self.choice = known.choice if known is not None else choose(found, self.joins(found[0]))
         return found
+
+    def known(self, both: tuple[Prepared, Prepared]) -> PlannedAhead | None:
+        """What a search has planned, if it was these two."""
+        ahead = self.ahead
+        if ahead is None or not _identical(ahead.prepared, both):
+            return None
+        return ahead if ahead.joins == self.joins(both[0]) else None
 
     def backward(self, kept: Kept = NOTHING_KEPT) -> Planned:
         """The backward's plan after the forward's."""
@@ -97,13 +108,30 @@ class StepPlanner:
         if self.choice is None:
             return plan_program(self.backward_program, self.config, kept)
         ahead, behind = self.prepare(True, self.forward_kept), self.prepare(False, kept)
-        joins = self.joins(ahead)
         if kept == NOTHING_KEPT:
-            return plan_prepared((ahead, behind), joins, self.config, self.choice)[1]
+            return self.planned((ahead, behind), self.choice)[1]
+        joins = self.joins(ahead)
         members = {m for slab in self.choice.slabs for m in slab.members}
         behind = replace(behind, laid=_leaving_slabs_alone(behind.laid, members))
         chosen = choose((ahead, behind), joins, self.choice)
         return plan_prepared((ahead, behind), joins, self.config, chosen)[1]
+
+    def planned(self, both: tuple[Prepared, Prepared], choice: StepChoice) -> tuple[Planned, ...]:
+        """The plans of both, made once: the forward's is asked for first, and then the backward's."""
+        if (
+            self.made is None
+            or self.made[1] is not choice
+            or any(a is not b for a, b in zip(self.made[0], both, strict=True))
+        ):
+            known = self.known(both)
+            if known is not None and known.choice is choice:
+                found = known.planned
+                for p in found if self.config.verify else ():
+                    verify_plan(p.plan, check_program=False)
+            else:
+                found = plan_prepared(both, self.joins(both[0]), self.config, choice)
+            self.made = (both, choice, found)
+        return self.made[2]
 
     def joins(self, ahead: Prepared) -> tuple[tuple[str, str], ...]:
         """(buffer of the forward after its passes, backward input that receives it)."""
@@ -124,6 +152,10 @@ class StepPlanner:
         if found is not None and self.config.verify:
             verify_program(found.laid.program)
         return found
+
+
+def _identical(some: Sequence[object], others: Sequence[object]) -> bool:
+    return all(a is b for a, b in zip(some, others, strict=True))
 
 
 def _leaving_slabs_alone(laid: Laid, members: set[str]) -> Laid:

@@ -24,7 +24,7 @@ SOURCE = Path(__file__).with_name("allocator_replay.cpp")
 FREE, RESERVE = -1, -2
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Requests:
     """One step: ``sizes[k] >= 0`` allocates that many bytes under ``keys[k]``, ``FREE`` frees the key again, and
     ``RESERVE`` makes the reserve free, see `top_up`.
@@ -32,11 +32,11 @@ class Requests:
     ``resident`` is allocated before the first step and stays. A step that is repeated frees all its keys.
     """
 
-    resident: tuple[int, ...]
-    keys: tuple[int, ...]
-    sizes: tuple[int, ...]
+    resident: Int64
+    keys: Int64
+    sizes: Int64
     #: keys of what an optimiser takes, in its order
-    gradients: tuple[int, ...] = ()
+    gradients: Int64
 
     @classmethod
     def of(
@@ -44,8 +44,9 @@ class Requests:
     ) -> Requests:
         """From (any key, bytes or ``FREE`` or ``RESERVE``) pairs."""
         numbers: dict[Hashable, int] = {}
-        keys = tuple(numbers.setdefault(key, len(numbers)) for key, _ in events)
-        return cls(tuple(resident), keys, tuple(size for _, size in events), tuple(numbers[key] for key in gradients))
+        keys = [numbers.setdefault(key, len(numbers)) for key, _ in events]
+        columns = (resident, keys, [size for _, size in events], [numbers[key] for key in gradients])
+        return cls(*(np.array(column, dtype=np.int64) for column in columns))
 
     def accumulated(self, *, steps: int = 3, passes: int = 2, states: int = 2) -> Requests:
         """Some steps one after the other, each of which accumulates the gradients of some passes and then updates.
@@ -54,15 +55,16 @@ class Requests:
         later one all live before they are added; the optimiser makes its states in the first step, which stay, and in
         each one a temporary for each gradient.
         """
-        keys, sizes = np.array(self.keys, dtype=np.int64), np.array(self.sizes, dtype=np.int64)
-        taken = np.array(self.gradients, dtype=np.int64)
+        keys, sizes, taken = self.keys, self.sizes, self.gradients
         count = int(keys.max(initial=-1)) + 1
         made = np.zeros(count, dtype=np.int64)
         made[keys[sizes >= 0]] = sizes[sizes >= 0]
-        holds = (sizes == FREE) & np.isin(keys, taken)
+        is_taken = np.zeros(count, dtype=np.bool_)
+        is_taken[taken] = True
+        goes = (sizes != FREE) | ~is_taken[keys]
         pieces: list[tuple[Int64, Int64]] = []
         for step in range(steps):
-            pieces += [(keys[~holds], sizes[~holds])]
+            pieces += [(keys[goes], sizes[goes])]
             pieces += [(keys + count, sizes)] * (passes - 1)
             if step == 0:
                 state = taken[:, None] + (2 + np.arange(states)) * count
@@ -70,7 +72,16 @@ class Requests:
             update, free = taken + (2 + states) * count, np.full(len(taken), FREE)
             pieces += [(update, made[taken]), (update, free), (taken, free)]
         all_keys, all_sizes = (np.concatenate(column) for column in zip(*pieces, strict=True))
-        return Requests(self.resident, tuple(all_keys.tolist()), tuple(all_sizes.tolist()))
+        return Requests(self.resident, all_keys, all_sizes, taken[:0])
+
+    def allocated(self) -> Int64:
+        """For each event the bytes that it makes or, negative, frees."""
+        order = np.argsort(self.keys, kind="stable")
+        keys, sizes = self.keys[order], self.sizes[order]
+        before = np.concatenate(([0], np.where(keys[1:] == keys[:-1], np.maximum(sizes[:-1], 0), 0)))[: len(keys)]
+        found = np.zeros(len(keys), dtype=np.int64)
+        found[order] = np.where(sizes == FREE, -before, np.maximum(sizes, 0))
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +100,12 @@ class NativeReplay:
         self._library.memplan_replay.restype = None
 
     def run(self, requests: Requests, reserve: int, steps: int) -> Replayed:
-        keys = np.array(requests.keys, dtype=np.int32)
-        sizes = np.array(requests.sizes, dtype=np.int64)
-        resident = np.array(requests.resident, dtype=np.int64)
+        keys, sizes = requests.keys.astype(np.int32), np.ascontiguousarray(requests.sizes)
+        resident = np.ascontiguousarray(requests.resident)
         out = np.zeros(2, dtype=np.int64)
         self._library.memplan_replay(
             ctypes.c_int32(len(keys)), ctypes.c_void_p(keys.ctypes.data), ctypes.c_void_p(sizes.ctypes.data),
-            ctypes.c_int32(max(requests.keys, default=-1) + 1), ctypes.c_int32(len(resident)),
+            ctypes.c_int32(int(keys.max(initial=-1)) + 1), ctypes.c_int32(len(resident)),
             ctypes.c_void_p(resident.ctypes.data), ctypes.c_int64(reserve), ctypes.c_int32(steps),
             ctypes.c_void_p(out.ctypes.data),
         )  # fmt: skip
@@ -113,11 +123,11 @@ def replay_steps(requests: Requests, *, reserve: int = 0, steps: int, native: Na
     if native is not None:
         return native.run(requests, reserve, steps)
     allocator = CachingAllocator()
-    for size in requests.resident:
+    for size in requests.resident.tolist():
         allocator.alloc(size)
     live: dict[int, int] = {}
     for _ in range(steps):
-        for key, size in zip(requests.keys, requests.sizes, strict=True):
+        for key, size in zip(requests.keys.tolist(), requests.sizes.tolist(), strict=True):
             if size >= 0:
                 live[key] = allocator.alloc(size)
             elif size == FREE:

@@ -51,7 +51,12 @@ def pad_rows(program: Program, writes_strided: Callable[[str], bool]) -> Program
     wanted = _wanted(program)
     if not wanted:
         return program
-    kept = {b: rows for b, rows in wanted.items() if _possible(program, b, rows, writes_strided)}
+    touching: dict[str, list[Operation]] = {name: [] for name in wanted}
+    for op in program.operations:
+        views = op.views if isinstance(op, UserKernel) else _views(op)
+        for name in {*op.reads, *op.writes, *op.mutates, *(v.buffer for v in views)} & wanted.keys():
+            touching[name].append(op)
+    kept = {b: r for b, r in wanted.items() if _possible(program, b, r, touching[b], writes_strided)}
     if not kept:
         return program
     buffers = {n: _padded_buffer(b, kept[n]) if n in kept else b for n, b in program.buffers.items()}
@@ -92,12 +97,14 @@ def _rows_of(view: View, b: Buffer) -> _Rows | None:
     return _Rows(columns, -(-columns // per_row) * per_row)
 
 
-def _possible(program: Program, name: str, rows: _Rows, writes_strided: Callable[[str], bool]) -> bool:
+def _possible(
+    program: Program, name: str, rows: _Rows, touching: Iterable[Operation], writes_strided: Callable[[str], bool]
+) -> bool:
     """Whether every access can be moved to the padded rows, and whoever writes the buffer can write it so."""
     b = program.buffers[name]
     if not isinstance(b.nbytes, int) or b.nbytes % (rows.columns * b.dtype.itemsize) or name in program.output_buffers:
         return False
-    for op in program.operations:
+    for op in touching:
         if isinstance(op, UserKernel) and any(v.buffer == name for v in op.views):
             return False
         touched = [v for v in _views(op) if v.buffer == name]

@@ -245,7 +245,7 @@ class _Search:
     def updating(self, c: _Candidate) -> Replayed:
         """Summed over training steps of `PASSES` that end with an optimiser's update; nothing of an inference."""
         requests = self.requests(c)
-        if not requests.gradients:
+        if not len(requests.gradients):
             return Replayed(0, 0)
         if c not in self.updated:
             reserve = self.reserve(requests, c.reserve)
@@ -296,11 +296,11 @@ class _Search:
     def large(self, requests: Requests) -> tuple[tuple[int, int], ...]:
         """What a later step has to find room for, in another state of the allocator."""
         known = all(isinstance(s.size, int) for s in self.step.stores)
-        if not (self.may_reserve and requests.gradients and known and self.reserve(requests, 1.0)):
+        if not (self.may_reserve and len(requests.gradients) and known and self.reserve(requests, 1.0)):
             return ()
         large: set[int] = set()
         found: list[tuple[int, int]] = []
-        for key, size in zip(requests.keys, requests.sizes, strict=True):
+        for key, size in zip(requests.keys.tolist(), requests.sizes.tolist(), strict=True):
             if size > MIB:
                 large.add(key)
                 found.append((key, size))

@@ -7,6 +7,7 @@ are added.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -115,6 +116,7 @@ def candidates(program: Program) -> list[Candidate]:
     """Products of halves on a GPU, with static sizes, each with the pointwise kernel that takes up its result."""
     found: list[Candidate] = []
     used: set[str] = set()
+    uses = _Uses.of(program)
     for position, op in enumerate(program.operations):
         if not isinstance(op, Extern) or op.target not in _PRODUCTS or op.contract is not Contract.OUT:
             continue
@@ -122,9 +124,9 @@ def candidates(program: Program) -> list[Candidate]:
         if factors is None:
             continue
         candidate = None
-        consumer = _consumer(program, op, position)
+        consumer = _consumer(program, uses, op, position)
         if consumer is not None and consumer.name not in used:
-            candidate = _with_epilogue(program, op, factors, consumer)
+            candidate = _with_epilogue(program, uses, op, factors, consumer)
         found.append(candidate or _alone(op, factors))
         if candidate is not None and candidate.kernel is not None:
             used.add(candidate.kernel.name)
@@ -199,29 +201,55 @@ def _alone(op: Extern, factors: Factors) -> Candidate:
     return Candidate(op, None, Product(*factors, Kernel(ranges, (), (load,), (store,)), UNCHOSEN))
 
 
-def _consumer(program: Program, op: Extern, position: int) -> KernelOp | None:
+@dataclass(frozen=True)
+class _Uses:
+    """Where in program order each buffer is read, and where it is written or mutated."""
+
+    reads: Mapping[str, list[int]]
+    changes: Mapping[str, list[int]]
+
+    @classmethod
+    def of(cls, program: Program) -> _Uses:
+        reads: dict[str, list[int]] = {}
+        changes: dict[str, list[int]] = {}
+        for position, op in enumerate(program.operations):
+            for name in dict.fromkeys(op.reads):
+                reads.setdefault(name, []).append(position)
+            for name in dict.fromkeys((*op.writes, *op.mutates)):
+                changes.setdefault(name, []).append(position)
+        return cls(reads, changes)
+
+    def next_change(self, buffer: str, position: int) -> int | None:
+        """The first position after this one at which the buffer is written or mutated."""
+        return _after(self.changes.get(buffer, []), position)
+
+    def next_read(self, buffer: str, position: int) -> int | None:
+        return _after(self.reads.get(buffer, []), position)
+
+
+def _after(positions: list[int], position: int) -> int | None:
+    k = bisect.bisect_right(positions, position)
+    return positions[k] if k < len(positions) else None
+
+
+def _consumer(program: Program, uses: _Uses, op: Extern, position: int) -> KernelOp | None:
     """The next operation that reads the result, if it is a kernel that may run where the product does."""
     result = op.results[0]
     assert result is not None
-    changed: set[str] = set()
-    written: set[str] = set()
-    for later in program.operations[position + 1 :]:
-        if result.buffer in later.reads:
-            if not isinstance(later, KernelOp) or later.mutates or later.device != op.device:
-                return None
-            others = set(later.kernel.read_buffers) - {result.buffer}
-            # it moves to the product, so what it reads has to be there, and what it writes may not be touched between
-            if others & (changed | written) or set(later.kernel.written_buffers) & (changed | written):
-                return None
-            return later
-        if result.buffer in later.mutates or result.buffer in later.writes:
-            return None
-        changed.update(later.mutates)
-        written.update(later.writes)
-    return None
+    at, changed = uses.next_read(result.buffer, position), uses.next_change(result.buffer, position)
+    if at is None or (changed is not None and changed < at):
+        return None
+    later = program.operations[at]
+    if not isinstance(later, KernelOp) or later.mutates or later.device != op.device:
+        return None
+    # it moves to the product, so what it reads has to be there, and what it writes may not be touched between
+    touched = {*later.kernel.read_buffers, *later.kernel.written_buffers} - {result.buffer}
+    if any((n := uses.next_change(b, position)) is not None and n < at for b in touched):
+        return None
+    return later
 
 
-def _with_epilogue(program: Program, op: Extern, factors: Factors, consumer: KernelOp) -> Candidate | None:
+def _with_epilogue(program: Program, uses: _Uses, op: Extern, factors: Factors, consumer: KernelOp) -> Candidate | None:
     """The candidate with the kernel's work done on the product's tiles; None where it does not walk the product."""
     result = op.results[0]
     assert result is not None
@@ -251,20 +279,20 @@ def _with_epilogue(program: Program, op: Extern, factors: Factors, consumer: Ker
             node = replace(node, buffer=ACCUMULATOR, index=_row_major(ranges))
         nodes.append(node)
     stores = list(moved.stores)
-    if _needed_besides(program, op, consumer):
+    if _needed_besides(program, uses, op, consumer):
         position = next(k for k, n in enumerate(nodes) if isinstance(n, Load) and n.buffer == ACCUMULATOR)
         stores.append(Store(result.buffer, target, position, result.dtype))
     epilogue = Kernel(ranges, (), tuple(nodes), tuple(stores))
     return Candidate(op, consumer, Product(*factors, epilogue, UNCHOSEN))
 
 
-def _needed_besides(program: Program, op: Extern, consumer: KernelOp) -> bool:
+def _needed_besides(program: Program, uses: _Uses, op: Extern, consumer: KernelOp) -> bool:
     """Whether somebody else reads the product as it is."""
     result = op.results[0]
     assert result is not None
     if result.buffer in program.output_buffers:
         return True
-    return any(result.buffer in o.reads for o in program.operations if o.name != consumer.name)
+    return any(program.operations[k].name != consumer.name for k in uses.reads.get(result.buffer, ()))
 
 
 def template_operation(candidate: Candidate, program: Program) -> Template:

@@ -6,21 +6,20 @@ the step; what the forward saves lives until the backward lets go of it.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from operator import itemgetter
 
 import numpy as np
 import sympy
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from ..ir.communication import Memory
 from ..ir.loops import Size
 from ..ir.plan import Pool
 from ..ir.program import EXTERNAL_KINDS, BufferKind, Contract, Extern, Program, View, evaluate
 from .allocator_replay import FREE, RESERVE, Requests
-from .schedule import Storage, lifetimes, must_own, rounded, storages
+from .schedule import ROUNDING, Storage, lifetimes, must_own, storages
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,33 @@ class StepStorage:
     gradient: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """What `WholeStep.requests` makes of storages and scratch: their moments, bytes, and which are gradients."""
+
+    place: Mapping[tuple[int, str], int]
+    made: NDArray[np.int64]
+    freed: NDArray[np.int64]
+    nbytes: NDArray[np.int64]
+    at: NDArray[np.int64]
+    scratch: NDArray[np.int64]
+    gradients: NDArray[np.int64]
+
+
+def _pairs(keys: ArrayLike, made: ArrayLike, freed: ArrayLike, nbytes: ArrayLike) -> NDArray[np.int64]:
+    """Moments, keys and sizes of what is made and freed, one after the other for each key."""
+    sizes = np.asarray(nbytes, dtype=np.int64)
+    columns = ((made, freed), (keys, keys), (sizes, np.full(len(sizes), FREE)))
+    return np.array([np.stack(pair, axis=1).ravel() for pair in columns], dtype=np.int64)
+
+
+def _rounded(nbytes: NDArray[np.int64], device: str) -> NDArray[np.int64]:
+    """`memplan.passes.schedule.rounded` of each of some sizes; what is negative is rounded down as far."""
+    step = ROUNDING.get(device.partition(":")[0], 64)
+    found: NDArray[np.int64] = np.sign(nbytes) * (-(-np.abs(nbytes) // step) * step)
+    return found
+
+
 @dataclass(frozen=True)
 class WholeStep:
     """All that one device holds while a step runs, above what is ``resident``: parameters and inputs."""
@@ -112,23 +138,37 @@ class WholeStep:
         inside:
             (owner, root) of what lies in one of them.
         """
+        columns = self._columns
+        own = np.ones(len(self.stores), dtype=np.bool_)
+        own[[columns.place[key] for key in inside if key in columns.place]] = False
+        made = [(3 * (self.starts[k] + p.lifetime.start) + 1, 3 * stop) for k, p, stop in pools]
+        nbytes = [evaluate(p.nbytes, self.laid[k].program.hints) for k, p, _ in pools]
+        # numbers of keys: storages, pools, scratch, the reserve
+        first = len(self.stores)
+        parts = (
+            _pairs(range(first, first + len(pools)), [m for m, _ in made], [f for _, f in made], nbytes),
+            _pairs(np.flatnonzero(own), columns.made[own], columns.freed[own], columns.nbytes[own]),
+            _pairs([first + len(pools)] * len(columns.scratch), columns.at, columns.at, columns.scratch),
+        )
+        reserve = np.array([[-1], [first + len(pools) + 1], [RESERVE]])
+        when, keys, sizes = np.concatenate((reserve, *parts), axis=1)
         # in each step, what is freed, what is made, and scratch, in this order
-        found: list[tuple[int, Hashable, int]] = [(-1, "reserve", RESERVE)]
-        for owner, pool, stop in pools:
-            nbytes = evaluate(pool.nbytes, self.laid[owner].program.hints)
-            found.append((3 * (self.starts[owner] + pool.lifetime.start) + 1, (owner, pool.name), nbytes))
-            found.append((3 * stop, (owner, pool.name), FREE))
-        for s in self.stores:
-            key = (s.owner, s.root)
-            if key not in inside:
-                found += ((3 * s.start + 1, key, s.nbytes), (3 * s.stop, key, FREE))
-        for step, nbytes in self.scratch.items():
-            if nbytes:
-                found += ((3 * step + 2, "scratch", nbytes), (3 * step + 2, "scratch", FREE))
-        found.sort(key=itemgetter(0))
-        events = [(key, size) for _, key, size in found]
-        gradients = sorted((s.gradient, (s.owner, s.root)) for s in self.stores if s.gradient is not None)
-        return Requests.of(self.resident, events, [key for _, key in gradients])
+        order = np.argsort(when, kind="stable")
+        return Requests(np.array(self.resident, dtype=np.int64), keys[order], sizes[order], columns.gradients)
+
+    @cached_property
+    def _columns(self) -> _Columns:
+        taken = ((s.gradient, s.owner, s.root, k) for k, s in enumerate(self.stores) if s.gradient is not None)
+        scratch = {step: nbytes for step, nbytes in self.scratch.items() if nbytes}
+        return _Columns(
+            {(s.owner, s.root): k for k, s in enumerate(self.stores)},
+            np.array([3 * s.start + 1 for s in self.stores], dtype=np.int64),
+            np.array([3 * s.stop for s in self.stores], dtype=np.int64),
+            np.array([s.nbytes for s in self.stores], dtype=np.int64),
+            np.array([3 * step + 2 for step in scratch], dtype=np.int64),
+            np.array(list(scratch.values()), dtype=np.int64),
+            np.array([k for *_, k in sorted(taken)], dtype=np.int64),
+        )
 
     def alive(self, owner: int) -> NDArray[np.int64]:
         """Bytes alive in each step of a program, every storage of the whole step its own allocation."""
@@ -148,15 +188,9 @@ class WholeStep:
 
     def large_peak(self, requests: Requests, smallest: int) -> int:
         """The most bytes that allocations of more than ``smallest`` bytes have at one time, above the resident ones."""
-        live, peak, sizes = 0, 0, {}
-        for key, size in zip(requests.keys, requests.sizes, strict=True):
-            if size > smallest:
-                sizes[key] = rounded(size, self.device)
-                live += sizes[key]
-                peak = max(peak, live)
-            elif size == FREE:
-                live -= sizes.pop(key, 0)
-        return peak
+        change = requests.allocated()
+        large = np.abs(change) > smallest
+        return int(np.cumsum(_rounded(change[large], self.device)).max(initial=0))
 
     def peak_expression(self, known: frozenset[sympy.Symbol]) -> Size | None:
         """The bytes alive at the step with the most of them, as an expression; None if it has unknown symbols."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 import torch.fx
@@ -59,6 +60,7 @@ class _Reader:
     costs: Costs
     position: dict[Node, int] = field(default_factory=dict)
     nodes: list[JointNode] = field(default_factory=list)
+    kinds: dict[Node, NodeKind] = field(default_factory=dict)
     read_already: set[Node] = field(default_factory=set)
     #: what the forward runs for the sake of values that must be saved
     for_saved: set[Node] = field(default_factory=set)
@@ -75,7 +77,7 @@ class _Reader:
             self.nodes.append(self.node(node, node in results))
 
     def node(self, node: Node, result: bool) -> JointNode:
-        kind, side = kind_of(node, self.costs.fused), self.side(node)
+        kind, side = self.kind(node), self.side(node)
         inputs = tuple(self.position[i] for i in node.all_input_nodes)
         own = len(self.nodes)
         view = kind is NodeKind.VIEW and not _is_item_of_call(node)
@@ -95,6 +97,12 @@ class _Reader:
             node.name, kind, side, inputs, storage, nbytes, keep, again, cheap, duration, moved_bytes(node), result,
             signature, is_elementwise(node),
         )  # fmt: skip
+
+    def kind(self, node: Node) -> NodeKind:
+        found = self.kinds.get(node)
+        if found is None:
+            found = self.kinds[node] = kind_of(node, self.costs.fused)
+        return found
 
     def side(self, node: Node) -> Side:
         info = self.node_info
@@ -126,7 +134,7 @@ class _Reader:
             if source in self.read_already:
                 continue
             self.read_already.add(source)
-            made_by = kind_of(source, self.costs.fused)
+            made_by = self.kind(source)
             if made_by in (NodeKind.CALL, NodeKind.INPUT) or _is_item_of_call(source):
                 nbytes += result_bytes(i)
         return Work(nbytes, elements(node), Unit.SCALAR)
@@ -135,7 +143,7 @@ class _Reader:
         stack = list(node.users)
         while stack:
             user = stack.pop()
-            match kind_of(user, self.costs.fused):
+            match self.kind(user):
                 case NodeKind.CALL:
                     return True
                 case NodeKind.VIEW:
@@ -256,6 +264,8 @@ def _hinted(value: object) -> object:
 
 def hint(size: int | torch.SymInt) -> int:
     """The size seen when tracing."""
+    if type(size) is int:
+        return size
     found = size_of(size)
     if isinstance(size, torch.SymInt) and not isinstance(found, int):
         return int(evaluate(found, {f: symbol_hint(size.node.shape_env, f) for f in size.node.expr.free_symbols}))
@@ -307,8 +317,11 @@ def is_view(node: Node) -> bool:
     if target is operator.getitem:
         source = node.args[0]
         return isinstance(source, Node) and is_view(source)
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
+    return isinstance(target, torch._ops.OpOverload) and _makes_view(target)
+
+
+@cache
+def _makes_view(target: torch._ops.OpOverload) -> bool:
     schema = target._schema
     return (
         bool(schema.returns)
