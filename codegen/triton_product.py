@@ -1,11 +1,11 @@
 """Triton text of matrix-product templates: tiles of sums on the tensor cores, then an epilogue from its kernel's data.
 
-Three ways to spread the work (`memplan.ir.template.Method`). Where several instances share a tile each stores its
+Four ways to spread the work (`memplan.ir.template.Method`). Where several instances share a tile each stores its
 partial sums; the last to finish, by a counter of the tile, adds all of them up in a fixed order (so that the result is
 the same in every run), runs the epilogue, and sets the counter back to zero. Many parts are added up in bunches first,
-each by the last of the bunch to finish. Nobody waits for anybody. The stream-K schedule is that of Osama et al.,
-"Stream-K: work-centric parallel decomposition for dense matrix-matrix multiplication on the GPU" (PPoPP 2023), its
-fix-up done by the last instance instead of the first.
+each by the last of the bunch to finish, or by a second launch in slices of a tile. Nobody waits for anybody. The
+stream-K schedule is that of Osama et al., "Stream-K: work-centric parallel decomposition for dense matrix-matrix
+multiplication on the GPU" (PPoPP 2023), its fix-up done by the last instance instead of the first.
 """
 
 from __future__ import annotations
@@ -32,9 +32,21 @@ _LIMIT = 2**31
 _TILE: Dims = frozenset({0, 1})
 
 
+def emit_launches(product: Product, *, name: str, early: EarlyLaunch = EarlyLaunch.NEVER) -> tuple[TritonKernel, ...]:
+    """All kernels of a product, named as `Product.launches` says, with the same arguments; else as `emit_product`."""
+    config = product.config
+    if config.method is not Method.STAGED:
+        return (emit_product(product, name=name, early=early),)
+    first, last = product.launches(name)
+    warps = max(1, min(4, config.slice * config.columns // 128))
+    finish = emit_finish(product, name=last, rows=config.slice, warps=warps, early=early)
+    return emit_parts(product, name=first, early=early), finish
+
+
 def emit_product(product: Product, *, name: str, early: EarlyLaunch = EarlyLaunch.NEVER) -> TritonKernel:
     """The kernel of a canonical product (buffers ``b0, b1, ...``), its sizes and its configuration written into it.
 
+    STAGED products have two: `emit_launches`.
     Its arguments are the buffers in order, then the workspaces ``partials`` and ``counters`` where there are some.
     ``early``: what it does about the kernels before and after it.
 
@@ -53,7 +65,7 @@ def emit_product(product: Product, *, name: str, early: EarlyLaunch = EarlyLaunc
 
 
 def emit_parts(product: Product, *, name: str, early: EarlyLaunch = EarlyLaunch.NEVER) -> TritonKernel:
-    """The first of two launches of a SPLIT product: sums of every part, for `emit_finish`; arguments likewise."""
+    """The first of two launches: sums of every part, for `emit_finish`; arguments likewise."""
     _check_reach(product)
     epilogue = _Epilogue(product)
     launch = LaunchConfig((("UNIT", 1),), product.config.warps, product.config.stages)
@@ -390,4 +402,4 @@ def _stream(product: Product, epilogue: list[str]) -> list[str]:
 
 _METHODS = {Method.TILE: _tile, Method.SPLIT: _split, Method.STREAM: _stream}
 
-__all__ = ["emit_product"]
+__all__ = ["emit_launches", "emit_product"]

@@ -233,7 +233,7 @@ def wrapper_lines(
                 lines.append(line)
             if program.buffers[name].zero_fill and not isinstance(line, ZeroWorkspace):
                 lines.append(Zero(program.buffers[name]))
-        lines.append(_run(op, kernels, offsets.get(op_name, ())))
+        lines.extend(_run(op, kernels, offsets.get(op_name, ())))
         for name in stops.get(k + 1, ()):
             lines.extend(_death(plan, name, taken, pool_by_name))
         lines.extend(FreePool(p) for p in plan.pools if p.lifetime.stop == k + 1)
@@ -302,21 +302,22 @@ def _run(
     op: Operation,
     kernels: Mapping[str, tuple[str, tuple[str, ...], tuple[sympy.Symbol, ...]]],
     offsets: tuple[int, ...],
-) -> Line:
+) -> tuple[Line, ...]:
     match op:
         case KernelOp():
             source, buffers, symbols = kernels[op.name]
             checks = _indexed_at(op) if op.device == "cpu" and op.kernel.checks_indices else ""
-            return Launch(op.name, source, buffers, symbols, op.device, offsets, checks)
+            return (Launch(op.name, source, buffers, symbols, op.device, offsets, checks),)
         case Template():
             source, buffers, symbols = kernels[op.name]
-            return Launch(op.name, source, buffers, symbols, op.device, offsets)
+            names = (source,) if op.product is None else op.product.launches(source)
+            return tuple(Launch(op.name, name, buffers, symbols, op.device, offsets) for name in names)
         case Extern():
-            return CallExtern(op)
+            return (CallExtern(op),)
         case Copy():
-            return CopyInto(op)
+            return (CopyInto(op),)
         case UserKernel():
-            return LaunchUser(op, kernels[op.name][0], tensor_parameters(op))
+            return (LaunchUser(op, kernels[op.name][0], tensor_parameters(op)),)
 
 
 def tensor_parameters(op: UserKernel) -> frozenset[str]:

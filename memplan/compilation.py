@@ -381,7 +381,8 @@ def _printed(plan: Plan, artifact: Artifact, kernels: Container[str], config: Co
     """The artifact with the wrappers of a plan that is to run on kernels which are there; None if it wants another."""
     sets, templates = kernel_sets.collect(plan.program), collect_templates(plan.program)
     user = UserKernels(named_user_kernels(plan.program)[0], {})
-    if not all(name in kernels for name in (*sets.sources, *templates.sources, *user.names.values())):
+    of_templates = (n for name, (_, product) in templates.sources.items() for n in product.launches(name))
+    if not all(name in kernels for name in (*sets.sources, *of_templates, *user.names.values())):
         return None
     lines = _lines(plan, sets, user, templates)
     fixed = {k.name: k.fixed for k in artifact.gpu if k.fixed is not None}

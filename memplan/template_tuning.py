@@ -22,7 +22,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .codegen.triton_kernel import TritonKernel, emit_triton
-from .codegen.triton_product import emit_product
+from .codegen.triton_product import emit_launches
 from .ir.canonical import canonicalize, hoist_offsets
 from .ir.config import Config
 from .ir.early_launch import EarlyLaunch, early_template
@@ -37,11 +37,11 @@ from .runtime.cache import Cache, cache_key
 from .runtime.device_times import device_times
 from .runtime.python_runtime import find_operator, reinterpret_as
 from .runtime.triton_build import Build, Compiled, Target, compile_builds
-from .runtime.triton_launch import Launcher, make_launcher
+from .runtime.triton_launch import make_launcher
 
 _log = logging.getLogger("memplan.triton")
 #: version of what is kept in the cache; a change of the templates or of the measurement is a new one
-_VERSION = 3
+_VERSION = 4
 #: a template is taken if its time is at most this part of ATen's: less may be noise
 _MARGIN = 0.97
 #: bytes that a measurement may take above what the program itself needs; the library's own workspace (32 MiB on an
@@ -143,6 +143,10 @@ _SPLIT_TILES = (
 )  # fmt: skip
 
 
+#: with fewer parts the last instance of a tile adds them up as fast as a second launch does
+_STAGED_PARTS = 8
+
+
 def contenders(product: Product, processors: int) -> list[ProductConfig]:
     """Configurations worth timing for a product of this shape on a GPU with so many multiprocessors."""
     _, rows, columns, inner = product.sizes
@@ -182,7 +186,16 @@ def _splits(sized: Product, processors: int) -> list[ProductConfig]:
         # what has many parts and adds them up at once waits for its last instance
         bunches = [1] if parts < 12 else [b for b in (4, 8) if parts % b == 0 and b * b <= 2 * parts <= 4 * b * b]
         found += [replace(sized.config, method=Method.SPLIT, parts=parts, bunch=b) for b in bunches or [1]]
+        if _STAGED_PARTS <= parts <= once:  # in two launches as many as fill it once
+            found.append(replace(sized.config, method=Method.STAGED, parts=parts, slice=slice_of(sized, processors)))
     return found
+
+
+def slice_of(sized: Product, processors: int) -> int:
+    """Rows of a tile for an instance of a second launch that is to fill the GPU, with 64 elements of it at least."""
+    _, rows, columns, _ = sized.sizes
+    share = max(64, 1 << max(1, rows * columns // processors).bit_length() - 1)
+    return min(sized.config.rows, max(1, share // sized.config.columns))
 
 
 def measure_all(
@@ -201,7 +214,7 @@ def measure_all(
         return {}
     limit = least_peak(missing.values(), program) + ALLOWANCE if limit is None else limit
     out: dict[Product, Measured] = {}
-    kernels: dict[Product, list[tuple[ProductConfig, TritonKernel]]] = {}
+    kernels: dict[Product, list[tuple[ProductConfig, tuple[TritonKernel, ...]]]] = {}
     for key, candidate in missing.items():
         needed = held_bytes(candidate, program)
         if needed <= limit:
@@ -210,14 +223,9 @@ def measure_all(
         reason = f"it would take {needed} bytes to time it, of {limit}"
         _log.info("%s stays ATen's call: %s", candidate.call.name, reason)
         out[key] = Measured(None, 0.0, math.inf, skipped=reason, kept=False)
-    builds = [Build.of(k, k.configs[0]) for ks in kernels.values() for _, k in ks]
-    built = dict(zip(builds, compile_builds(builds, Target.current()), strict=True))
+    made = iter(launches([ks for contending in kernels.values() for _, ks in contending]))
     for key, contending in kernels.items():
-        usable = [
-            (config, kernel, found)
-            for config, kernel in contending
-            if isinstance(found := built[Build.of(kernel, kernel.configs[0])], Compiled) and not found.scratch_bytes
-        ]
+        usable = [(config, launch) for config, _ in contending if (launch := next(made)) is not None]
         if usable:
             out[key] = measure(missing[key], program, usable, early)
         else:
@@ -226,7 +234,31 @@ def measure_all(
     return out
 
 
-def _emitted(key: Product, room: int, early: EarlyLaunch) -> list[tuple[ProductConfig, TritonKernel]]:
+def launches(products: Sequence[tuple[TritonKernel, ...]]) -> list[Callable[..., None] | None]:
+    """For the kernels of each product what launches them one after the other; all are built first, in parallel.
+
+    None where one does not build, or needs scratch memory.
+    """
+    builds = [Build.of(k, k.configs[0]) for kernels in products for k in kernels]
+    built = dict(zip(builds, compile_builds(builds, Target.current()), strict=True))
+    return [_launch(kernels, [built[Build.of(k, k.configs[0])] for k in kernels]) for kernels in products]
+
+
+def _launch(kernels: Sequence[TritonKernel], built: Sequence[Compiled | CompilerError]) -> Callable[..., None] | None:
+    launchers = []
+    for kernel, found in zip(kernels, built, strict=True):
+        if isinstance(found, CompilerError) or found.scratch_bytes:
+            return None
+        launchers.append(make_launcher(kernel, found))
+
+    def launch(stream: int, *arguments: int) -> None:
+        for launcher in launchers:
+            launcher(stream, *arguments)
+
+    return launch
+
+
+def _emitted(key: Product, room: int, early: EarlyLaunch) -> list[tuple[ProductConfig, tuple[TritonKernel, ...]]]:
     """What contends for a product, as text; ``room``: most bytes for workspaces."""
     processors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
     found = []
@@ -235,7 +267,7 @@ def _emitted(key: Product, room: int, early: EarlyLaunch) -> list[tuple[ProductC
         if sum(w.count for w in sized.workspaces()) > room:
             continue
         try:
-            found.append((config, emit_product(sized, name="product", early=early)))
+            found.append((config, emit_launches(sized, name="product", early=early)))
         except LoweringError as error:
             _log.info("no template: %s", error)
             break
@@ -270,7 +302,7 @@ def reused(candidate: Candidate, program: Program) -> dict[str, str]:
 def measure(
     candidate: Candidate,
     program: Program,
-    usable: Sequence[tuple[ProductConfig, TritonKernel, Compiled]],
+    usable: Sequence[tuple[ProductConfig, Callable[..., None]]],
     early: EarlyLaunch = EarlyLaunch.NEVER,
 ) -> Measured:
     """Time ATen with its kernel and every template on the same buffers, which are freed afterwards.
@@ -280,8 +312,8 @@ def measure(
     held = _Held(candidate, program, early)
     runs: list[Callable[[], None]] = [held.aten()]
     configs: list[ProductConfig] = []
-    for config, kernel, compiled in usable:
-        runs.append(held.template(config, make_launcher(kernel, compiled)))
+    for config, launch in usable:
+        runs.append(held.template(config, launch))
         configs.append(config)
     times = device_times(runs)
     best = min(range(len(configs)), key=lambda k: times[k + 1])
@@ -301,12 +333,11 @@ def compare(candidate: Candidate, program: Program) -> str:
     """Empty, or how the template of the candidate's configuration differs from ATen with its kernel."""
     config = candidate.product.config
     key = canonical_product(candidate.product).product
-    kernel = emit_product(key, name="product")
-    built = compile_builds([Build.of(kernel, kernel.configs[0])], Target.current())[0]
-    if isinstance(built, CompilerError):
-        return str(built)
+    (launch,) = launches([emit_launches(key, name="product")])
+    if launch is None:
+        return "it does not build"
     held = _Held(candidate, program)
-    return held.difference(held.aten(), held.template(config, make_launcher(kernel, built)))
+    return held.difference(held.aten(), held.template(config, launch))
 
 
 #: elements that are compared at once
@@ -416,13 +447,11 @@ class _Held:
         offset = evaluate(view.offset, hints) * view.dtype.itemsize
         return reinterpret_as(self.tensors[view.buffer], view.dtype, sizes, strides, offset)
 
-    def template(
-        self, config: ProductConfig, launcher: Launcher, spaces: Sequence[str] = ("partials", "counters")
-    ) -> Callable[[], None]:
+    def template(self, config: ProductConfig, launcher: Callable[..., None]) -> Callable[[], None]:
         canonical = canonical_product(replace(self.candidate.product, config=config))
         pairs = zip(canonical.buffers, canonical.offsets, strict=True)
         addresses = [self.tensors[b].data_ptr() + o for b, o in pairs]
-        made_for = [w for w in canonical.product.workspaces() if w.role in spaces]
+        made_for = canonical.product.workspaces()
         own = {w.role: self._space(w) for w in made_for if w.zero_fill}
         for w in made_for:
             if not w.zero_fill and (w.role not in self.scratch or self.scratch[w.role].nbytes < w.count):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .codegen.triton_kernel import TritonKernel
-from .codegen.triton_product import emit_product
+from .codegen.triton_product import emit_launches
 from .ir.config import Config
 from .ir.early_launch import EarlyLaunch, early_template
 from .ir.errors import CompilerError
@@ -47,7 +47,9 @@ def collect_templates(program: Program) -> TemplateSet:
 
 
 def emitted_templates(templates: TemplateSet, early: EarlyLaunch) -> dict[str, TritonKernel]:
-    return {name: emit_product(product, name=name, early=early) for name, (_, product) in templates.sources.items()}
+    """The kernels of all products by their names: of some of them two."""
+    made = (emit_launches(product, name=name, early=early) for name, (_, product) in templates.sources.items())
+    return {kernel.name: kernel for kernels in made for kernel in kernels}
 
 
 def with_templates(built: BuiltKernels, templates: TemplateSet, config: Config) -> BuiltKernels:
@@ -62,14 +64,14 @@ def with_templates(built: BuiltKernels, templates: TemplateSet, config: Config) 
         return built
     target = Target.current()
     emitted = emitted_templates(templates, early_template(config.early_launch, target.arch))
+    devices = {n: device for name, (device, p) in templates.sources.items() for n in p.launches(name)}
     compiled = compile_builds([Build.of(k, k.configs[0]) for k in emitted.values()], target)
     launchers = dict(built.launchers)
     callables = dict(built.callables)
     for (name, kernel), found in zip(emitted.items(), compiled, strict=True):
         if isinstance(found, CompilerError):
             raise found
-        device = templates.sources[name][0]
-        launchers[name] = make_launcher(kernel, found, int(device.partition(":")[2] or 0))
+        launchers[name] = make_launcher(kernel, found, int(devices[name].partition(":")[2] or 0))
         callables[name] = launchers[name].bound()
     source = built.source + "\n".join(k.source for k in emitted.values())
     return replace(built, callables=callables, launchers=launchers, emitted={**built.emitted, **emitted}, source=source)

@@ -23,6 +23,7 @@ class Method(Enum):
 
     TILE = "tile"  # an instance computes a tile
     SPLIT = "split"  # several instances compute parts of a tile's sums, the last one to finish adds them up
+    STAGED = "staged"  # the same in two launches, the second of which adds the parts up on all of the GPU
     STREAM = "stream"  # a fixed number of instances share all steps of all tiles evenly
 
 
@@ -30,9 +31,11 @@ class Method(Enum):
 class ProductConfig:
     """Tile sizes in elements, and how work is spread.
 
-    ``parts``: for SPLIT the instances that share a tile, for STREAM the instances in all. ``group``: rows of tiles that
-    are walked together, so that what they read is still in the cache. ``bunch``: for SPLIT a divisor of ``parts``: so
-    many parts are added up by the last of them to finish, and the sums of bunches by the last bunch; 1 for all at once.
+    ``parts``: for SPLIT and STAGED the instances that share a tile, for STREAM the instances in all. ``group``: rows of
+    tiles that are walked together, so that what they read is still in the cache. ``bunch``: for SPLIT a divisor of
+    ``parts``: so many parts are added up by the last of them to finish, and the sums of bunches by the last bunch; 1
+    for all at once.
+    ``slice``: for STAGED the rows of a tile that an instance of the second launch adds up, a divisor of ``rows``.
     """
 
     rows: int
@@ -44,6 +47,7 @@ class ProductConfig:
     stages: int = 3
     group: int = 8
     bunch: int = 1
+    slice: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,22 +88,29 @@ class Product:
 
     @property
     def instances(self) -> int:
-        """Program instances of a launch."""
+        """Program instances of a launch, of STAGED the first one."""
         match self.config.method:
             case Method.TILE:
                 return self.tiles
-            case Method.SPLIT:
+            case Method.SPLIT | Method.STAGED:
                 return self.tiles * self.config.parts
             case Method.STREAM:
                 return min(self.config.parts, self.tiles * self.steps)
 
+    def launches(self, name: str) -> tuple[str, ...]:
+        """The names of the kernels that a template called ``name`` launches, in order, with the same arguments."""
+        return (name, f"{name}_finish") if self.config.method is Method.STAGED else (name,)
+
     def workspaces(self) -> tuple[Workspace, ...]:
-        """Partial sums (any bytes before), and a counter for each tile and each bunch (zero before and after)."""
+        """Partial sums (any bytes before), and a counter for each tile and each bunch (zero before and after) where
+        instances of one launch share a tile."""
         counters = self.tiles
         tile = self.config.rows * self.config.columns * 4
         match self.config.method:
             case Method.TILE:
                 return ()
+            case Method.STAGED:
+                return (Workspace("partials", self.tiles * self.config.parts * tile),)
             case Method.SPLIT:
                 slots = self.tiles * self.config.parts
                 counters += slots // self.config.bunch if self.config.bunch > 1 else 0

@@ -6,7 +6,6 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ import sample_kernels as s
 import triton.backends.nvidia
 
 from memplan.codegen.triton_kernel import TritonKernel, emit_triton
-from memplan.codegen.triton_product import emit_finish, emit_parts, emit_product
+from memplan.codegen.triton_product import emit_launches
 from memplan.ir.canonical import canonicalize
 from memplan.ir.config import Config
 from memplan.ir.early_launch import EarlyLaunch, early_launch, early_template
@@ -32,14 +31,9 @@ def ordinary(kernel: Kernel) -> Emit:
     return lambda early: emit_triton(canonicalize(kernel), name="kernel", hints={}, early=early)
 
 
-def template(method: str) -> Emit:
+def template(method: str, launch: int = 0) -> Emit:
     p = product((1, 48, 64, 256), CONFIGS[method], bias=True, epilogue="residual")
-    return lambda early: emit_product(p, name="kernel", early=early)
-
-
-def of_two(emit: Callable[..., TritonKernel], **given: int) -> Emit:
-    p = product((1, 48, 64, 256), CONFIGS["split"], epilogue="relu")
-    return lambda early: emit(p, name="kernel", early=early, **given)
+    return lambda early: emit_launches(p, name="kernel", early=early)[launch]
 
 
 KERNELS: dict[str, Emit] = {
@@ -54,8 +48,7 @@ KERNELS: dict[str, Emit] = {
     "atomics": ordinary(s.embedding_backward(200, 64)),
     "random numbers": ordinary(s.dropout(5000)),
     **{f"product by {method}": template(method) for method in CONFIGS},
-    "parts of a product": of_two(emit_parts),
-    "finish of a product": of_two(partial(emit_finish, rows=16, warps=1)),
+    "finish of a product": template("staged", 1),
 }
 
 

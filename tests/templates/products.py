@@ -104,5 +104,6 @@ CONFIGS = {
     "tile": ProductConfig(32, 16, 16, warps=2, group=2),
     "split": ProductConfig(16, 32, 16, Method.SPLIT, parts=3, warps=2),
     "split in bunches": ProductConfig(16, 16, 16, Method.SPLIT, parts=4, warps=2, bunch=2),
+    "staged": ProductConfig(16, 32, 16, Method.STAGED, parts=3, warps=2, slice=4),
     "stream": ProductConfig(16, 16, 16, Method.STREAM, parts=5, warps=2, group=1),
 }

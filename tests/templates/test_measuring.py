@@ -22,7 +22,7 @@ from memplan.template_tuning import Measured, contenders, held_bytes, measured_c
 from tests.templates.test_pass import Shapes, all_in, analyzed, attention_scores, gelu_mlp, two_heads
 
 H100 = 132
-Usable = Sequence[tuple[ProductConfig, object, object]]
+Usable = Sequence[tuple[ProductConfig, object]]
 
 
 def tall(x: torch.Tensor, w: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -124,7 +124,7 @@ def limited(monkeypatch: pytest.MonkeyPatch, program: Program, limit: int) -> Me
     (found,) = candidates(program)
     (measured,) = template_tuning.measure_all({found.key: found}, program, limit).values()
     for usable in timed:
-        for config, _, _ in usable:
+        for config, _ in usable:
             spaces = sum(w.count for w in replace(found.key, config=config).workspaces())
             assert held_bytes(found, program) + spaces <= limit
     return measured
