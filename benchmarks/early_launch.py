@@ -1,13 +1,13 @@
 """What starting kernels early is worth: chains of dependent kernels under every value of option ``early_launch``.
 
-    python -m benchmarks.early_launch [--only TEXT] [--policies never start end wait] [--seconds 60] [--write]
+    python -m benchmarks.early_launch [--only TEXT] [--policies never start end] [--seconds 60] [--write]
 
 For each chain and policy: microseconds a kernel when the chain is replayed as a CUDA graph, and a launch when it is
-called through its wrapper (C++ for the first chain and the last). Rounds of the policies are interleaved, the best
+called through its wrapper (C++ for tiny kernels and decode). Rounds of the policies are interleaved, the best
 average of each counts, and all answers are compared bit for bit with those of the first policy. The chains: launches
 alone (softmax over 16 x 16), LayerNorm and pointwise kernels of 64 KB to 64 MB each way, where kernels are long enough
 that starting the next one early could take something from them, and the decode step of a transformer, where products
-of the library stand between our kernels. Needs one NVIDIA GPU of compute capability 9.0 or more.
+of the library stand between our kernels, or templates. Needs one NVIDIA GPU of compute capability 9.0 or more.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,10 +28,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.launch_overhead import alone, launched, norms, once, recorded
-from memplan.ir.early_launch import EarlyLaunch
+from memplan.ir.early_launch import EARLY_LAUNCHES
 
 RESULTS = Path(__file__).parent / "results"
-POLICIES = tuple(e.value for e in EarlyLaunch)
+POLICIES = tuple(EARLY_LAUNCHES)
 Call = Callable[[Tensor], Tensor]
 
 
@@ -74,7 +75,7 @@ class Layer(nn.Module):
 
 
 def decode(layers: int) -> Call:
-    """One token through layers of the width of a model of a billion parameters."""
+    """Tokens through layers of the width of a model of a billion parameters."""
     model = nn.Sequential(*(Layer(2048, 5632) for _ in range(layers))).to("cuda", torch.bfloat16).eval()
     return alone(lambda x: model(x))
 
@@ -82,13 +83,15 @@ def decode(layers: int) -> Call:
 @dataclass(frozen=True)
 class Chain:
     """``make`` gives the function; ``input`` its argument; ``disabled``: passes that would make one kernel of it;
-    ``wrapper``: where kernels are long Python's launches them as fast, and compiles faster."""
+    ``wrapper``: where kernels are long Python's launches them as fast, and compiles faster; ``tuned``: with templates
+    of products where they are faster."""
 
     name: str
     make: Callable[[], Call]
     input: Callable[[], Tensor]
     disabled: tuple[str, ...] = ()
     wrapper: str = "python"
+    tuned: bool = False
 
 
 def floats(nbytes: int) -> Callable[[], Tensor]:
@@ -103,8 +106,11 @@ def _chains(links: int) -> list[Chain]:
         found.append(
             Chain(f"pointwise, {text}", lambda n=count: pointwise(n), floats(size), ("fusion",))  # type: ignore[misc]
         )
-    one = lambda: torch.randn(1, 2048, device="cuda", dtype=torch.bfloat16)  # noqa: E731
-    return [*found, Chain("decode, 8 layers", lambda: decode(8), one, (), "cpp")]
+    for rows, tuned in ((1, False), (16, False), (16, True)):
+        name = f"decode of {rows}, 8 layers{', templates' if tuned else ''}"
+        tokens = partial(torch.randn, rows, 2048, device="cuda", dtype=torch.bfloat16)
+        found.append(Chain(name, lambda: decode(8), tokens, (), "cpp", tuned))
+    return found
 
 
 @dataclass
@@ -115,6 +121,7 @@ class Run:
     call: Call
     graph: torch.cuda.CUDAGraph
     launches: int
+    wanted: Tensor
     wrong: bool
     replayed: float = math.inf
     called: float = math.inf
@@ -132,17 +139,19 @@ class Measured:
 def measure(chain: Chain, policies: Sequence[str], rounds: int, repeats: int) -> Measured:
     """All policies of a chain, in turns."""
     torch.manual_seed(0)
-    x, wanted = chain.input(), None
+    x = chain.input()
+    wanted: Tensor | None = None
     out = Measured(chain.name, [])
     for policy in policies:
         try:
             torch.manual_seed(0)
-            options = {"wrapper": chain.wrapper, "early_launch": policy, "disable": list(chain.disabled)}
+            options = {"wrapper": chain.wrapper, "early_launch": policy}
+            options |= {"disable": list(chain.disabled), "max_autotune": chain.tuned}
             call = torch.compile(chain.make(), backend="memplan", options=options)
             answer = call(x)
-            wanted = answer if wanted is None else wanted
+            wanted = answer if wanted is None or chain.tuned else wanted  # tuned kernels may be others
             graph = recorded(call, x)
-            run = Run(policy, call, graph, launched(graph), not torch.equal(answer, wanted))
+            run = Run(policy, call, graph, launched(graph), wanted.clone(), not torch.equal(answer, wanted))
         except Exception:
             traceback.print_exc(limit=-6)
             out.failed.append(policy)
@@ -156,25 +165,25 @@ def measure(chain: Chain, policies: Sequence[str], rounds: int, repeats: int) ->
             run.called = min(run.called, once(lambda run=run: run.call(x), "cuda", repeats))  # type: ignore[misc]
     gc.enable()
     for run in out.runs:  # once more after many calls, which did not wait for one another
-        if run.wrong or wanted is None or not torch.equal(run.call(x), wanted):
+        if run.wrong or not torch.equal(run.call(x), run.wanted):
             out.failed.append(f"{run.policy} gives other answers")
     return out
 
 
 def line(found: Measured, policies: Sequence[str]) -> str:
-    """A row: kernels, then for each policy the time of one, replayed and called."""
+    """A row: kernels under the first policy, then for each the time by that number, replayed and called."""
     cells = []
+    kernels = found.runs[0].launches if found.runs else 0
     for policy in policies:
         run = next((r for r in found.runs if r.policy == policy), None)
-        cells += ["", ""] if run is None else [f"{t / max(1, run.launches):.2f}" for t in (run.replayed, run.called)]
-    kernels = max((r.launches for r in found.runs), default=0)
+        cells += ["", ""] if run is None else [f"{t / max(1, kernels):.2f}" for t in (run.replayed, run.called)]
     return f"| {found.chain} | {kernels} | {' | '.join(cells)} |"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="chains whose name contains this")
-    parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=POLICIES)
+    parser.add_argument("--policies", nargs="+", default=["never", "wait", "start", "end"], choices=POLICIES)
     parser.add_argument("--links", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=20)
