@@ -9,7 +9,7 @@ the backward pass, while the normalised values are pointwise in them and can be 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -52,12 +52,18 @@ RANDOM = (
 )  # fmt: skip
 
 
-def _biases_apart(planned_for_gpu: bool) -> Table:
-    """Convolutions without their biases, on a GPU: what is added to results, and the sums that are its gradients.
+def _convolutions(planned_for_gpu: bool, gradients_apart: bool) -> Table:
+    """Convolutions without their biases, on a GPU, and whose gradients are calls of their own, under a budget.
 
-    There torch has a convolution from cuDNN, then adds the bias in a pass of its own and sums its gradient in another,
-    which is slow with channels last (0.9 and 1.4 ms of the 37 of a step of ConvNeXt-B on an H100). As operations they
-    fuse with what comes after or before. On a CPU oneDNN does both while it reads and writes for the convolution.
+    Biases: what is added to results, and the sums that are its gradients. On a GPU torch has a convolution from cuDNN,
+    then adds the bias in a pass of its own and sums its gradient in another, which is slow with channels last (0.9 and
+    1.4 ms of the 37 of a step of ConvNeXt-B on an H100). As operations they fuse with what comes after or before. On a
+    CPU oneDNN does both while it reads and writes for the convolution.
+
+    Gradients: that of the input needs the weight, that of the weight the input, and libraries find them one after the
+    other. Apart, an input that is computed again is there for one of them alone, and dropped before the other is born:
+    the least that a step of ResNet-50 (256 images) needs falls from 3.49 to 3.36 GB. Without a budget it gains nothing
+    there, where the step's peak is elsewhere.
     """
 
     def convolution(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: object) -> object:
@@ -71,21 +77,23 @@ def _biases_apart(planned_for_gpu: bool) -> Table:
     ) -> object:
         *geometry, mask = rest
         assert isinstance(mask, (list, tuple))
-        if not mask[2] or not (planned_for_gpu or grad_output.device.type == "cuda"):
+        call = partial(aten.convolution_backward.default, grad_output, input, weight, bias_sizes, *geometry)
+        summed = mask[2] and (planned_for_gpu or grad_output.device.type == "cuda")
+        apart = gradients_apart and mask[0] and (mask[1] or (mask[2] and not summed))
+        if not (summed or apart):
             return NotImplemented
-        bias = grad_output.sum([d for d in range(grad_output.dim()) if d != 1])
-        if not (mask[0] or mask[1]):
-            return None, None, bias
-        others = aten.convolution_backward.default(
-            grad_output, input, weight, bias_sizes, *geometry, [mask[0], mask[1], False]
-        )
-        return others[0], others[1], bias
+        bias = grad_output.sum([d for d in range(grad_output.dim()) if d != 1]) if summed else None
+        left = [mask[0] and not apart, mask[1], mask[2] and not summed]
+        of_input, of_weight, of_bias = call(left) if any(left) else (None, None, None)
+        if apart:
+            of_input = call([True, False, False])[0]
+        return of_input, of_weight, bias if summed else of_bias
 
     return {aten.convolution.default: convolution, aten.convolution_backward.default: convolution_backward}
 
 
-@lru_cache(maxsize=4)
-def _table(eager_random: bool, planned_for_gpu: bool) -> Table:
+@lru_cache(maxsize=8)
+def _table(eager_random: bool, planned_for_gpu: bool, gradients_apart: bool) -> Table:
     packets = [getattr(aten, name) for name in EXTRA if hasattr(aten, name)]
     table: Table = dict(core_aten_decompositions()) | dict(get_decompositions(packets))
     whole = {f"aten.{name}" for name in (WHOLE + RANDOM if eager_random else WHOLE)}
@@ -98,9 +106,9 @@ def _table(eager_random: bool, planned_for_gpu: bool) -> Table:
         kept[operator] = decomposition
     kept[aten.max_pool2d_with_indices.default] = max_pool2d_with_indices
     kept[aten._efficientzerotensor.default] = efficient_zeros
-    return kept | _biases_apart(planned_for_gpu)
+    return kept | _convolutions(planned_for_gpu, gradients_apart)
 
 
 def decomposition_table(config: Config) -> Table:
     """Operator to decomposition, for `aot_autograd`; a new dictionary each time, since torch changes what it gets."""
-    return dict(_table(config.random == "eager", config.target is not None))
+    return dict(_table(config.random == "eager", config.target is not None, config.budget is not None))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import memplan
 from memplan.ir.config import Config
@@ -12,6 +14,8 @@ from memplan.ir.program import Extern, View
 from memplan.lowering.decompositions import decomposition_table
 
 aten = torch.ops.aten
+Args = tuple[object, ...]
+Named = dict[str, object] | None
 #: those of a plan for a GPU, which can be called on a CPU as well
 TABLE = decomposition_table(Config(target="h100"))
 CONVOLUTION, BACKWARD = TABLE[aten.convolution.default], TABLE[aten.convolution_backward.default]
@@ -58,6 +62,39 @@ def test_convolutions_without_biases_and_those_of_a_cpu_stay_whole() -> None:
     here = decomposition_table(Config())
     assert here[aten.convolution.default](x, weight, bias, *rest) is NotImplemented
     assert here[aten.convolution_backward.default](result, x, weight, [6], *rest, [True] * 3) is NotImplemented
+
+
+@pytest.mark.parametrize("target", ["h100", None])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_under_a_budget_gradients_of_input_and_weight_are_calls_of_their_own(
+    target: str | None, transposed: bool
+) -> None:
+    """With the bits of the one call; asked for one of the two, or for none, nothing changes."""
+    backward = decomposition_table(Config(target=target, budget=1 << 30))[aten.convolution_backward.default]
+    x, weight, bias = tensors(2, transposed, 1)
+    rest = geometry(2, transposed, 1)
+    result = aten.convolution(x, weight, bias, *rest)
+    asked: list[list[bool]] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: OpOverload, types: object, args: Args = (), kwargs: Named = None) -> object:
+            if func is aten.convolution_backward.default:
+                asked.append(args[-1])  # type: ignore[arg-type]
+            return func(*args, **(kwargs or {}))
+
+    on_gpu = target is not None
+    for mask in ([True, True, True], [True, True, False], [True, False, True]):
+        asked.clear()
+        with Watch():
+            found = backward(result, x, weight, [6], *rest, mask)
+        want = aten.convolution_backward(result, x, weight, [6], *rest, mask)
+        for a, b in zip(found, want, strict=True):  # type: ignore[call-overload]
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b)
+        assert asked == [m for m in ([False, mask[1], mask[2] and not on_gpu], [True, False, False]) if any(m)]
+    for mask in ([False, True, False], [True, False, False]):
+        assert backward(result, x, weight, [6], *rest, mask) is NotImplemented
 
 
 def calls(target: str | None) -> list[Extern]:
