@@ -95,7 +95,7 @@ def trace_key(
     UntoldError
         If something that it depends on cannot be told.
     """
-    _no_sizes_of_data()
+    _of_context()
     state = (versions(), settings(), _switches(), config.cache_key(), _asked(aot))
     return (*state, _inputs(inputs), _graph(module))
 
@@ -139,9 +139,11 @@ def _inputs(inputs: Sequence[object]) -> KeyPart:
     return (tuple(found), tuple(sorted(symbols.items())))
 
 
-def _no_sizes_of_data() -> None:
-    """What is found out about sizes of data while tracing is kept nowhere."""
+def _of_context() -> None:
+    """What is found out about sizes of data while tracing is kept nowhere, nor is what DDP asks of a first call."""
     context = TracingContext.try_get()
+    if context is not None and context.fakify_first_call:
+        raise UntoldError("the first call is to be traced")
     env = getattr(context.fake_mode, "shape_env", None) if context is not None else None
     for symbol in env.var_to_range if env is not None else ():
         if symbol_is_type(symbol, (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)):

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -699,6 +700,39 @@ def test_a_torch_with_another_interface(
     for _ in range(2):
         check(options)
     assert traced == TRAINING * 2
+
+
+def test_other_threads_have_torchs_own() -> None:
+    """An autograd thread may be compiling for Inductor meanwhile."""
+    seen: list[object] = []
+
+    class Owner:
+        @staticmethod
+        def save(key: str) -> str:
+            return f"torch's {key}"
+
+    before = vars(Owner)["save"]
+    with trace_cache._replaced(Owner, {"save": lambda key: f"ours {key}"}):
+        seen.append(Owner.save("a"))
+        thread = threading.Thread(target=lambda: seen.append(Owner.save("b")))
+        thread.start()
+        thread.join()
+    assert seen == ["ours a", "torch's b"]
+    assert vars(Owner)["save"] is before
+
+
+def test_a_backward_that_is_traced_into_a_larger_one(options: Options, traced: list[str]) -> None:
+    """Compiled autograd takes the backward's graph, which an entry has."""
+    for _ in range(2):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model, x = Block(), torch.randn(5, 8)
+        expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+        loss = torch.compile(model, backend="memplan", options=options)(x).square().sum()
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            loss.backward()
+        torch.testing.assert_close([p.grad for p in model.parameters()], list(expected))
+    assert traced == TRAINING
 
 
 def test_torchs_own_cache_is_as_before(options: Options) -> None:
