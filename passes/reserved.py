@@ -16,6 +16,7 @@ from ..ir.plan import InPool, Own, Plan, StepMemory
 from ..ir.program import EXTERNAL_KINDS, BufferKind, Extern, View, evaluate
 from .allocator import AllocatorStats, CachingAllocator
 from .allocator_replay import top_up
+from .room import best_room
 
 #: The second step finds the segments of the first; from the third on nothing changes.
 STEPS = 3
@@ -27,6 +28,24 @@ class _Device:
     def __init__(self) -> None:
         self.allocator = CachingAllocator()
         self.live: dict[tuple[str, str], int] = {}
+        #: bytes reserved and allocated when a step began, as in `memplan.runtime.reserve`
+        self.begun: set[tuple[int, int]] = set()
+
+    def begin(self, found: _Moments) -> None:
+        """What the runtime does before a step: the reserve is made free, or, in a state that is not the first, what
+        room is found to be best."""
+        now = self.allocator.stats
+        if (now.reserved, now.allocated) in self.begun:
+            return
+        if self.begun and found.requests:
+            room = best_room(found.requests, self.allocator.segments())
+            if room.give_back:
+                self.allocator.empty_cache()
+            self.allocator.free(self.allocator.alloc(room.nbytes))
+        else:
+            top_up(self.allocator, found.reserve)
+        now = self.allocator.stats
+        self.begun.add((now.reserved, now.allocated))
 
     def make(self, owner: str, name: str, nbytes: int) -> None:
         self.live[owner, name] = self.allocator.alloc(nbytes)
@@ -49,6 +68,8 @@ class _Moments:
     slabs: tuple[tuple[str, ...], ...]
     #: bytes to have free at the start
     reserve: int
+    #: the whole step's large requests
+    requests: tuple[tuple[int, int], ...]
 
 
 def _moments(plan: Plan, device: str) -> _Moments:
@@ -99,6 +120,7 @@ def _moments(plan: Plan, device: str) -> _Moments:
         tuple(leaving),
         tuple(map(tuple, slabs)),
         evaluate(plan.reserve.get(device, 0), program.hints),
+        plan.requests.get(device, ()),
     )
 
 
@@ -195,7 +217,8 @@ def _stored(plans: Sequence[Plan], joins: Mapping[str, str] | None) -> dict[str,
 
 
 def _run(memory: _Device, found: _Moments, owner: str, joins: Mapping[str, str]) -> None:
-    top_up(memory.allocator, found.reserve)
+    if found.reserve or found.requests:
+        memory.begin(found)
     steps = zip(found.births, found.scratch, found.deaths, found.slabs, strict=True)
     for births, scratch, deaths, slabs in steps:
         for name, nbytes in births:
