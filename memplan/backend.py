@@ -447,7 +447,7 @@ class Region:
         forward, backward = programs
         prepared = (prepare_program(forward, config), prepare_program(backward, config))
         pairs = joined(prepared[0].laid.program, trial.received(backward))
-        choice = choose(prepared, pairs)
+        choice = choose(prepared, pairs, budget=True)
         planned = plan_prepared(prepared, pairs, config, choice)
         plans = [p.plan for p in planned]
         joins = {later: earlier for earlier, later in pairs}

@@ -194,7 +194,7 @@ def plan_prepared(
     choice:
         Their pools; chosen here where not given.
     """
-    choice = choice or choose(prepared, joins)
+    choice = choice or choose(prepared, joins, budget=config.budget is not None)
     pack = planner_libraries().pack
     plans = []
     for k, p in enumerate(prepared):

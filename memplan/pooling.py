@@ -39,7 +39,11 @@ class StepChoice:
 
 
 def choose(
-    prepared: Sequence[Poolable], joins: Sequence[tuple[str, str]], fixed: StepChoice | None = None
+    prepared: Sequence[Poolable],
+    joins: Sequence[tuple[str, str]],
+    fixed: StepChoice | None = None,
+    *,
+    budget: bool = False,
 ) -> StepChoice:
     """Pools, slabs and reserves of programs that run one after the other.
 
@@ -47,6 +51,8 @@ def choose(
     ----------
     fixed:
         An earlier choice whose pools and slabs hold for the forward.
+    budget:
+        They are held to a budget, which is of reserved bytes where a device's allocator reserves them.
     """
     libraries = planner_libraries()
     laid = [p.laid for p in prepared]
@@ -66,7 +72,14 @@ def choose(
         if device.startswith("cuda") or (always and len(laid) > 1):
             earlier = fixed.by_device.get(device) if fixed is not None else None
             found = choose_step_pools(
-                laid, joins, device, pack=libraries.pack, replay=libraries.replay, always=always, fixed=earlier
+                laid,
+                joins,
+                device,
+                pack=libraries.pack,
+                replay=libraries.replay,
+                always=always,
+                fixed=earlier,
+                budget=budget and device.startswith("cuda"),
             )
             by_device[device] = found
             slabs += found.slabs

@@ -91,7 +91,11 @@ class StepPlanner:
             self.choice, self.apart = None, True
             return None
         known = self.known(found)
-        self.choice = known.choice if known is not None else choose(found, self.joins(found[0]))
+        self.choice = (
+            known.choice
+            if known is not None
+            else choose(found, self.joins(found[0]), budget=self.config.budget is not None)
+        )
         return found
 
     def known(self, both: tuple[Prepared, Prepared]) -> PlannedAhead | None:
@@ -113,7 +117,7 @@ class StepPlanner:
         joins = self.joins(ahead)
         members = {m for slab in self.choice.slabs for m in slab.members}
         behind = replace(behind, laid=_leaving_slabs_alone(behind.laid, members))
-        chosen = choose((ahead, behind), joins, self.choice)
+        chosen = choose((ahead, behind), joins, self.choice, budget=self.config.budget is not None)
         return plan_prepared((ahead, behind), joins, self.config, chosen)[1]
 
     def planned(self, both: tuple[Prepared, Prepared], choice: StepChoice) -> tuple[Planned, ...]:

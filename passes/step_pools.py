@@ -55,6 +55,10 @@ ALLOCATION = 16 << 10
 #: tried where more than `ENOUGH` of the live peak would be reserved else, and not where simulations are slow.
 RESERVES = (1.0, 0.0)
 LARGER_RESERVES = (1.006, 1.003, 1.009, 1.0015)
+#: The same where bytes that are alive for a moment cost nothing, since a budget is of those that are reserved.
+BUDGET_RESERVES = (*LARGER_RESERVES, 1.05, 1.1, 1.2)
+#: How often a step by itself counts under a budget, which is held against it, beside those with an optimiser.
+BUDGET_WEIGHT = 3
 ENOUGH = 1.02
 #: A step that needs less than this has no reserve: the allocator's own segments are as large.
 LEAST_RESERVE = 32 * MIB
@@ -113,6 +117,8 @@ class _Search:
     always: bool
     may_reserve: bool
     fixed: StepPools | None
+    #: reserved bytes count alone, however many are alive
+    budget: bool = False
     pooled: dict[tuple[int, int | None], Pooled] = field(default_factory=dict)
     groups: dict[int, tuple[_Group, ...]] = field(default_factory=dict)
     tried: dict[_Candidate, _Trial] = field(default_factory=dict)
@@ -130,6 +136,8 @@ class _Search:
 
         # segments are large beside a small step, and what is alive in it must not pass eager's for one of them
         price = LIVE_PRICE * (1 + len(PASSES) * (updated > 0)) if base.live >= LEAST_RESERVE else SMALL_PRICE
+        price, weight = (0, BUDGET_WEIGHT) if self.budget else (price, 1)
+        content += int((weight - 1) * base.live * CONTENT)
 
         def alone(c: _Candidate) -> int:
             """Bytes that count against it in a step by itself. Live bytes may buy reserved ones, but no quicker step:
@@ -137,7 +145,7 @@ class _Search:
             found = self.trial(c)
             above = max(0, found.live - (allowed if found.reserved < base.reserved else base.live))
             allocations = base.allocations if above else found.allocations
-            return found.reserved + ALLOCATION * allocations + price * above
+            return weight * found.reserved + ALLOCATION * allocations + price * above
 
         def rank(c: _Candidate) -> int:
             return alone(c) + self.updating(c).reserved
@@ -149,7 +157,7 @@ class _Search:
         most = MOST_TRIALS if self.replay is not None else MOST_TRIALS_PYTHON
         found: list[_Candidate] = []
         for k, reserve in enumerate(self.reserves(), 1):
-            if reserve > 1 and min(map(rank, found)) <= int(needed * ENOUGH):
+            if reserve > 1 and min(map(rank, found)) <= int((needed + (weight - 1) * base.live) * ENOUGH):
                 break
             for start in self.starts(reserve):
                 best = start
@@ -167,7 +175,8 @@ class _Search:
         if not self.may_reserve:
             return (0.0,)
         known = all(isinstance(s.size, int) for s in self.step.stores)
-        return (*RESERVES, *LARGER_RESERVES) if known and self.replay is not None else RESERVES
+        larger = BUDGET_RESERVES if self.budget else LARGER_RESERVES
+        return (*RESERVES, *larger) if known and self.replay is not None else RESERVES
 
     def starts(self, reserve: float) -> list[_Candidate]:
         """Where the search begins: one pool in each program and few slabs, and own allocations."""
@@ -340,6 +349,7 @@ def choose_step_pools(
     replay: NativeReplay | None,
     always: bool = False,
     fixed: StepPools | None = None,
+    budget: bool = False,
 ) -> StepPools:
     """Pools, slabs and the reserve of the programs of a step, on one device.
 
@@ -353,7 +363,9 @@ def choose_step_pools(
         Pools and slabs even where own allocations are predicted to need less.
     fixed:
         An earlier choice for the forward, which holds: only the backward's pools are chosen.
+    budget:
+        The bytes that are reserved are what counts, not how many of them are alive.
     """
     step = whole_step(laid, joins, device)
     reserves = device.startswith("cuda") and laid[0].program.phase is not Phase.BACKWARD
-    return _Search(step, pack, replay, always, reserves, fixed).run()
+    return _Search(step, pack, replay, always, reserves, fixed, budget).run()

@@ -153,6 +153,25 @@ def test_less_is_reserved(native: bool) -> None:
     assert again == chosen
 
 
+def test_under_a_budget_reserved_bytes_of_the_step_itself_come_first() -> None:
+    """What is alive for a moment costs nothing then, and steps with an optimiser count for less."""
+    libraries = planner_libraries()
+    gained = []
+    for count, elements in ((3, 5 * MIB), (5, 7 * MIB), (9, 9 * MIB)):
+        pair, joins = layers(count, elements)
+        received = {later: earlier for earlier, later in joins}
+
+        def reserved(budget: bool, pair: list[Laid] = pair, joins: Joins = joins, received: object = received) -> int:
+            chosen = choose_step_pools(
+                pair, joins, "cuda:0", pack=libraries.pack, replay=libraries.replay, budget=budget
+            )
+            return step_memory(planned(pair, chosen, "cuda:0"), received).reserved  # type: ignore[arg-type]
+
+        gained.append(reserved(False) - reserved(True))
+    assert sorted(gained)[1] > 20 * MIB
+    assert sum(gained) > 50 * MIB
+
+
 def test_gradients_held_and_an_optimizers_tensors_are_counted() -> None:
     """Of a step with two passes: gradients are held while the second runs, the update has a third tensor for each."""
     pair, joins = layers(4, 2 * MIB)
