@@ -49,6 +49,7 @@ from .ir.errors import OptionError, PlanningError, UnsupportedError
 from .ir.in_flight import HostCopy
 from .ir.plan import InPool, Plan
 from .ir.program import BufferKind, Phase, Program, TensorInput, View
+from .lowering.corrections import corrected
 from .lowering.decompositions import decomposition_table
 from .lowering.lower import NOTHING_KEPT
 from .offload_budget import OffloadBudget, check_offload, model_of, offload_device
@@ -631,7 +632,8 @@ def compile_with(
     kept = None if tell_curve is not None else kept_traces(region, device, example_inputs)
     # the backward is built with its forward, not inside the first .backward(), when all activations are alive
     joined = nullcontext() if kept is None else kept.joined()
-    with functorch_config.patch(force_non_lazy_backward_lowering=True), sizes_as_nodes(), joined:
+    patched = functorch_config.patch(force_non_lazy_backward_lowering=True)
+    with patched, sizes_as_nodes(), corrected(), joined:
         return backend(module, example_inputs)
 
 

@@ -252,6 +252,9 @@ class _Capture:
                     assert isinstance(seen, View)
                     self.buffers[seen.buffer] = reached(self.buffers[seen.buffer], seen, origin_of(node))
                 return
+        if name == "aten._conj.default" and isinstance(node.args[0], complex):  # a factor, in the gradient of a product
+            self.values[node] = Literal(node.args[0].conjugate())
+            return
         self.extern(node, _LAZY_BITS.get(name, name), target)
 
     def reseen(self, base: View, value: object) -> object:

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import sympy
 
-from .loops import Range, Size
+from .loops import Range, Size, free_symbols
 
 Ranges: TypeAlias = tuple[tuple[sympy.Symbol, Size], ...]
 _ZERO = sympy.Integer(0)
@@ -418,3 +418,27 @@ def delinearize(flat: sympy.Expr, sizes: tuple[Size, ...], ranges: Ranges) -> tu
         out.append(coordinate if outermost else modulo(coordinate, sympy.sympify(size), ranges))
         stride = stride * size
     return tuple(reversed(out))
+
+
+def evaluate(size: Size, hints: Mapping[sympy.Symbol, int]) -> int:
+    """The integer value of a size at the hinted sizes.
+
+    Raises
+    ------
+    KeyError
+        If a symbol has no hint.
+    """
+    if isinstance(size, int):
+        return size
+    if isinstance(size, sympy.Integer):
+        return int(size)
+    symbols = free_symbols(size)
+    missing = [s for s in symbols if s not in hints]
+    if missing:
+        raise KeyError(f"no hint for size symbol {missing[0]} in {size}")
+    return _evaluated(size, tuple([(s, hints[s]) for s in symbols]))
+
+
+@lru_cache(maxsize=1 << 16)
+def _evaluated(size: sympy.Expr, values: tuple[tuple[sympy.Symbol, int], ...]) -> int:
+    return int(size.xreplace({s: sympy.Integer(n) for s, n in values}))

@@ -13,13 +13,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import networkx as nx
 import sympy
 import torch
 
+from .canonical import size_symbols
 from .communication import Memory
+from .index import evaluate as evaluate
 from .loops import Kernel, Size, free_symbols
 from .user_kernel import Fixed, FixedValue, KernelSource
 
@@ -405,8 +407,11 @@ def order_edges(operations: tuple[Operation, ...]) -> Iterator[tuple[str, str]]:
     A reader comes after every earlier writer and mutation of its buffer. Several operations may write one fresh
     buffer in parts (slices of a concatenation): they are free among themselves, and a reader waits for those before
     it. A mutation of a buffer comes after every earlier reader, writer and mutation of it, and before every later
-    one. Operations with side effects keep their order among themselves.
+    one. Operations with side effects keep their order among themselves. What computes with a size comes after the call
+    that makes it known.
     """
+    makers = {s: op.name for op in operations if isinstance(op, Extern) for _, s in op.symbols}
+    known: set[sympy.Symbol] = set()
     mutation: dict[str, str] = {}
     changes: dict[str, list[str]] = {}
     readers: dict[str, list[str]] = {}
@@ -434,6 +439,42 @@ def order_edges(operations: tuple[Operation, ...]) -> Iterator[tuple[str, str]]:
             if effect is not None:
                 yield effect, op.name
             effect = op.name
+        if makers:
+            for symbol in used_sizes(op) & known:
+                yield makers[symbol], op.name
+            known.update(s for s, maker in makers.items() if maker == op.name)
+
+
+def used_sizes(op: Operation) -> frozenset[sympy.Symbol]:
+    """Size symbols that an operation computes with."""
+    match op:
+        case KernelOp():
+            return frozenset(size_symbols(op.kernel))
+        case Extern():
+            values: tuple[object, ...] = (op.args, tuple(a for _, a in op.kwargs), op.results, op.scratch)
+        case Copy():
+            values = (op.source, op.target)
+        case UserKernel():
+            values = (tuple(a for _, a in op.arguments), op.grids)
+    return frozenset(_symbols(values))
+
+
+def _symbols(value: object) -> Iterator[sympy.Symbol]:
+    """Symbols in sizes, arguments and tuples of them."""
+    match value:
+        case sympy.Expr():
+            yield from free_symbols(value)
+        case Symbolic():
+            yield from free_symbols(value.expr)
+        case View():
+            yield from _symbols((value.sizes, value.strides, value.offset))
+        case Tuple():
+            yield from _symbols(value.items)
+        case tuple():
+            for item in value:
+                yield from _symbols(item)
+        case _:
+            pass
 
 
 def argument_views(args: tuple[Argument, ...]) -> Iterator[View]:
@@ -452,27 +493,3 @@ def all_views_buffers(op: Operation) -> Iterator[str]:
             if v is not None:
                 yield v.buffer
     yield from op.mutates
-
-
-def evaluate(size: Size, hints: Mapping[sympy.Symbol, int]) -> int:
-    """The integer value of a size at the hinted sizes.
-
-    Raises
-    ------
-    KeyError
-        If a symbol has no hint.
-    """
-    if isinstance(size, int):
-        return size
-    if isinstance(size, sympy.Integer):
-        return int(size)
-    symbols = free_symbols(size)
-    missing = [s for s in symbols if s not in hints]
-    if missing:
-        raise KeyError(f"no hint for size symbol {missing[0]} in {size}")
-    return _evaluated(size, tuple([(s, hints[s]) for s in symbols]))
-
-
-@lru_cache(maxsize=1 << 16)
-def _evaluated(size: sympy.Expr, values: tuple[tuple[sympy.Symbol, int], ...]) -> int:
-    return int(size.xreplace({s: sympy.Integer(n) for s, n in values}))

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 import sympy
 
 from .errors import VerificationError
-from .loops import Size, StoreMode
+from .loops import Index, Size, StoreMode
 from .program import (
     EXTERNAL_KINDS,
+    Argument,
     Buffer,
     BufferKind,
     Contract,
@@ -23,8 +24,10 @@ from .program import (
     KernelOp,
     Operation,
     Program,
+    Symbolic,
     SymbolInput,
     TensorInput,
+    Tuple,
     UserKernel,
     View,
     argument_views,
@@ -101,6 +104,34 @@ def location(op: Operation) -> str:
 def may_be_unwritten(b: Buffer) -> bool:
     """Zero-filled, or what the user made by ``torch.empty`` and its like, which no operation writes."""
     return b.zero_fill or "empty" in b.origin.op or "empty" in b.origin.node
+
+
+def sizes_needed(op: Operation) -> set[sympy.Symbol]:
+    """Symbols that must be known when the operation runs (those of ranges and values of a kernel among them)."""
+    sizes: list[Size | sympy.Expr] = []
+    for view in operation_views(op):
+        sizes += [*view.sizes, *view.strides, view.offset]
+    match op:
+        case KernelOp():
+            kernel = op.kernel
+            sizes += [r.size for r in (*kernel.outer, *kernel.row)]
+            sizes += [n.index for n in kernel.loads]
+            sizes += [s.index for s in kernel.stores]
+            sizes += [n.expr for n in kernel.nodes if isinstance(n, Index)]
+        case Extern():
+            stack: list[Argument] = [*op.args, *(a for _, a in op.kwargs)]
+            while stack:
+                argument = stack.pop()
+                if isinstance(argument, Tuple):
+                    stack.extend(argument.items)
+                elif isinstance(argument, Symbolic):
+                    sizes.append(argument.expr)
+        case UserKernel():
+            sizes += [n for grid in op.grids for n in grid]
+            sizes += [a.expr for _, a in op.arguments if isinstance(a, Symbolic)]
+        case Copy():
+            pass
+    return {s for n in sizes if not isinstance(n, int) for s in n.free_symbols}
 
 
 def operation_views(op: Operation) -> Iterator[View]:
@@ -265,14 +296,7 @@ class _ProgramCheck:
         """A size that a call makes known is not used before it."""
         if not self.defined:
             return
-        used: set[sympy.Symbol] = set()
-        for view in operation_views(op):
-            for n in (*view.sizes, *view.strides, view.offset):
-                used |= set() if isinstance(n, int) else n.free_symbols
-        if isinstance(op, KernelOp):
-            for r in (*op.kernel.outer, *op.kernel.row):
-                used |= set() if isinstance(r.size, int) else r.size.free_symbols
-        for symbol in used:
+        for symbol in sizes_needed(op):
             definer = self.defined.get(symbol)
             if definer is not None and symbol not in self.known and definer is not op:
                 raise self.fail(f"it uses the size {symbol}, which {definer.name!r} defines later", op)

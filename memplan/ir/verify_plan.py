@@ -26,7 +26,7 @@ from .errors import VerificationError
 from .loops import Size
 from .plan import External, InPlaceOf, InPool, Own, Plan, Pool
 from .program import EXTERNAL_KINDS, Buffer, BufferKind, Contract, Copy, Extern, KernelOp, Operation, UserKernel
-from .verify import location, verify_program
+from .verify import location, sizes_needed, verify_program
 from .verify_access import extern_hazard, in_place_hazard, same_elements
 from .verify_communication import check_arenas, check_flights
 from .verify_kernel import evaluate_index
@@ -147,6 +147,7 @@ class _PlanCheck:
             if op.name not in self.position:
                 raise self.fail(f"operation {op.name!r} never runs", op)
         self.check_conflicts()
+        self.check_sizes_known()
 
     def check_conflicts(self) -> None:
         """Every access that conflicts with an earlier one of the program must still come after it."""
@@ -176,6 +177,13 @@ class _PlanCheck:
                 later(last_write, b, op)
             for b in op.mutates:
                 later(last_change, b, op)
+
+    def check_sizes_known(self) -> None:
+        """A size that a call makes known is used after it."""
+        makers = {s: op for op in self.program.operations if isinstance(op, Extern) for _, s in op.symbols}
+        for op in self.program.operations if makers else ():
+            for symbol in sizes_needed(op) & makers.keys():
+                self.require(makers[symbol], op, f"uses the size {symbol}, which {{}} makes known")
 
     def require(self, before: Operation | None, op: Operation, what: str) -> None:
         if before is None or before is op or self.position[before.name] < self.position[op.name]:

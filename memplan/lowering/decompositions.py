@@ -18,6 +18,7 @@ from torch._decomp import core_aten_decompositions, get_decompositions
 from ..ir.config import Config
 from . import lower  # noqa: F401  (registers the lowerings)
 from .call_site import LOWERINGS
+from .corrections import multilabel_margin_loss_forward
 from .operators import efficient_zeros, max_pool2d_with_indices
 
 Table = dict[torch._ops.OperatorBase, Callable[..., object]]
@@ -106,6 +107,7 @@ def _table(eager_random: bool, planned_for_gpu: bool, gradients_apart: bool) -> 
         kept[operator] = decomposition
     kept[aten.max_pool2d_with_indices.default] = max_pool2d_with_indices
     kept[aten._efficientzerotensor.default] = efficient_zeros
+    kept[aten.multilabel_margin_loss_forward.default] = multilabel_margin_loss_forward
     return kept | _convolutions(planned_for_gpu, gradients_apart)
 
 

@@ -336,3 +336,8 @@ def test_as_strided_reaches_beyond_an_input() -> None:
     before = torch.compile(lambda x: x.as_strided((3,), (1,), 0) * 2, backend="memplan", dynamic=False)
     with pytest.raises(Exception, match=r"as_strided.* reads memory outside of the tensor .*(.|\n)*test_fx\.py"):
         before(storage[4:])
+
+
+def test_a_complex_factor_is_conjugated_in_the_gradient() -> None:
+    """Which is a call on a Python number."""
+    check(lambda x: x * 2j, leaf(3, dtype=torch.complex64))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import sympy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from memplan.ir.errors import VerificationError
 from memplan.ir.loops import Cast, Kernel, Load, Range, Store, outer_symbol
 from memplan.ir.plan import External, InPlaceOf, InPool, Lifetime, Own, Plan, Pool
-from memplan.ir.program import BufferKind, Contract, Program, View
+from memplan.ir.program import BufferKind, Contract, Extern, Program, Symbolic, View
 from memplan.ir.verify_plan import overlapping_pairs, recomputed_timeline, verify_plan
 from tests.programs import F32, ProgramBuilder, fill_kernel, plan_of, with_claims
 
@@ -150,6 +151,24 @@ def test_order_keeps_side_effects() -> None:
     b = p.extern("b", "aten.rand.default", ([4],), (4,), effect=True)
     program = p.program(a, b)
     rejects(plan_of(program, order=("b", "a")), "step 0 ('b') has a side effect, and so has 'a' before it")
+
+
+def test_order_of_what_computes_with_a_size() -> None:
+    """An argument, and a kernel's ranges: neither reads a buffer of the call that makes the size known."""
+    p = ProgramBuilder()
+    x, u = p.input("x", (4, 4)), sympy.Symbol("u0", integer=True, nonnegative=True)
+    p.hints[u] = 3
+    p.extern("nonzero", "aten.nonzero.default", (x,), (u, 2), contract=Contract.DYNAMIC, dtype=torch.int64)
+    definer = p.operations[0]
+    assert isinstance(definer, Extern)
+    p.operations[0] = replace(definer, symbols=(("[0].size(0)", u),))
+    p.extern("check", "aten.full.default", ([4], Symbolic(u)), (4,))
+    p.kernel("fill", fill_kernel(p.buffer("f", (u,)), 0.0))
+    program = p.program()
+    assert program.dependencies == {"nonzero": set(), "check": {"nonzero"}, "fill": {"nonzero"}}
+    for order in (("check", "nonzero", "fill"), ("fill", "nonzero", "check")):
+        plan = plan_of(program, order=order)
+        rejects(plan, f"step 0 ({order[0]!r}) uses the size u0, which 'nonzero' makes known")
 
 
 # -- lifetimes ----------------------------------------------------------------------------------------------------

@@ -113,3 +113,23 @@ def test_calls_in_a_plan_have_biases_on_a_cpu_and_none_on_a_gpu() -> None:
                 assert (op.results[2] is not None) == biased
             else:
                 assert isinstance(op.args[2], View) == biased
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("shape", [(4, 6), (6,)])
+def test_labels_behind_the_first_minus_one_do_not_count(shape: tuple[int, ...], reduction: str) -> None:
+    """Torch's own decomposition, which is in its dispatch for autograd, takes them for class 0."""
+    x = torch.randn(shape, requires_grad=True)
+    labels = torch.randint(-1, 6, shape)
+
+    def loss(x: Tensor) -> Tensor:
+        return nn.functional.multilabel_margin_loss(x, labels, reduction=reduction)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="memplan")
+    expected, found = loss(x), compiled(x)
+    torch.testing.assert_close(found, expected)
+    for ours, eager in zip(*(torch.autograd.grad(t.sum(), x) for t in (found, expected)), strict=True):
+        torch.testing.assert_close(ours, eager)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), expected)

@@ -379,6 +379,14 @@ def test_size_known_only_afterwards() -> None:
             assert_near(function(x), x[x > 0].sum() + torch.nonzero(x).sum(), "result")
 
 
+def test_sizes_known_only_afterwards_are_checked_after_them() -> None:
+    """(The order that needs least puts the other call first.)"""
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        function = compiled(lambda x: (x.nonzero(), x[x > 0]))
+        x = torch.randn(4, 6)
+        compare_trees(function(x), (x.nonzero(), x[x > 0]), "result")
+
+
 def test_item() -> None:
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
         function = compiled(lambda x: x * x.sum().item())
