@@ -34,6 +34,7 @@ from .dropout import seed_random
 from .eager_memory import eager_memory
 from .joint import Costs, joint_graph
 from .layout import convolutions_channels_last
+from .results import result_roots, separate_results
 from .traced import copied
 
 log = logging.getLogger(__name__)
@@ -116,6 +117,7 @@ def partitioner(config: Config, found: Partitioned, chooser: Chooser) -> Callabl
 
     def partition(joint: torch.fx.GraphModule, inputs: object, *, num_fwd_outputs: int, **kwargs: object) -> Modules:
         found.eager = eager_memory(joint.graph)
+        roots = result_roots(joint.graph, num_fwd_outputs)
         keep_changed_inputs(joint.graph)
         if config.enabled("copies"):
             without_copies(joint.graph)
@@ -136,6 +138,7 @@ def partitioner(config: Config, found: Partitioned, chooser: Chooser) -> Callabl
                 modules: Modules = min_cut_rematerialization_partition(
                     given, inputs, num_fwd_outputs=num_fwd_outputs, **kwargs
                 )
+            separate_results(modules[0], roots)
             modules[0].meta[_FATES] = fates[-1] if fates else ()
             return modules
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import sympy
 
@@ -74,7 +74,18 @@ def trial_sizes(plan: Plan) -> tuple[Values, ...]:
     order = sorted(hints, key=lambda s: s.name)
     odd = {s: 2 * k + 3 for k, s in enumerate(order)}
     falling = {s: 64 * (len(order) - k) + 1 for k, s in enumerate(order)}
-    return (hints, {s: 3 * hints[s] + 1 for s in order}, dict.fromkeys(order, 2), odd, falling)
+    others = ({s: 3 * hints[s] + 1 for s in order}, dict.fromkeys(order, 2), odd, falling)
+    return (hints, *(values for values in others if _computable(sizes, values)))
+
+
+def _computable(sizes: Iterable[Size], values: Values) -> bool:
+    """Whether a call may have such sizes: a window's step that is made of one is not 0."""
+    try:
+        for size in dict.fromkeys(sizes):
+            evaluate_index(size, values)
+    except ZeroDivisionError:
+        return False
+    return True
 
 
 def recomputed_timeline(plan: Plan) -> tuple[int, ...]:

@@ -212,3 +212,19 @@ def test_gpt2_keeps_at_most_six_tenths_of_torchs_default() -> None:
     compiled, found = traced(function)
     compiled(ids)
     assert found.saved_bytes <= 0.6 * theirs, f"{found.saved_bytes} of {theirs}"
+
+
+def test_results_of_equal_calls_are_tensors_of_their_own() -> None:
+    """Torch makes one of two equal calls; parts of what it returns are two results all the same."""
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        sorted_rows = x.sort(1).values
+        return sorted_rows, x.sort(1).values, sorted_rows[1:]
+
+    x = torch.randn(3, 4, requires_grad=True)
+    torch._dynamo.reset()
+    first, second, part = torch.compile(function, backend="memplan")(x)
+    assert first.data_ptr() != second.data_ptr()
+    assert part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+    (first * second).sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x.detach())

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memplan.ir.errors import VerificationError
+from memplan.ir.index import FloorDiv
 from memplan.ir.loops import Cast, Kernel, Load, Range, Store, outer_symbol
 from memplan.ir.plan import External, InPlaceOf, InPool, Lifetime, Own, Plan, Pool
 from memplan.ir.program import BufferKind, Contract, Extern, Program, Symbolic, View
-from memplan.ir.verify_plan import overlapping_pairs, recomputed_timeline, verify_plan
+from memplan.ir.verify_plan import overlapping_pairs, recomputed_timeline, trial_sizes, verify_plan
 from tests.programs import F32, ProgramBuilder, fill_kernel, plan_of, with_claims
 
 
@@ -169,6 +170,19 @@ def test_order_of_what_computes_with_a_size() -> None:
     for order in (("check", "nonzero", "fill"), ("fill", "nonzero", "check")):
         plan = plan_of(program, order=order)
         rejects(plan, f"step 0 ({order[0]!r}) uses the size u0, which 'nonzero' makes known")
+
+
+def test_sizes_that_no_call_has_are_not_tried() -> None:
+    """A window's step of a quarter of a size: for 2 it would be 0."""
+    p = ProgramBuilder()
+    n = p.symbol("n", 16)
+    p.input("x", (n,))
+    windows = FloorDiv(n, FloorDiv(n, 4))
+    out = p.buffer("f", (windows,))
+    p.kernel("fill", fill_kernel(out, 0.0))
+    plan = plan_of(p.program(out))
+    assert [values[n] for values in trial_sizes(plan)] == [16, 49, 65]
+    verify_plan(plan)
 
 
 # -- lifetimes ----------------------------------------------------------------------------------------------------
