@@ -25,7 +25,7 @@ import torch.fx
 
 from .loss_match import find_region
 from .loss_operators import CONSTANTS, SAME_VALUES, is_pointwise
-from .loss_region import NLL, Region, WholeLogits
+from .loss_region import NLL, WINDOWS, Region, WholeLogits
 from .loss_rewriting import rewrite
 
 log = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ def _looks_like_logits(linear: Node) -> bool:
             if user.target is NLL or user.target is aten.amax.default:
                 return True
             value = user.meta.get("val")
-            along = user.target in (*SAME_VALUES, aten.slice.Tensor) or is_pointwise(user)
+            along = user.target in SAME_VALUES or user.target in WINDOWS or is_pointwise(user)
             if along and user not in seen and isinstance(value, torch.Tensor) and value.shape[-1:] == (words,):
                 seen.add(user)
                 stack.append(user)

@@ -99,7 +99,7 @@ class Growth:
             return None
         for one in (False, True) if inside is None else (inside,):
             count = self.region.count(one)
-            if len(shape) > 1 and shape[-1] == self.region.words and math.prod(shape[:-1]) == count:
+            if shape[-1:] == (self.region.words,) and math.prod(shape[:-1]) == count:
                 return Rows(True, one)
             if math.prod(shape) == count:
                 return Rows(False, one)
@@ -124,7 +124,7 @@ class Growth:
         rows = self.region.rows
         if source in rows:
             placed = self.by_shape(node, rows[source].inside)
-            if placed is None or (rows[source].wide and not placed.wide):
+            if placed is None:
                 return None
             if placed.wide and not rows[source].wide:
                 return placed if self.aligned(source, node, placed) else None
@@ -138,17 +138,15 @@ class Growth:
         if not isinstance(source, Node) or source not in rows:
             return None
         shape, given = node.meta["val"].shape, source.meta["val"].shape
-        if tuple(shape) == tuple(given):
+        pads = node.args[1] if node.target is aten.constant_pad_nd.default else ()
+        if tuple(shape) == tuple(given) and not any(pads):  # type: ignore[arg-type]  # (pads of 1 and -1 move tokens)
             return rows[source]
-        shorter, longer = (shape, given) if node.target is aten.slice.Tensor else (given, shape)
+        forward = node.target is aten.slice.Tensor
+        longer = given if forward else shape
         if len(longer) < 2 or math.prod(longer[:2]) != self.region.tokens:
             return None
         window = _window(node, int(longer[1]), len(longer))
-        expected = (longer[0], window[2] - window[1], *longer[2:]) if window is not None else ()
-        if window is None or tuple(shorter) != expected or self.region.window not in (None, window):
-            return None
-        forward = node.target is aten.slice.Tensor
-        if rows[source].inside is forward:
+        if window is None or self.region.window not in (None, window):
             return None
         self.region.window = window
         return Rows(rows[source].wide, forward)
@@ -160,14 +158,13 @@ class Growth:
             return None
         if inner:
             inside = rows[inner[0]].inside
-            wide = any(rows[a].wide for a in inner)
-            placed = self.by_shape(node, inside)
-            if placed is None or (wide and not placed.wide) or any(rows[a].inside != inside for a in inner):
+            if any(rows[a].inside != inside for a in inner):
                 return None
+            placed = self.by_shape(node, inside)
         else:
             placed = self.by_shape(node)
-            if placed is None:
-                return None
+        if placed is None:
+            return None
         for a in node.all_input_nodes:
             if not (self.aligned(a, node, placed) if a in rows else self.operand(a, node, placed)):
                 return None
@@ -179,7 +176,7 @@ class Growth:
         given = tuple(a.meta["val"].shape)
         if rows[a].wide == placed.wide:
             return given == shape
-        return placed.wide and given == (*shape[:-1], 1)
+        return given == (*shape[:-1], 1)
 
     def operand(self, a: Node, node: Node, placed: Rows) -> bool:
         """Whether an operand from outside can be read in slices; matrices that are cheap to make are made in them."""
@@ -197,7 +194,7 @@ class Growth:
         if not cheap or any(a in rows and a not in self.adopted for a in node.all_input_nodes):
             return False
         placed = self.by_operator(node, [a for a in node.all_input_nodes if a in rows])
-        if placed is None or not placed.wide:
+        if placed is None:
             return False
         rows[node] = placed
         self.adopted.add(node)
@@ -235,14 +232,12 @@ class Growth:
     def scattered(self, node: Node) -> Rows | None:
         zeros, dim, index, values = node.args[:4]
         placed = self.by_shape(node)
-        if placed is None or not placed.wide or constant(zeros) != 0 or not self.last(node, dim) or node.kwargs:
+        if placed is None or not placed.wide or constant(zeros) != 0 or not self.last(node, dim):
             return None
         if not self.index(index, node.meta["val"].shape, placed):
             return None
-        if isinstance(values, Node):
-            narrow = tuple(values.meta["val"].shape) == (*node.meta["val"].shape[:-1], 1)
-            if not narrow or (values in self.region.rows and self.region.rows[values].inside != placed.inside):
-                return None
+        if isinstance(values, Node) and tuple(values.meta["val"].shape) != (*node.meta["val"].shape[:-1], 1):
+            return None
         return placed
 
     def softmax_gradient(self, node: Node) -> Rows | None:
@@ -259,22 +254,20 @@ class Growth:
     def likelihood(self, node: Node, probabilities: object, target: object, weight: object) -> Rows | None:
         """`nll_loss_forward` or the gradient of it."""
         rows = self.region.rows
-        if not isinstance(probabilities, Node) or probabilities not in rows or probabilities.meta["val"].dim() != 2:
+        if not isinstance(probabilities, Node) or probabilities not in rows or not rows[probabilities].wide:
             return None
-        forward = node.target is NLL
-        if (forward and not rows[probabilities].wide) or target in rows or weight in rows:
+        if target in rows or weight in rows:
             return None
-        return Rows(not forward, rows[probabilities].inside)
+        return Rows(node.target is NLL_BACK, rows[probabilities].inside)
 
     # -- where it ends ----
 
     def is_end(self, node: Node, inner: list[Node]) -> bool:
         """Whether a reader of a matrix is a sum over all of it, or makes a gradient of the product's factors."""
-        rows = self.region.rows
-        if node.target in TOTALS and rows[inner[0]].wide and not node.kwargs:
+        if node.target in TOTALS and not node.kwargs:
             self.region.totals.append(node)
             return True
-        if node not in self.region.backward or any(rows[a].inside for a in inner):
+        if node not in self.region.backward or any(self.region.rows[a].inside for a in inner):
             return False
         if node.target in (aten.permute.default, aten.t.default, aten.transpose.int):
             if tuple(node.meta["val"].shape) != (self.region.words, self.region.tokens):
@@ -298,12 +291,12 @@ class Growth:
         region = self.region
         shape = tuple(node.meta["val"].shape)
         features = region.weight_t.meta["val"].shape[0]
-        if node.target is not aten.mm.default or node not in region.backward:
+        if node.target is not aten.mm.default:
             raise WholeLogits(f"{node.target} reads them")
         left, right = node.args
         assert isinstance(left, Node)
         assert isinstance(right, Node)
-        if left in self.turned and shape == (region.words, features) and _same_matrix(right, region.hidden):
+        if left in self.turned and _same_matrix(right, region.hidden):
             region.weight_gradients.append((node, False))
             self.sources.append(left.args[0])  # type: ignore[arg-type]
         elif left in region.rows and shape == (region.tokens, features) and _same_matrix(right, region.weight_t, True):

@@ -10,14 +10,14 @@ import torch.fx
 
 from .loss_growth import Growth
 from .loss_operators import CONSTANTS, SAME_VALUES, constant, is_linear, is_repeatable
-from .loss_region import NLL, NLL_BACK, Region, Rows, WholeLogits
+from .loss_region import NLL, NLL_BACK, Region, WholeLogits
 
 Node = torch.fx.Node
 aten = torch.ops.aten
 
 
 def find_region(linear: Node, backward: frozenset[Node]) -> Region:
-    """The region that a product's result is read by; ``backward`` are the nodes that depend on a tangent.
+    """The region that reads the result of an `mm` or `addmm`; ``backward`` are the nodes that depend on a tangent.
 
     Raises
     ------
@@ -27,23 +27,24 @@ def find_region(linear: Node, backward: frozenset[Node]) -> Region:
     bias: object = None
     if linear.target is aten.mm.default:
         hidden, weight_t = linear.args
-    elif linear.target is aten.addmm.default and not linear.kwargs and len(linear.args) == 3:
+    elif not linear.kwargs:
         bias, hidden, weight_t = linear.args
-        if bias.meta["val"].dim() != 1:  # type: ignore[union-attr]
+        if tuple(bias.meta["val"].shape) != (linear.meta["val"].shape[1],):  # type: ignore[union-attr]
             raise WholeLogits("what is added to them is no bias")
     else:
-        raise WholeLogits("they are no product of two matrices")
+        raise WholeLogits("their product or what is added to it is scaled")
     region = Region(linear, hidden, weight_t, bias, backward)  # type: ignore[arg-type]
+    if region.words == 1:  # what is one for each token could not be told from what is one for each word
+        raise WholeLogits("they are one number for each token")
     growth = Growth(region)
     growth.grow()
-    _Match(region, frozenset(growth.adopted), frozenset(growth.sources)).finish()
+    _Match(region, frozenset(growth.sources)).finish()
     return region
 
 
 @dataclass
 class _Match:
     region: Region
-    adopted: frozenset[Node]
     sources: frozenset[Node]
     apart: set[Node] = field(default_factory=set)  # known not to come of the logits
 
@@ -55,13 +56,11 @@ class _Match:
         if len(roots) != 1:
             raise WholeLogits("they have several gradients")
         region.gradient = roots.pop()
-        if region.gradient not in region.backward or region.rows[region.gradient] != Rows(True):
-            raise WholeLogits("what is taken for their gradient is none")
         needed = self.needed()
         kept = {n: region.rows[n] for n in sorted(needed)}
         outside = []
         for node in kept:
-            if node in self.adopted or kept[node].wide or (node.target is NLL and node.args[3] != 0):
+            if kept[node].wide or (node.target is NLL and node.args[3] != 0):
                 continue
             readers = [u for u in node.users if u not in needed and u.target is not operator.getitem]
             if readers:
@@ -89,7 +88,7 @@ class _Match:
         stack = [region.gradient]
         stack += [n.args[0] for n in region.totals]  # type: ignore[misc]
         for node in rows:
-            if rows[node].wide or node in self.adopted or not node.users:
+            if rows[node].wide or not node.users:
                 continue
             if node.target is operator.getitem or any(a in rows and rows[a].wide for a in node.all_input_nodes):
                 stack.append(node)
@@ -126,7 +125,7 @@ class _Match:
             known = [a for a in node.all_input_nodes if a not in region.backward]
             if node not in region.rows:
                 known = [a for a in known if not self.comes_of_logits(a)] if is_repeatable(node) else []
-            if not varying or not is_linear(node, varying) or len(varying) + len(known) < len(node.all_input_nodes):
+            if not is_linear(node, varying) or len(varying) + len(known) < len(node.all_input_nodes):
                 break
             frontier.remove(node)
             frontier.update(varying)

@@ -84,7 +84,7 @@ def is_pointwise(node: Node) -> bool:
 
 def constant(node: object) -> float | None:
     """The number that a node is everywhere, or None."""
-    if not isinstance(node, Node) or node.op != "call_function" or node.target not in CONSTANTS:
+    if not isinstance(node, Node) or node.target not in CONSTANTS:
         return None
     where = CONSTANTS[node.target]
     if where is None:
@@ -96,13 +96,12 @@ def constant(node: object) -> float | None:
 def is_linear(node: Node, varying: list[Node]) -> bool:
     """Whether the result is linear in those operands that are ``varying``, taken together (no constant term)."""
     target, args = node.target, node.args
-    rest = [a for a in node.all_input_nodes if a not in varying]
     if target in _LINEAR_IN_FIRST:
         return varying == [args[0]] and args[1:].count(args[0]) == 0 and _pads_zeros(node)
     if target is aten.mul.Tensor:
         return len(varying) == 1 and args.count(varying[0]) == 1
     if target in (aten.add.Tensor, aten.sub.Tensor):
-        return not rest and len(varying) == 2  # (a number would be a constant term)
+        return len(varying) == 2  # (a number, or what the forward knows, would be a constant term)
     if target is aten.where.self:
         return args[0] not in varying and all(a in varying or constant(a) == 0 for a in args[1:])
     if target is aten.masked_fill.Scalar:
