@@ -45,9 +45,9 @@ STAGES = (
     ("memplan.budget", "make_menus", "model"),
     ("memplan.budget", "Choices.__init__", "model"),
     ("memplan.budget", "Choices.within", "model"),
-    ("memplan.backend", "Region.trial", "trial plans"),
-    ("memplan.backend", "Region.compile_forward", "taken"),
-    ("memplan.backend", "Region.compile_backward", "taken"),
+    ("memplan.region", "Region.trial", "trial plans"),
+    ("memplan.region", "Region.compile_forward", "taken"),
+    ("memplan.region", "Region.compile_backward", "taken"),
 )
 COLUMNS = ("torch's partitioner", "model", "trial plans", "taken")
 

@@ -73,7 +73,7 @@ def _watched(backend: str) -> tuple[Callable[[], float], Callable[[], int]]:
         import torch._dynamo.utils as dynamo
 
         return lambda: sum(dynamo.compilation_time_metrics.get("compile_fx_inner", ())), lambda: 0
-    from memplan.backend import Region
+    from memplan.region import Region
 
     seconds: list[float] = []
     counts: list[int] = []

@@ -199,15 +199,15 @@ def measure(name: str) -> dict[str, object]:
         else:
             model, batch = model_of(name)
             captured: list[int] = []
-            backend = importlib.import_module("memplan.backend")
-            original = backend.capture
+            region = importlib.import_module("memplan.region")
+            original = region.capture
 
             def capture(*args: object, **kwargs: object) -> Program:
                 made = original(*args, **kwargs)
                 captured.append(len(made.operations))
                 return made  # type: ignore[no-any-return]
 
-            backend.capture = capture
+            region.capture = capture
             dynamic = name.endswith("-dynamic")
             given = {"budget": BUDGET * int(name.split("-")[1])} if name.endswith("-budget") else None
             graphs = memplan.analyze(model, batch, fake=True, backward=True, dynamic=dynamic, options=given)

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import memplan.backend
+import memplan.region
 from memplan import convolutions
 from memplan.analysis import analyze
 from memplan.convolutions import Facts
@@ -127,7 +127,7 @@ def cudnns(op: Extern, config: Config) -> Facts:
 def plans_of(model: str, options: dict[str, object]) -> tuple[list[Plan], dict[str, str]]:
     """The forward's and the backward's plan, and what the backward takes over from the forward."""
     build, batch = MODELS[model]
-    capture = memplan.backend.capture
+    capture = memplan.region.capture
 
     def captured(*args: object, **kwargs: object) -> Program:
         return on_gpu(capture(*args, **kwargs))  # type: ignore[arg-type]
@@ -139,7 +139,7 @@ def plans_of(model: str, options: dict[str, object]) -> tuple[list[Plan], dict[s
         fill(module)
         given = batch()
         patch = mock.patch.object
-        with patch(memplan.backend, "capture", captured), patch(convolutions, "facts_of", cudnns):
+        with patch(memplan.region, "capture", captured), patch(convolutions, "facts_of", cudnns):
             graphs = analyze(module, given, options=options, backward=training)
     joins = {later: earlier for g in graphs for earlier, later in g.joins}
     return [g.plan for g in graphs], joins

@@ -21,7 +21,7 @@ _SPARE = 0.05
 
 
 class Planning(Protocol):
-    """A compiled region: a forward and its backward (see `memplan.backend.Region`)."""
+    """A compiled region: a forward and its backward (see `memplan.region.Region`)."""
 
     config: Config
     partitioned: Partitioned

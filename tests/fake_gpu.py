@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import memplan.backend
 import memplan.compilation
 import memplan.kernels
+import memplan.region
 from memplan.codegen.cpp_kernel import BUILD_FLAGS, emit_cpp_library
 from memplan.codegen.triton_kernel import TritonKernel, emit_triton
 from memplan.ir.canonical import CanonicalKernel
@@ -159,8 +159,8 @@ def make_fake_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     fake.reset()
     driver.fake_bind(ctypes.c_void_p(0x1000))
     monkeypatch.setenv("MEMPLAN_PLAN_CACHE", "0")  # a fake cubin means nothing to another process
-    capture = memplan.backend.capture
-    monkeypatch.setattr(memplan.backend, "capture", lambda *a, **k: fake.on_gpu(capture(*a, **k)))
+    capture = memplan.region.capture
+    monkeypatch.setattr(memplan.region, "capture", lambda *a, **k: fake.on_gpu(capture(*a, **k)))
     monkeypatch.setattr(memplan.kernels, "emit_triton", fake.emit)
     monkeypatch.setattr(memplan.kernels, "compile_builds", fake.compile_builds)
     monkeypatch.setattr(Target, "current", staticmethod(Target))

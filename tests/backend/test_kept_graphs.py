@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import memplan
-import memplan.backend
 import memplan.kernels
+import memplan.region
 from memplan.compilation import CompiledProgram
 from memplan.ir.loops import Kernel
 from memplan.ir.plan import Plan
@@ -96,13 +96,13 @@ class Compiled:
         torch.manual_seed(0)
         self.model, self.x = make(), torch.randn(sizes)
         self.programs: list[CompiledProgram] = []
-        real = memplan.backend.compile_program
+        real = memplan.region.compile_program
 
         def compile_program(*args: object) -> CompiledProgram:
             self.programs.append(real(*args))  # type: ignore[arg-type]
             return self.programs[-1]
 
-        monkeypatch.setattr(memplan.backend, "compile_program", compile_program)
+        monkeypatch.setattr(memplan.region, "compile_program", compile_program)
         self.call = torch.compile(self.model, backend="memplan", options={"poison": True, **options})
         self.plain = self.gradients(self.loss())
 

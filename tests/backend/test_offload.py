@@ -15,6 +15,7 @@ import memplan
 import memplan.backend
 import memplan.compilation
 import memplan.offload_budget
+import memplan.region
 from memplan.analysis import budget_curves
 from memplan.ir.activation import Fate
 from memplan.ir.communication import Memory
@@ -79,7 +80,7 @@ def as_device() -> Iterator[None]:
         patch.setattr(memplan.backend, "check_offload", lambda device: None)
         patch.setattr(offload_choice, "LEAST", 1 << 12)
         patch.setattr(offload, "LATENCY", 0.0)
-        for module in (memplan.backend, memplan.offload_budget):
+        for module in (memplan.backend, memplan.region, memplan.offload_budget):
             patch.setattr(module, "copy_figures", lambda device, config: DEVICE)
         for module in (memplan.backend, memplan.compilation):
             patch.setattr(module, "figures_for", lambda device, config, measure=False: DEVICE)

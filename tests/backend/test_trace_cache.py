@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 import memplan
 from memplan import backend, plan_cache, trace_cache
-from memplan.backend import Region
 from memplan.ir.config import Config
 from memplan.ir.program import Phase
+from memplan.region import Region
 from memplan.runtime.cache import CacheWarning
 from memplan.trace_key import UntoldError, _inputs, switched_off
 
@@ -139,7 +139,7 @@ def test_what_was_traced_is_not_traced_again(options: Options, traced: list[str]
 SCRIPT = """
 import hashlib, json, sys, torch
 import memplan
-from memplan.backend import Region
+from memplan.region import Region
 traced = []
 for phase in ("forward", "backward", "inference"):
     def watched(self, module, inputs, phase=phase, original=getattr(Region, f"compile_{phase}")):

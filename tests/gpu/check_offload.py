@@ -30,6 +30,7 @@ import memplan
 import memplan.backend
 import memplan.budget
 import memplan.offload_budget
+import memplan.region
 from benchmarks.models import cases
 from memplan.analysis import budget_curves
 from memplan.budget import RUNGS, Budget
@@ -87,7 +88,7 @@ class Stack:
         options = {"budget": self.budget, "offload": True, "plan_cache": False, "recompute_time": told}
         with contextlib.ExitStack() as patched:
             enter, patch = patched.enter_context, mock.patch.object
-            for module in (memplan.backend, memplan.offload_budget):
+            for module in (memplan.region, memplan.offload_budget):
                 enter(patch(module, "copy_figures", on_a_bus(bus)))
             enter(patch(Budget, "choice", dearly(Budget.choice)))
             if not copies:

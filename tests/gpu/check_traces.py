@@ -61,7 +61,7 @@ def step(model: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Tensor:
 
 def run(name: str) -> dict[str, object]:
     """One process: first and later steps against eager; graphs traced, bytes, seconds."""
-    from memplan.backend import Region
+    from memplan.region import Region
 
     traced: list[str] = []
     for phase in ("forward", "backward", "inference"):
