@@ -20,7 +20,9 @@ from .exported import Exported, captured, storages
 from .interface import Interface
 from .ir.config import Config
 from .ir.errors import SavedModelError
+from .ir.program import Extern
 from .kernels import build_wide, collect
+from .passes.expose_clones import expose_clones
 from .recording import CompiledGraph
 from .runtime import cuda_launch
 from .runtime.cache import Cache
@@ -73,19 +75,21 @@ def save(model: ExportedProgram, path: str | Path, *, options: Mapping[str, obje
     check_built(config)
     with torch.no_grad():
         exported = captured(model, config)
-        if exported.program.callables:
-            name = next(iter(exported.program.callables))
+        # custom operators that change their arguments are wrapped in such a function, and taken out of it here
+        program = expose_clones(exported.program)
+        called = (op.target for op in program.operations if isinstance(op, Extern))
+        if name := next((t.removeprefix("callable:") for t in called if t.startswith("callable:")), None):
             raise SavedModelError(
                 f"the model calls {name}, a function over graphs, which torch runs and which is no data: for "
                 "torch.cond compute both branches and choose with torch.where, or save a model for each branch"
             )
-        talks = next((op for op in exported.program.operations if group_of(op) is not None), None)
+        talks = next((op for op in program.operations if group_of(op) is not None), None)
         if talks is not None:
             raise SavedModelError(
                 f"the model communicates with other processes ({talks.name}), which cannot be saved yet: groups and "
                 "their memory belong to one run"
             )
-        exported = replace(exported, program=with_chosen_configs(exported.program))
+        exported = replace(exported, program=with_chosen_configs(replace(program, callables={})))
         compiled = compile_program(exported.program, config)
     if compiled.artifact is None:
         raise SavedModelError(

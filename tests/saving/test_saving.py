@@ -213,6 +213,33 @@ def test_an_operator_of_the_users_has_to_be_registered(tmp_path: Path) -> None:
     assert "operator memplan_saved::twice, which is not registered" in done.stderr
 
 
+def test_an_operator_that_changes_its_argument(tmp_path: Path) -> None:
+    """torch wraps it in a function over graphs, which is taken apart: it runs in place, on what nobody else reads."""
+    path = tmp_path / "m.memplan"
+    with torch.library._scoped_library("memplan_saved_change", "DEF") as library:
+        library.define("raise_(Tensor(a!) x, Tensor by) -> ()", tags=torch.Tag.pt2_compliant_tag)
+
+        def added(x: Tensor, by: Tensor) -> None:
+            x.add_(by)
+
+        library.impl("raise_", added, "CPU")
+        torch.library.register_fake("memplan_saved_change::raise_", lambda x, by: None, lib=library)
+
+        class Changing(nn.Module):
+            def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+                y, z = x.cos(), x.exp()
+                torch.ops.memplan_saved_change.raise_(y, z)
+                torch.ops.memplan_saved_change.raise_(z, x)
+                return y.sin(), z
+
+        x = torch.randn(5, 3)
+        kept = x.clone()
+        memplan.save(torch.export.export(Changing(), (x,)), path)
+        found = memplan.load(path)(x)
+        torch.testing.assert_close(found, Changing()(kept))
+        torch.testing.assert_close(x, kept)
+
+
 def test_a_loaded_model_is_shown_in_one_line(saved: Path) -> None:
     """Not with its weights, which a debugger or a notebook would print."""
     assert repr(memplan.load(saved)) == f"LoadedModel(path={saved!r})"
