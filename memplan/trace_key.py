@@ -18,6 +18,7 @@ import torch._functorch.config as functorch_config
 import torch.fx
 import torch.fx.experimental._config as symbolic_config
 from torch._decomp import global_decomposition_table
+from torch._functorch import predispatch
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import extract_tensor_metadata
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -65,7 +66,9 @@ def switched_off(config: Config, inputs: Sequence[object]) -> str | None:
 
 def _overridden() -> Iterator[str]:
     """What somebody has registered for operators that are traced through."""
-    for registered in torch.library._impls:
+    # torch's own for vmap, which it registers when that is first called
+    own: set[str] = getattr(predispatch.VMAP_DECOMPOSITIONS_LIB, "_op_impls", set())
+    for registered in torch.library._impls - own:
         namespace, _, key = registered.split("/")
         if namespace in ("aten", "prim") and key not in _BELOW_TRACING:
             yield f"{registered} has been registered"

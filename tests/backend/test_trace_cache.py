@@ -547,6 +547,15 @@ def test_implementations_that_somebody_registered(options: Options, traced: list
     assert switched_off(Config(), ()) is None
 
 
+def test_what_torch_registers_for_vmap_is_its_own() -> None:
+    torch.vmap(torch.sin)(torch.randn(2, 3))
+    assert "aten/addr/FuncTorchBatched" in torch.library._impls
+    assert switched_off(Config(), ()) is None
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("special_entr", lambda x: x * 3, "FuncTorchBatched")
+        assert "aten/special_entr/FuncTorchBatched" in str(switched_off(Config(), ()))
+
+
 class Wrapped(Tensor):
     """A tensor that holds another."""
 
