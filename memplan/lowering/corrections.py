@@ -17,8 +17,8 @@ _MEAN, _SUM = 1, 2
 
 
 def multilabel_margin_loss_forward(input: Tensor, target: Tensor, reduction: int) -> tuple[Tensor, Tensor]:
-    """The loss, and which classes are targets; ``input`` and ``target`` are (N, C) or (C,)."""
-    scores, labels = (t if t.dim() == 2 else t.unsqueeze(0) for t in (input, target))
+    """The loss, and which classes are targets; ``input`` and ``target`` are (N, C), (C,) or a number each."""
+    scores, labels = (t if t.dim() == 2 else t.reshape(1, -1) for t in (input, target))
     count = scores.shape[1]
     classes = torch.arange(count, device=target.device)
     end = torch.where(labels == -1, classes, count).amin(-1, keepdim=True)
