@@ -442,7 +442,7 @@ SWITCHES: dict[str, Callable[[bool], object]] = {
     "math": lambda on: torch.backends.cuda.enable_math_sdp(not on),
     "matmul": lambda on: torch.set_float32_matmul_precision("high" if on else "highest"),
     "mkldnn": lambda on: torch._C._set_mkldnn_enabled(not on),
-    "cudnn": lambda on: setattr(torch.backends.cudnn, "deterministic", on),
+    "cudnn": torch._C._set_cudnn_deterministic,  # (torch.testing forbids the flag itself to be set)
 }
 
 
