@@ -1,6 +1,6 @@
 """What the CUDA caching allocator would reserve for a training step, without a GPU.
 
-    python -m benchmarks.simulate_reserved [model ...] [--pools auto|always|never] [--json FILE]
+    python -m benchmarks.simulate_reserved [model ...] [--pools auto|always|never] [--recompute-time F] [--json FILE]
 
 The models are those of the GPU cases at their full size; image models are transformers' versions of the architectures.
 They are traced on fake CPU tensors, the captured programs are moved to ``cuda:0`` and planned. The step is simulated
@@ -205,6 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=list(MODELS))
     parser.add_argument("--pools", default="auto", choices=("auto", "always", "never"))
+    parser.add_argument("--recompute-time", type=float, help="the option's value, where not the default")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
     rows = []
@@ -215,7 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"| {' | '.join(('model', 'max-live bound', *columns, *updated_columns))} |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for model in given.models:
-        r = row(model, {"pools": given.pools})
+        share = {} if given.recompute_time is None else {"recompute_time": given.recompute_time}
+        r = row(model, {"pools": given.pools, **share})
         rows.append(r)
         cells = [f"{r.bound / 1e9:.3f}", *(f"{n / r.bound:.3f}" for n in (r.own, r.planned, r.reserved))]
         updated = [f"{n / r.updated_bound:.3f}" for n in (r.updated_planned, r.updated_reserved) if r.updated_bound]

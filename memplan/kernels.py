@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import sympy
 import torch
@@ -222,7 +223,8 @@ def build_cuda(kernels: KernelSet, program: Program, config: Config, choose: Cho
     for name, launcher in launchers.items():
         if emitted[name].index_limit:
             launcher.load()
-            callables[name] = _widening(launcher, *kernels.sources[name], name, hints, deterministic, config)
+            make_wide = partial(build_wide, *kernels.sources[name], name, hints, deterministic, config)
+            callables[name] = widening(launcher, make_wide)
         else:
             callables[name] = launcher.bound()  # loaded now: not while somebody records a CUDA graph
     return BuiltKernels(callables, "\n".join(k.source for k in emitted.values()), launchers, emitted)
@@ -230,19 +232,6 @@ def build_cuda(kernels: KernelSet, program: Program, config: Config, choose: Cho
 
 def _index(device: str) -> int:
     return int(device.partition(":")[2] or 0)
-
-
-def _widening(
-    narrow: Launcher,
-    device: str,
-    kernel: CanonicalKernel,
-    name: str,
-    hints: Mapping[sympy.Symbol, int],
-    deterministic: bool,
-    config: Config,
-) -> Callable[..., None]:
-    """`widening` with a kernel that is built when it is first needed."""
-    return widening(narrow, lambda: build_wide(device, kernel, name, hints, deterministic, config))
 
 
 def build_wide(

@@ -248,6 +248,7 @@ def _launch(kernels: Sequence[TritonKernel], built: Sequence[Compiled | Compiler
     launchers = []
     for kernel, found in zip(kernels, built, strict=True):
         if isinstance(found, CompilerError) or found.scratch_bytes:
+            _log.info("no template: %s", found if isinstance(found, CompilerError) else "it needs scratch memory")
             return None
         launchers.append(make_launcher(kernel, found))
 

@@ -27,13 +27,16 @@ from ..ir.plan import RESERVE_PART, RESERVE_STEP, Plan, Reserve, Room, Segment
 from ..ir.program import SymbolInput, evaluate
 
 log = logging.getLogger(__name__)
-#: By GPU: (reserved, allocated) bytes at which so many were found to be free. The states that a training loop comes
-#: back to, so that the allocator's blocks are not walked through before every step.
+#: By GPU: (reserved, allocated) bytes of large segments at which so many were found to be free. The states that a
+#: training loop comes back to, so that the allocator's blocks are not walked through before every step.
 _enough: dict[int, OrderedDict[tuple[int, int], int]] = {}
 _STATES = 64
 #: A call gives unused segments back to the device so many times at most: in its first step, when an optimiser has made
 #: its states, after an evaluation. A loop that takes ever more room is not to wait for the device in every step.
 _MOST_GIVEN_BACK = 8
+#: A call's step is tried out in simulation so many times at most: a loop in which no state comes back is not to pay
+#: for that (some 10 ms) in every step.
+_MOST_SIMULATED = 32
 
 
 #: From the step's large requests and the large segments.
@@ -65,13 +68,20 @@ def reserving(
     if not reserves:
         return call
     wanted = tuple((torch.device(r.device), r) for r in reserves)
-    first, left = True, _MOST_GIVEN_BACK
+    first, left, simulations = True, _MOST_GIVEN_BACK, _MOST_SIMULATED
+
+    def simulated(reserve: Reserve, segments: Sequence[Segment]) -> Room:
+        nonlocal simulations
+        assert find_room is not None
+        simulations -= 1
+        return find_room(reserve.requests, segments)
 
     def run(args: list[object]) -> object:
         nonlocal first, left
         for device, reserve in wanted:
             nbytes = evaluate(reserve.nbytes, {s: int(args[k]) for s, k in reserve.symbols})  # type: ignore[call-overload]
-            find = partial(find_room, reserve.requests) if find_room and reserve.requests and left else None
+            may_find = find_room is not None and reserve.requests and left > 0 and simulations > 0
+            find = partial(simulated, reserve) if may_find else None
             left -= make_free(device, nbytes, first=first, give_back=left > 0, find_room=find)
         first = False
         return call(args)
@@ -136,10 +146,13 @@ def make_free(
 
 
 def _counts(device: torch.device) -> tuple[int, int, int]:
-    """Bytes in segments, allocated in them, and free in those of them that something is allocated in."""
+    """Bytes in large segments, allocated in them, and free in those of them that something is allocated in.
+
+    What is small (losses that are kept in a list) changes from step to step, and nothing for the step's large requests.
+    """
     stats = torch.cuda.memory_stats_as_nested_dict(device)
     kinds = ("reserved", "allocated", "inactive_split")
-    held, used, split = (stats[f"{kind}_bytes"]["all"]["current"] for kind in kinds)
+    held, used, split = (stats[f"{kind}_bytes"]["large_pool"]["current"] for kind in kinds)
     return held, used, split
 
 

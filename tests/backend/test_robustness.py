@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import sympy
@@ -22,7 +23,7 @@ from memplan.ir.program import Phase, Program
 from memplan.lowering import call_site
 from memplan.runtime.build import build_library
 from memplan.runtime.triton_build import Target
-from memplan.runtime.triton_launch import IndexLimitError
+from memplan.runtime.triton_launch import IndexLimitError, widening
 from tests.models.against_eager import check
 from tests.sample_kernels import add_relu
 
@@ -201,7 +202,8 @@ def test_sizes_beyond_32_bits_get_a_kernel_that_counts_in_64(monkeypatch: pytest
     monkeypatch.setattr(Target, "current", staticmethod(Target))
     size = sympy.Symbol("s0", integer=True, positive=True)
     canonical = canonicalize(add_relu(size))
-    launch = kernel_sets._widening(Narrow(), "cuda:0", canonical, "k", {size: 64}, False, Config())  # type: ignore[arg-type]
+    wide = partial(kernel_sets.build_wide, "cuda:0", canonical, "k", {size: 64}, False, Config())
+    launch = widening(Narrow(), wide)  # type: ignore[arg-type]
     for n in (64, 2**31, 128, 2**32):
         launch(0, 0, 0, 0, n)
     assert launched == [("narrow", 64), ("wide", 2**31), ("narrow", 128), ("wide", 2**32)]

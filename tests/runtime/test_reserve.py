@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
@@ -33,6 +34,7 @@ class FakeGpu:
     capturing: bool = False
     fails: bool = False
     asked: list[int] = field(default_factory=list)
+    numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def empty(self, nbytes: int, **_: object) -> object:
         if self.fails:
@@ -53,7 +55,9 @@ class FakeGpu:
             "allocated_bytes": sum(size for size, live, _ in blocks if live),
             "inactive_split_bytes": sum(size for size, live, parts in blocks if parts and not live),
         }
-        return {k: {"all": {"current": v}} for k, v in counts.items()}
+        # what is small lies in segments of its own and changes all the time
+        small = next(self.numbers)
+        return {k: {"large_pool": {"current": v}, "all": {"current": v + small}} for k, v in counts.items()}
 
     def snapshot(self) -> list[dict[str, object]]:
         self.walked += 1
@@ -228,3 +232,14 @@ def test_a_loop_without_a_steady_state_stops_looking(gpu: FakeGpu) -> None:
         gpu.segments = [[(100 * MIB * step, True)]]
         run([1])
     assert len(asked) == gpu.emptied == reserve._MOST_GIVEN_BACK
+
+
+def test_a_loop_in_which_no_state_comes_back_stops_simulating(gpu: FakeGpu) -> None:
+    asked: list[int] = []
+    wanted = (reserve.Reserve("cuda:0", 0, requests=((0, 5 * MIB), (0, -1))),)
+    run = reserve.reserving(lambda args: args[0], wanted, _found(0, False, asked))
+    for step in range(1, 80):
+        gpu.segments = [[(100 * MIB * step, True)]]
+        run([1])
+    assert len(asked) == reserve._MOST_SIMULATED
+    assert gpu.emptied == 0
