@@ -74,6 +74,8 @@ _DEARER = 4.0
 _TRIES = 12
 #: Prices of a microsecond of products, in what the device moves in one, between which is searched.
 _CHEAPEST_PRODUCT, _DEAREST_PRODUCT = 0.01, 8.0
+#: Places at which the layers whose products are done again may end, and how many of them are simulated.
+_CUTS, _SEVERED = 96, 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +155,9 @@ def _with_products(graph: JointGraph, kept: tuple[int, ...], room: float, figure
 
     A convolution to many channels that writes faster than it computes frees a hundred times the bytes of a product of
     wide matrices in the same time. What is computed again in a chain is alive together, so of the choices within
-    ``room`` the one is taken whose backward has the lowest simulated peak.
+    ``room`` the one is taken whose backward has the lowest simulated peak. A residual that is had again from the
+    results of all layers before it would have their products done again before the backward of the last layer: where
+    only some are done again, the residual between these and the others may be kept instead.
     """
     limit = graph.added_microseconds(kept) + room
     values, positions = joint_values(graph, Prices(math.inf))
@@ -163,7 +167,7 @@ def _with_products(graph: JointGraph, kept: tuple[int, ...], room: float, figure
         prices = Prices(WORTH * figures.bandwidth, expensive=True, products=float(part) * figures.bandwidth)
         less = tuple(positions[v] for v in network.solve([prices.price(graph, k) for k in positions]).kept)
         if graph.added_microseconds(less) > limit:
-            found.append(_mixed(graph, less, found[-1], limit))
+            found += [_mixed(graph, less, found[-1], limit), *_severed(graph, less, found[-1], limit)]
             break
         if less != found[-1]:
             found.append(less)
@@ -184,6 +188,28 @@ def _mixed(graph: JointGraph, head: Sequence[int], tail: Sequence[int], limit: f
         else:
             high = middle
     return mix(low)
+
+
+def _severed(graph: JointGraph, head: Sequence[int], tail: Sequence[int], limit: float) -> list[tuple[int, ...]]:
+    """Like `_mixed`, with what the rest needs of the first nodes kept: those that keep least within ``limit``."""
+    nodes = graph.nodes
+    found: dict[tuple[int, ...], float] = {}
+    for cut in np.linspace(0, len(nodes), _CUTS + 1, dtype=int)[1:-1].tolist():
+        kept = graph.completed([*(k for k in head if k < cut), *(k for k in tail if k >= cut)])
+        again = set(graph.recomputed(kept))
+        crossing: set[int] = set()
+        stack = [i for k in again if k >= cut for i in nodes[k].inputs if i < cut]
+        while stack:
+            i = stack.pop()
+            if i in again and i not in crossing:
+                if nodes[i].keep is None:
+                    stack.extend(nodes[i].inputs)
+                else:
+                    crossing.add(i)
+        choice = graph.completed([*kept, *crossing])
+        if crossing and graph.added_microseconds(choice) <= limit:
+            found[choice] = sum(nodes[k].keep or 0.0 for k in choice)
+    return sorted(found, key=lambda choice: found[choice])[:_SEVERED]
 
 
 def choose_kept(values: Sequence[Value]) -> Kept:

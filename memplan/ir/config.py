@@ -99,7 +99,7 @@ class Config:
     cuda_graphs: bool = False
     max_autotune: bool = False
     recompute_time: float = 0.2
-    recompute_products: float = 0.0
+    recompute_products: float = 0.02
     budget: int | None = None
     offload: bool = False
     max_fused_buffers: int = 24
