@@ -155,7 +155,8 @@ def _with_products(graph: JointGraph, kept: tuple[int, ...], room: float, figure
 
     A convolution to many channels that writes faster than it computes frees a hundred times the bytes of a product of
     wide matrices in the same time. What is computed again in a chain is alive together, so of the choices within
-    ``room`` the one is taken whose backward has the lowest simulated peak. A residual that is had again from the
+    ``room`` the one is taken whose backward's simulated peak times the step's time is least: what frees a smaller part
+    of the peak than it takes of the time is not done again. A residual that is had again from the
     results of all layers before it would have their products done again before the backward of the last layer: where
     only some are done again, the residual between these and the others may be kept instead.
     """
@@ -171,7 +172,8 @@ def _with_products(graph: JointGraph, kept: tuple[int, ...], room: float, figure
             break
         if less != found[-1]:
             found.append(less)
-    return min(found, key=lambda choice: backward_peak(graph, choice))
+    time = graph.microseconds
+    return min(found, key=lambda kept: backward_peak(graph, kept) * (time + graph.added_microseconds(kept)))
 
 
 def _mixed(graph: JointGraph, head: Sequence[int], tail: Sequence[int], limit: float) -> tuple[int, ...]:
