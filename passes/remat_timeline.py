@@ -14,6 +14,8 @@ from memplan.ir.joint import JointGraph, NodeKind, Side
 
 #: Nodes that a kernel takes in to make one value once more.
 _CHAIN = 32
+#: What such a kernel reads instead of the value, small things aside: fusion stores a value that is made of more.
+_LOADS = 3
 
 
 def peak_of(graph: JointGraph, sequence: Sequence[int], held: Mapping[int, int], lasting: Iterable[int]) -> int:
@@ -83,6 +85,8 @@ def _inline(
     ``stored`` must not be dropped.
     """
     nodes = graph.nodes
+    reads: dict[int, set[int]] = {}  # what the readers of each dropped one read instead of it
+    readers: dict[int, set[int]] = {}
     # the last one first: what it is made of then lives longer, and may itself be made in those readers
     for k in sorted(several - stored, key=lambda k: (made[k], k), reverse=True):
         if not nodes[k].elementwise or nodes[k].kind is not NodeKind.FUSED:
@@ -97,13 +101,23 @@ def _inline(
                 elif root in made and root not in found:
                     found.add(root)
                     chain.append(root)
-        if len(found) > _CHAIN:
+        instead = {k: operands, **{d: reads[d] - {k} | operands for d in readers.get(k, ())}}
+        if len(found) > _CHAIN or any(_large(graph, new, d) > _LOADS for d, new in instead.items()):
             continue
         longer = [r for r in operands if last[r] < last[k] or not (r in several or r in held)]
         if sum(nodes[r].nbytes for r in longer) < nodes[k].nbytes:
             several.discard(k)
             several.update(r for r in operands if r not in held)
             last.update((r, last[k]) for r in longer)
+            for d, new in instead.items():
+                reads[d] = new
+                for r in new:
+                    readers.setdefault(r, set()).add(d)
+
+
+def _large(graph: JointGraph, storages: Iterable[int], k: int) -> int:
+    """How many of the storages are not small beside that of ``k``."""
+    return sum(8 * graph.nodes[r].nbytes >= graph.nodes[k].nbytes for r in storages)
 
 
 def _steps(graph: JointGraph, sequence: Sequence[int]) -> tuple[list[int], list[bool]]:

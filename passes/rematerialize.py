@@ -76,6 +76,9 @@ _TRIES = 12
 _CHEAPEST_PRODUCT, _DEAREST_PRODUCT = 0.01, 8.0
 #: Places at which the layers whose products are done again may end, and how many of them are simulated.
 _CUTS, _SEVERED = 96, 6
+#: Numbers of sections between which the residual may be kept, and how far of a section's length their ends may move.
+_SECTIONS = (2, 3, 4, 5, 6, 8, 12, 24)
+_SLACK = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +146,73 @@ def choose_within(
     for _ in range(_TRIES):
         less = choose_joint(graph, Prices(weight))
         if graph.added_microseconds(less) <= limit:
-            if weight == first:
-                return _with_products(graph, less, products * graph.microseconds, figures) if products > 0 else less
-            return _mixed(graph, dearer, less, limit)
+            if weight > first:
+                less = _mixed(graph, dearer, less, limit)
+            elif products > 0:
+                less = _with_products(graph, less, products * graph.microseconds, figures)
+            return _in_sections(graph, less)
         dearer, weight = less, weight * _DEARER
-    return _mixed(graph, dearer, kept, limit)
+    return _in_sections(graph, _mixed(graph, dearer, kept, limit))
+
+
+def _in_sections(graph: JointGraph, kept: tuple[int, ...]) -> tuple[int, ...]:
+    """`kept`, with what sections of the forward hand on to the next one kept too if the backward's peak is lower so.
+
+    A residual is had again from the results of all layers before it. The backward begins with the last layer, for which
+    it computes the residuals of all layers, and where these have a wider type than the results that they are the sums
+    of they take more room than those did. With the residual kept between sections, those of one section are alive at a
+    time. Sections as equal as possible suit a chain of equal layers (Chen et al., 2016).
+    """
+    again = [k for k in graph.recomputed(kept) if graph.nodes[k].side is Side.FORWARD]
+    if not again:
+        return kept
+    position = {k: n for n, k in enumerate(again)}
+    made = np.zeros(len(again) + 1)
+    alive = np.zeros(len(again) + 1)  # bytes that cross to each entry of `again` and those after it
+    last: dict[int, int] = {}
+    for n, k in enumerate(again):
+        last.update((graph.nodes[i].storage, n) for i in graph.nodes[k].inputs)
+    for root, n in last.items():
+        if root in position:
+            made[position[root]] += graph.nodes[root].nbytes
+            alive[position[root] + 1] += graph.nodes[root].nbytes
+            alive[n + 1 if n + 1 < len(alive) else n] -= graph.nodes[root].nbytes
+    alive = np.cumsum(alive)
+    share = np.cumsum(made) / max(1.0, made.sum())
+    found = [kept]
+    for sections in _SECTIONS:
+        handed: set[int] = set()
+        for part in range(1, sections):
+            low, high = np.searchsorted(share, ((part - _SLACK) / sections, (part + _SLACK) / sections))
+            if low < high < len(again):
+                cut = int(low + np.argmin(alive[low:high]))
+                handed.update(_handed_on(graph, again, again[cut]))
+        choice = _pruned(graph, [*kept, *handed])
+        if choice not in found:
+            found.append(choice)
+    return min(found, key=lambda choice: backward_peak(graph, choice))
+
+
+def _handed_on(graph: JointGraph, again: Sequence[int], cut: int) -> set[int]:
+    """Of what is computed ``again``, what the forward's nodes from ``cut`` on need of those before it."""
+    nodes = graph.nodes
+    members = frozenset(again)
+    found: set[int] = set()
+    stack = [i for k in again if k >= cut and nodes[k].side is Side.FORWARD for i in nodes[k].inputs if i < cut]
+    while stack:
+        i = stack.pop()
+        if i in members and i not in found:
+            if nodes[i].keep is None:
+                stack.extend(nodes[i].inputs)
+            else:
+                found.add(i)
+    return found
+
+
+def _pruned(graph: JointGraph, kept: Sequence[int]) -> tuple[int, ...]:
+    """`kept` without what neither the backward nor what it computes again reads then."""
+    read = {i for k in graph.recomputed(kept) for i in graph.nodes[k].inputs}
+    return tuple(sorted({k for k in kept if graph.needed[k] or k in read}))
 
 
 def _with_products(graph: JointGraph, kept: tuple[int, ...], room: float, figures: DeviceFigures) -> tuple[int, ...]:
@@ -198,16 +263,7 @@ def _severed(graph: JointGraph, head: Sequence[int], tail: Sequence[int], limit:
     found: dict[tuple[int, ...], float] = {}
     for cut in np.linspace(0, len(nodes), _CUTS + 1, dtype=int)[1:-1].tolist():
         kept = graph.completed([*(k for k in head if k < cut), *(k for k in tail if k >= cut)])
-        again = set(graph.recomputed(kept))
-        crossing: set[int] = set()
-        stack = [i for k in again if k >= cut for i in nodes[k].inputs if i < cut]
-        while stack:
-            i = stack.pop()
-            if i in again and i not in crossing:
-                if nodes[i].keep is None:
-                    stack.extend(nodes[i].inputs)
-                else:
-                    crossing.add(i)
+        crossing = _handed_on(graph, graph.recomputed(kept), cut)
         choice = graph.completed([*kept, *crossing])
         if crossing and graph.added_microseconds(choice) <= limit:
             found[choice] = sum(nodes[k].keep or 0.0 for k in choice)
