@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import torch
 
+from memplan.ir.call_work import call_work
 from memplan.ir.device import DeviceFigures, Unit, Work
-from memplan.ir.flops import flops, has_formula
 from memplan.ir.in_flight import HostCopy, Wait
 from memplan.ir.index import ranges_of
 from memplan.ir.loops import Call, Constant, Index, Load, Random, Reduce
@@ -36,7 +36,6 @@ from memplan.ir.template import Product, Template
 from .fuse_costs import load_bytes
 from .fuse_mapping import count
 
-_ATTENTION = ("_scaled_dot_product", "_flash_attention", "_efficient_attention", "_cudnn_attention")
 #: Scalar operations of what is not one instruction (a Philox draw is ten rounds).
 _WEIGHTS = {"exp": 4, "log": 4, "tanh": 8, "erf": 8, "sigmoid": 6, "pow": 8, "sin": 6, "cos": 6, "div": 2}
 _RANDOM = 20
@@ -100,40 +99,23 @@ def _call_work(op: Extern, program: Program) -> Work:
     distinct = {(v.buffer, v.offset, v.sizes): v for v in views}
     nbytes = sum(min(_view_bytes(v, program), program.nbytes(v.buffer)) for v in distinct.values())
     itemsize = min((v.dtype.itemsize for v in views if v.dtype.is_floating_point), default=4)
-    name = op.target.split(".")[1] if op.target.count(".") == 2 else op.target
-    unit = Unit.ATTENTION if name.startswith(_ATTENTION) else Unit.PRODUCT
-    unit = Unit.CONVOLUTION if "convolution" in name else unit
-    found = _operations(op, name, program)
-    if found is None:
-        elements = max((_elements(v, program) for v in views), default=0)
-        return Work(nbytes, elements, Unit.SCALAR, itemsize)
-    return Work(nbytes, found, unit, itemsize)
-
-
-def _operations(op: Extern, name: str, program: Program) -> int | None:
-    """Floating point operations by torch's formulas; None where there is none for the operator."""
-    known = op.target.startswith(("aten.", "memplan.convolution."))
-    packet = getattr(torch.ops.aten, name, None) if known else None
-    overload = None if packet is None else getattr(packet, op.target.split(".")[2])
-    if overload is None or not has_formula(overload):
-        return None
+    elements = max((_elements(v, program) for v in views), default=0)
+    overload = _overload(op)
     args = [_value(a, program) for a in op.args]
-    kwargs = {k: _value(a, program) for k, a in op.kwargs}
-    # gradients have the shapes of what they belong to, also those that nobody uses
-    gradients = args[1:3] if name == "convolution_backward" else []
-    outs = gradients or [None if v is None else _meta(v, program) for v in op.results]
-    taken = {a.name for a in overload._schema.arguments if a.is_out}
-    kwargs = {k: v for k, v in kwargs.items() if k not in taken}
-    found = flops(overload, args, kwargs, outs if len(outs) > 1 else outs[0])
-    return found // 2 if _is_causal(op, overload) else found
+    taken = set() if overload is None else {a.name for a in overload._schema.arguments if a.is_out}
+    kwargs = {k: _value(a, program) for k, a in op.kwargs if k not in taken}
+    outs = [None if v is None else _meta(v, program) for v in op.results]
+    result = outs if len(outs) > 1 else outs[0] if outs else None
+    return call_work(overload, args, kwargs, result, nbytes=nbytes, itemsize=itemsize, elements=elements)
 
 
-def _is_causal(op: Extern, overload: torch._ops.OpOverload) -> bool:
-    names = [a.name for a in overload._schema.arguments]
-    given = dict(op.kwargs).get("is_causal")
-    if given is None and "is_causal" in names and names.index("is_causal") < len(op.args):
-        given = op.args[names.index("is_causal")]
-    return isinstance(given, Literal) and given.value is True
+def _overload(op: Extern) -> torch._ops.OpOverload | None:
+    """ATen's overload that is called, or whose work a call of ours does."""
+    if not op.target.startswith(("aten.", "memplan.convolution.")):
+        return None
+    _, name, overload = op.target.split(".")
+    packet = getattr(torch.ops.aten, name, None)
+    return None if packet is None else getattr(packet, overload, None)
 
 
 def _value(argument: Argument, program: Program) -> object:

@@ -32,7 +32,9 @@ _EXPENSIVE = frozenset(
 )
 #: expensive functions that may be evaluated a second time instead of storing their result
 _MOST_EXPENSIVE = 3
-_MOST_LOADS = 4
+#: Loads of a value that is made a second time: of what is not small beside it, and of all. A batch norm reads one
+#: tensor and four numbers a channel.
+_MOST_LOADS, _MOST_OF_ALL = 4, 8
 #: bytes that move in less time than a launch takes
 SMALL = 1 << 14
 _MOST_COPIED = 32
@@ -85,7 +87,8 @@ def inline_gain(
     if trivial and (expensive or len(loads) > 1):
         return None
     moved = evaluations == 1 and not widened and vanishes
-    if not moved and (len(nodes) > _MOST_COPIED or len(loads) > _MOST_LOADS):
+    large = sum(8 * program.nbytes(n.buffer) >= program.nbytes(buffer) for n in loads)
+    if not moved and (len(nodes) > _MOST_COPIED or large > _MOST_LOADS or len(loads) > _MOST_OF_ALL):
         return None
     if (widened and (expensive or len(loads) > 2)) or (not moved and expensive * evaluations > _MOST_EXPENSIVE):
         return None

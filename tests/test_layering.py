@@ -21,7 +21,18 @@ FOLDERS = {
 }
 #: The order of `ir`'s files: each may import those of earlier ranks, and its own.
 RANKS = (
-    {"errors", "config", "communication", "communication_options", "early_launch", "device", "eager", "flops", "joint"},
+    {
+        "errors",
+        "config",
+        "communication",
+        "communication_options",
+        "early_launch",
+        "device",
+        "eager",
+        "flops",
+        "joint",
+        "call_work",
+    },
     {"loops", "user_kernel"},
     {"index", "index_inversion"},
     {"program", "canonical"},

@@ -12,8 +12,8 @@ import torch.fx
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
+from ..ir.call_work import call_work as work_of_call
 from ..ir.device import DeviceFigures, Unit, Work
-from ..ir.flops import flops, has_formula
 from ..ir.joint import JointGraph, JointNode, NodeKind, Side
 from ..ir.program import evaluate
 from .fx import symbol_hint
@@ -41,7 +41,6 @@ CONSTANTS = frozenset(
 _NEVER_AGAIN = ("scatter_add", "scatter_reduce", "index_put", "index_add", "embedding_bag", "_embedding_bag", "histc")
 _CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 _RECOMPUTED = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
-_ATTENTION = ("_scaled_dot_product", "_flash_attention", "_efficient_attention", "_cudnn_attention")
 
 
 @dataclass(frozen=True)
@@ -233,22 +232,11 @@ def call_work(node: Node) -> Work:
     tensors = [t for v in values for t in (v if isinstance(v, (tuple, list)) else (v,)) if isinstance(t, torch.Tensor)]
     nbytes = sum(_nbytes(t) for t in tensors)
     itemsize = min((t.dtype.itemsize for t in tensors if t.dtype.is_floating_point), default=4)
-    name = target._schema.name.partition("::")[2] if isinstance(target, torch._ops.OpOverload) else ""
-    unit = Unit.ATTENTION if name.startswith(_ATTENTION) else Unit.PRODUCT
-    unit = Unit.CONVOLUTION if "convolution" in name else unit
-    return Work(nbytes, _operations(node), unit, itemsize)
-
-
-def _operations(node: Node) -> int:
-    """Floating point operations by torch's own formulas; one for each element of the result where there is none."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or not has_formula(target):
-        return elements(node)
     args, kwargs = pytree.tree_map(
         lambda a: _hinted(a.meta.get("val")) if isinstance(a, Node) else a, (node.args, dict(node.kwargs))
     )
-    found = flops(target, args, kwargs, _hinted(node.meta["val"]))
-    return found // 2 if argument_of(node, "is_causal") is True else found
+    result = _hinted(node.meta.get("val"))
+    return work_of_call(target, args, kwargs, result, nbytes=nbytes, itemsize=itemsize, elements=elements(node))
 
 
 def _hinted(value: object) -> object:
