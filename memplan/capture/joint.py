@@ -60,7 +60,8 @@ class _Reader:
     position: dict[Node, int] = field(default_factory=dict)
     nodes: list[JointNode] = field(default_factory=list)
     kinds: dict[Node, NodeKind] = field(default_factory=dict)
-    read_already: set[Node] = field(default_factory=set)
+    #: (by the backward, node)
+    read_already: set[tuple[bool, Node]] = field(default_factory=set)
     #: what the forward runs for the sake of values that must be saved
     for_saved: set[Node] = field(default_factory=set)
 
@@ -82,7 +83,7 @@ class _Reader:
         view = kind is NodeKind.VIEW and not _is_item_of_call(node)
         storage = self.nodes[inputs[0]].storage if view and inputs else own
         nbytes = result_bytes(node) if storage == own and kind is not NodeKind.INPUT else 0
-        duration = self.duration(node, kind)
+        duration = self.duration(node, kind, side)
         if side is Side.BACKWARD:
             keep, again = None, None
         elif side is Side.EITHER and node.op != "placeholder":
@@ -111,30 +112,31 @@ class _Reader:
             return Side.FORWARD
         return Side.EITHER
 
-    def duration(self, node: Node, kind: NodeKind) -> float:
+    def duration(self, node: Node, kind: NodeKind, side: Side) -> float:
         figures = self.costs.figures
         if kind is NodeKind.CALL:
             return figures.microseconds(call_work(node))
         if kind is not NodeKind.FUSED or node.target in CONSTANTS:
             return 0.0
         launch = figures.launch if self.feeds_call(node) else 0.0
-        return figures.streaming(self.fused_work(node)) + launch
+        return figures.streaming(self.fused_work(node, backward=side is Side.BACKWARD)) + launch
 
-    def fused_work(self, node: Node) -> Work:
+    def fused_work(self, node: Node, *, backward: bool) -> Work:
         """What a node adds to the kernel it is a part of: reading what calls made, and writing what calls read.
 
-        What several read is counted for the first of them: they are one kernel as a rule.
+        What several read is counted for the first of them: they are one kernel as a rule. The backward reads what the
+        forward has read once more, and what it has made.
         """
         nbytes = result_bytes(node) if self.feeds_call(node) or not node.users else 0
         for i in node.all_input_nodes:
             source = i
             while is_view(source) and source.all_input_nodes:
                 source = source.all_input_nodes[0]
-            if source in self.read_already:
+            if (backward, source) in self.read_already:
                 continue
-            self.read_already.add(source)
-            made_by = self.kind(source)
-            if made_by in (NodeKind.CALL, NodeKind.INPUT) or _is_item_of_call(source):
+            self.read_already.add((backward, source))
+            stored = self.kind(source) in (NodeKind.CALL, NodeKind.INPUT) or _is_item_of_call(source)
+            if stored or (backward and self.nodes[self.position[source]].side is not Side.BACKWARD):
                 nbytes += result_bytes(i)
         return Work(nbytes, elements(node), Unit.SCALAR)
 

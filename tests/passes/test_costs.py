@@ -21,9 +21,12 @@ FIGURES = DeviceFigures("test", bandwidth=100.0, half=40.0, single=20.0, double=
     ("work", "microseconds"),
     [
         (Work(1000), 11.0),  # memory
-        (Work(1000, 4000, Unit.PRODUCT, 2), 101.0),  # matrix units
-        (Work(1000, 4000, Unit.PRODUCT, 4), 201.0),
-        (Work(1000, 4000, Unit.PRODUCT, 8), 401.0),
+        (Work(1000, 4000, Unit.PRODUCT, 2), 106.0),  # matrix units, and half of the time to move what they compute on
+        (Work(1000, 4000, Unit.PRODUCT, 4), 206.0),
+        (Work(1000, 4000, Unit.PRODUCT, 8), 406.0),
+        (Work(0, 360, Unit.CONVOLUTION, 2), 11.0),
+        (Work(0, 45, Unit.DEPTHWISE, 2), 21.0),  # the rate of pointwise kernels, or less
+        (Work(0, 70, Unit.NARROW, 2), 11.0),
         (Work(0, 50), 11.0),
         (Work(0, launches=0), 0.0),
     ],
