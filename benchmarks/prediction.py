@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 
 def predicted_bytes(graphs: Sequence[object]) -> dict[str, object]:
-    """``predicted`` (the whole step), ``predicted_graphs`` and, on a GPU, ``predicted_reserved`` beyond parameters.
+    """``predicted`` (the whole step), ``predicted_graphs`` and, on a GPU, ``predicted_reserved`` beyond what
+    parameters and batch have of it.
 
     Nothing where no graph was recorded.
     """
@@ -27,7 +28,7 @@ def predicted_bytes(graphs: Sequence[object]) -> dict[str, object]:
     report = report_of(records)
     steps = [m for group in by_group.values() for g in group for m in g.plan.step.values()]
     return {
-        **({"predicted_reserved": max(m.reserved - m.resident for m in steps)} if steps else {}),
+        **({"predicted_reserved": max(m.reserved - m.segments for m in steps)} if steps else {}),
         "predicted": max(report.predicted.values()),
         "predicted_graphs": {
             g.plan.program.name: max(g.plan.predicted_peak.values(), default=0)

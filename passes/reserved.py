@@ -140,7 +140,8 @@ def step_memory(
     -------
     Bytes on ``device``; parameters and inputs of the first plan are there before the first step.
     """
-    memory, resident = _with_callers(plans, device)
+    memory = _with_callers(plans, device)
+    resident = memory.allocator.stats
     joins = _stored(plans, joins)
     moments = [_moments(plan, device) for plan in plans]
     for _ in range(steps):
@@ -149,7 +150,7 @@ def step_memory(
         for owner, name in [key for key in memory.live if key[0] != "caller"]:
             memory.drop(owner, name)
     stats: AllocatorStats = memory.allocator.stats
-    return StepMemory(resident, stats.peak_allocated, stats.peak_reserved)
+    return StepMemory(resident.allocated, stats.peak_allocated, stats.peak_reserved, resident.reserved)
 
 
 def optimizer_step_memory(
@@ -168,7 +169,8 @@ def optimizer_step_memory(
     gives back: the square roots of torch's AdamW over lists of tensors, its default on a GPU. It lets go of the
     gradients at the end of the step.
     """
-    memory, resident = _with_callers(plans, device)
+    memory = _with_callers(plans, device)
+    resident = memory.allocator.stats
     joins = _stored(plans, joins)
     moments = [_moments(plan, device) for plan in plans]
     last, program = str(len(plans) - 1), plans[-1].program
@@ -198,16 +200,16 @@ def optimizer_step_memory(
             for name in gradients:
                 memory.drop(owner, name)
     stats: AllocatorStats = memory.allocator.stats
-    return StepMemory(resident, stats.peak_allocated, stats.peak_reserved)
+    return StepMemory(resident.allocated, stats.peak_allocated, stats.peak_reserved, resident.reserved)
 
 
-def _with_callers(plans: Sequence[Plan], device: str) -> tuple[_Device, int]:
-    """A device with parameters and inputs of the first plan, and their bytes."""
+def _with_callers(plans: Sequence[Plan], device: str) -> _Device:
+    """A device with parameters and inputs of the first plan."""
     memory = _Device()
     for b in plans[0].program.buffers.values() if plans else ():
         if b.kind in EXTERNAL_KINDS and b.device == device and b.kind is not BufferKind.CONSTANT:
             memory.make("caller", b.name, plans[0].program.nbytes(b.name))
-    return memory, memory.allocator.stats.allocated
+    return memory
 
 
 def _stored(plans: Sequence[Plan], joins: Mapping[str, str] | None) -> dict[str, str]:

@@ -143,12 +143,13 @@ class StepMemory:
     """Bytes of a whole step on one device, with what is resident: parameters and the batch.
 
     ``live`` is the largest sum of allocations alive at once, ``reserved`` the segments that the device's caching
-    allocator holds after some steps, by simulation.
+    allocator holds after some steps, by simulation; ``segments`` are those that it holds for what is resident.
     """
 
     resident: int
     live: int
     reserved: int
+    segments: int = 0
 
     @property
     def ratio(self) -> float:

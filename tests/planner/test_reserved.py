@@ -20,6 +20,7 @@ def test_a_training_step() -> None:
     found = step_memory(plans, joins, device="cpu")
     parameters = sum(p.numel() * 4 for p in model.parameters())
     assert parameters + x.nbytes <= found.resident <= parameters + x.nbytes + 8 * 512
+    assert found.resident <= found.segments <= min(found.reserved, found.resident + 64 * MIB)
     # parameters, the input, what GELU needs of its own input, and gradients of one weight at least
     assert found.live >= found.resident + 1024 * 2048 * 4 + 512 * 2048 * 4
     assert found.live <= found.resident + sum(max(p.timeline) for p in plans) + 64 * 512
