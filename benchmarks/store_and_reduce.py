@@ -16,7 +16,6 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -26,7 +25,6 @@ from memplan.codegen.triton_kernel import TritonKernel, emit_triton
 from memplan.ir.canonical import canonicalize
 from memplan.ir.errors import CompilerError
 from memplan.ir.program import KernelOp, Program, TensorInput, View
-from memplan.passes import split_reductions
 from memplan.runtime.triton_build import Build, Compiled, Target, compile_builds
 from memplan.runtime.triton_launch import make_launcher
 
@@ -69,11 +67,8 @@ def programs(function: Function, rows: int, columns: int, device: str) -> tuple[
         for n in names
     ]
     found = []
-    for apart in (True, False):
-        with mock.patch.object(
-            split_reductions, "store_and_reduce", (lambda p, _: p) if apart else split_reductions.store_and_reduce
-        ):
-            (graph,) = memplan.analyze(function, tuple(given), backward=False)
+    for disabled in (["store_and_reduce"], []):
+        (graph,) = memplan.analyze(function, tuple(given), backward=False, options={"disable": disabled})
         found.append(graph.plan.program)
         torch._dynamo.reset()
     return found[0], found[1]

@@ -46,6 +46,7 @@ from .passes.reorder import reorder
 from .passes.room import best_room
 from .passes.schedule import lifetimes, make_plan, own_peak, storages, timeline
 from .passes.split_reductions import SplitReductions
+from .passes.store_and_reduce import StoreAndReduce
 from .passes.templates import Templates
 from .passes.whole_step import Laid
 from .plan_cache import Beside, Found, find_entry
@@ -90,7 +91,9 @@ class CompiledProgram:
         return self.make_plan()
 
 
-PASSES: tuple[type[Pass], ...] = (Lowering, *PIPELINE, SplitReductions, Templates, Communication)
+PASSES: tuple[type[Pass], ...] = (
+    Lowering, *PIPELINE, SplitReductions, StoreAndReduce, Templates, Communication,
+)  # fmt: skip
 #: names that ``options={"disable": [...]}`` accepts
 PASS_NAMES = (
     "attention",

@@ -3,8 +3,7 @@
 A bias's gradient sums 16384 rows into 768 columns, a batch norm's statistics 800,000 pixels into 64 channels: one
 program instance for each result leaves most of a GPU idle. Such a kernel becomes two: the first reduces parts of the
 row into a small buffer of partial results, the second reduces those and does what came after. The parts are fixed, so
-that the result is the same in every run. Only the order of summation changes. The first is made one with the kernel
-that stores what it reads, where that pays (`memplan.passes.store_and_reduce`).
+that the result is the same in every run. Only the order of summation changes.
 """
 
 from __future__ import annotations
@@ -42,7 +41,6 @@ from memplan.ir.loops import (
 from memplan.ir.program import Buffer, BufferKind, KernelOp, Operation, Origin, Program
 
 from .fuse_costs import row_is_contiguous
-from .store_and_reduce import store_and_reduce
 
 _MULTIPROCESSORS = 132
 #: program instances that a kernel should have for each multiprocessor
@@ -83,7 +81,6 @@ class SplitReductions:
     def run(self, program: Program) -> Program:
         operations: list[Operation] = []
         buffers = dict(program.buffers)
-        parts: list[str] = []
         for op in program.operations:
             found = None
             if isinstance(op, KernelOp) and op.device.startswith("cuda"):
@@ -93,11 +90,10 @@ class SplitReductions:
                 continue
             first, second, made = found
             operations += [first, second]
-            parts.append(first.name)
             buffers.update((b.name, b) for b in made)
         if len(operations) == len(program.operations):
             return program
-        return store_and_reduce(replace(program, operations=tuple(operations), buffers=buffers), parts)
+        return replace(program, operations=tuple(operations), buffers=buffers)
 
 
 def split(

@@ -8,10 +8,11 @@ read once less. Measured on an H200 for 71 pairs of seven models (`benchmarks/re
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
-from memplan.ir.loops import Kernel, Level
+from memplan.ir.config import Config
+from memplan.ir.loops import Kernel, Level, StoreMode
 from memplan.ir.program import KernelOp, Operation, Program
 
 from .fuse_costs import row_is_contiguous
@@ -26,20 +27,32 @@ _LARGE = 0.125
 _LEAST_BYTES = 4 << 20
 
 
-def store_and_reduce(program: Program, parts: Collection[str]) -> Program:
-    """The program with reductions of parts merged into pointwise kernels that store what they read.
+@dataclass(frozen=True, slots=True)
+class StoreAndReduce:
+    """The pass. It comes after long reductions have been split: whole ones are not merged with what stores rows."""
 
-    Parameters
-    ----------
-    parts:
-        Names of the kernels that reduce parts of rows.
-    """
-    merging = _Merging(program, list(program.operations))
-    for name in parts:
-        merging.merge(name)
-    if len(merging.operations) == len(program.operations):
-        return program
-    return replace(program, operations=tuple(merging.operations))
+    name: ClassVar[str] = "store_and_reduce"
+    requires: ClassVar[tuple[str, ...]] = ("split_reductions",)
+
+    @classmethod
+    def configured(cls, config: Config) -> StoreAndReduce:
+        return cls()
+
+    def run(self, program: Program) -> Program:
+        merging = _Merging(program, list(program.operations))
+        for op in program.operations:
+            if isinstance(op, KernelOp) and op.device.startswith("cuda") and _only_reduces(op.kernel):
+                merging.merge(op.name)
+        if len(merging.operations) == len(program.operations):
+            return program
+        return replace(program, operations=tuple(merging.operations))
+
+
+def _only_reduces(kernel: Kernel) -> bool:
+    """Whether a kernel reduces columns and stores nothing along them."""
+    if not kernel.row or not kernel.reductions or row_is_contiguous(kernel):
+        return False
+    return all(kernel.store_level(s) is not Level.POINT and s.mode is StoreMode.SET for s in kernel.stores)
 
 
 @dataclass
@@ -73,7 +86,7 @@ class _Merging:
         first, second = self.operations[made_at], self.operations[reduced_at]
         assert isinstance(first, KernelOp)
         assert isinstance(second, KernelOp)
-        if row_is_contiguous(second.kernel) or (first.kernel.row and not first.name.endswith(_SUFFIX)):
+        if first.kernel.row and not first.name.endswith(_SUFFIX):
             return False
         place = self.place(made_at, reduced_at)
         kernel = None if place is None else merge(first.kernel, second.kernel, MergeRules())
@@ -111,4 +124,4 @@ class _Merging:
 
 
 #: What the names of merged kernels end in.
-_SUFFIX = "_and_parts"
+_SUFFIX = "_and_sums"

@@ -14,13 +14,14 @@ from memplan.ir.program import Buffer, BufferKind, KernelOp, Operation, Phase, P
 from memplan.ir.verify import verify_program
 from memplan.passes.kernel_access import kernel_safe
 from memplan.passes.split_reductions import split
-from memplan.passes.store_and_reduce import store_and_reduce
+from memplan.passes.store_and_reduce import StoreAndReduce
 from tests.program_runner import copy_inputs, make_inputs, run_program
 from tests.sample_kernels import F32, Builder, R, X, column_sum
 
 ROWS, COLUMNS = 1536, 1024
 SIZE = ROWS * COLUMNS
-MADE = "made_and_parts"
+MADE = "made_and_sums"
+DEVICE = "cuda:0"
 
 
 def pointwise(source: str, target: str, *, stores: int = 1) -> Kernel:
@@ -46,19 +47,18 @@ def weighted(source: str, weights: str, target: str) -> Kernel:
     return k.done()
 
 
-def program(*kernels: tuple[str, Kernel]) -> tuple[Program, list[str]]:
+def program(*kernels: tuple[str, Kernel]) -> Program:
     """The kernels in order, reductions split. ``a`` and ``b`` are given; what starts with ``out`` is returned."""
     buffers: dict[str, Buffer] = {}
     operations: list[Operation] = []
-    parts = []
     for name, kernel in kernels:
         for b in kernel.buffers:
             small = b.startswith("out_sum")
             kind = BufferKind.INPUT if b in ("a", "b") else BufferKind.OUTPUT if b.startswith("out") else None
             size = 4 * (COLUMNS if small else SIZE)
-            buffers.setdefault(b, Buffer(b, size, F32, "cpu", kind or BufferKind.TEMPORARY))
+            buffers.setdefault(b, Buffer(b, size, F32, DEVICE, kind or BufferKind.TEMPORARY))
         mutates = tuple(b for b in kernel.written_buffers if b in kernel.read_buffers)
-        op = KernelOp(name, kernel, "cpu", mutates=mutates)
+        op = KernelOp(name, kernel, DEVICE, mutates=mutates)
         found = split(op, buffers)
         if found is None:
             operations.append(op)
@@ -66,12 +66,11 @@ def program(*kernels: tuple[str, Kernel]) -> tuple[Program, list[str]]:
         first, second, made = found
         operations += [first, second]
         buffers.update((b.name, b) for b in made)
-        parts.append(first.name)
     inputs = tuple(TensorInput(k, View(b, F32, (SIZE,), (1,))) for k, b in enumerate(("a", "b")) if b in buffers)
     outputs = tuple(View(b, F32, (int(buffers[b].nbytes) // 4,), (1,)) for b in buffers if b.startswith("out"))
     made_program = Program("p", Phase.INFERENCE, buffers, tuple(operations), inputs, outputs)
     verify_program(made_program)
-    return made_program, parts
+    return made_program
 
 
 def names(p: Program) -> list[str]:
@@ -89,10 +88,8 @@ def same_answers(before: Program, after: Program) -> None:
 
 
 def test_parts_are_reduced_where_their_rows_are_stored() -> None:
-    before, parts = program(
-        ("made", pointwise("a", "t")), ("read", pointwise("t", "out")), ("sum", summed("t", "out_sum"))
-    )
-    after = store_and_reduce(before, parts)
+    before = program(("made", pointwise("a", "t")), ("read", pointwise("t", "out")), ("sum", summed("t", "out_sum")))
+    after = StoreAndReduce().run(before)
     assert names(after) == [MADE, "read", "sum"]
     kernel = after.by_name[MADE].kernel  # type: ignore[union-attr]
     assert sorted(kernel.store_level(s) is Level.POINT for s in kernel.stores) == [False, True]
@@ -100,12 +97,12 @@ def test_parts_are_reduced_where_their_rows_are_stored() -> None:
 
 
 def test_two_reductions_of_one_tensor_are_one_kernel() -> None:
-    before, parts = program(
+    before = program(
         ("made", pointwise("a", "t")),
         ("sum", summed("t", "out_sum")),
         ("weigh", weighted("t", "b", "out_sum1")),
     )
-    after = store_and_reduce(before, parts)
+    after = StoreAndReduce().run(before)
     assert names(after) == [MADE, "sum", "weigh"]
     same_answers(before, after)
 
@@ -117,13 +114,13 @@ def test_what_is_made_between_is_waited_for_if_nobody_waits_for_the_first() -> N
         ("weigh", weighted("t", "w", "out_sum")),
         ("read", pointwise("t", "out")),
     ]
-    before, parts = program(*kernels)
-    after = store_and_reduce(before, parts)
+    before = program(*kernels)
+    after = StoreAndReduce().run(before)
     assert names(after) == ["other", MADE, "weigh", "read"]
     same_answers(before, after)
-    before, parts = program(kernels[0], kernels[3], *kernels[1:3])
-    after = store_and_reduce(before, parts)
-    assert names(after) == ["made", "read", "other_and_parts", "weigh"]
+    before = program(kernels[0], kernels[3], *kernels[1:3])
+    after = StoreAndReduce().run(before)
+    assert names(after) == ["made", "read", "other_and_sums", "weigh"]
     same_answers(before, after)
 
 
@@ -135,8 +132,8 @@ def test_neither_can_move_past_the_other() -> None:
         ("change", pointwise("w", "w")),
         ("weigh", weighted("t", "w", "out_sum")),
     ]
-    before, parts = program(*kernels)
-    assert store_and_reduce(before, parts) is before
+    before = program(*kernels)
+    assert StoreAndReduce().run(before) is before
 
 
 @pytest.mark.parametrize(
@@ -155,16 +152,16 @@ def test_left_alone(reason: str) -> None:
         k = Builder((), (SIZE,))
         k.store("out_sum", 0, k.reduce("sum", k.load("t", R[0], F32)), F32)
         kernels[1] = ("sum", k.done())
-    before, parts = program(*kernels)
+    before = program(*kernels)
     if reason == "small":
         before = replace(before, buffers={**before.buffers, "t": replace(before.buffers["t"], nbytes=4 << 18)})
-    assert parts
-    assert store_and_reduce(before, parts) is before
+    assert any(op.name == "sum_parts" for op in before.operations)
+    assert StoreAndReduce().run(before) is before
 
 
 def test_the_stored_tensor_may_take_the_storage_of_the_one_it_is_made_of() -> None:
-    before, parts = program(("made", pointwise("a", "t")), ("sum", summed("t", "out_sum")))
-    op = store_and_reduce(before, parts).by_name[MADE]
+    before = program(("made", pointwise("a", "t")), ("sum", summed("t", "out_sum")))
+    op = StoreAndReduce().run(before).by_name[MADE]
     assert isinstance(op, KernelOp)
     assert kernel_safe(op, "a", "t")
     canonical = canonicalize(op.kernel)
@@ -173,8 +170,8 @@ def test_the_stored_tensor_may_take_the_storage_of_the_one_it_is_made_of() -> No
 
 
 def test_columns_are_blocked_by_how_many_lie_beside_each_other() -> None:
-    before, parts = program(("made", pointwise("a", "t")), ("sum", summed("t", "out_sum")))
-    op = store_and_reduce(before, parts).by_name[MADE]
+    before = program(("made", pointwise("a", "t")), ("sum", summed("t", "out_sum")))
+    op = StoreAndReduce().run(before).by_name[MADE]
     assert isinstance(op, KernelOp)
     first = emit_triton(canonicalize(op.kernel), name="k", hints={}).configs[0]
     assert (first.block("XBLOCK"), first.num_warps) == (64, 4)
