@@ -3,8 +3,8 @@
     python -m benchmarks.simulate_reserved [model ...] [--pools auto|always|never] [--recompute-time F] [--json FILE]
 
 The models are those of the GPU cases at their full size; image models are transformers' versions of the architectures.
-They are traced on fake CPU tensors, the captured programs are moved to ``cuda:0`` and planned. The step is simulated
-three times over, with parameters and batch resident. Convolutions are taken to be cuDNN's, as on an H100 in half
+They are traced on fake CPU tensors and planned for an H100 (option ``target``). The step is simulated three times
+over, with parameters and batch resident. Convolutions are taken to be cuDNN's, as on an H100 in half
 precision, and to write into planned buffers; their scratch, which only a GPU can tell, is not in it.
 """
 
@@ -23,15 +23,14 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import memplan.region
 from memplan import convolutions
 from memplan.analysis import analyze
 from memplan.convolutions import Facts
 from memplan.ir.config import Config
 from memplan.ir.plan import Plan
-from memplan.ir.program import BufferKind, Contract, Extern, Program
+from memplan.ir.program import BufferKind, Contract, Extern
 from memplan.passes.reserved import StepMemory, optimizer_step_memory, step_memory
-from memplan.target import DEVICE, on_gpu
+from memplan.target import DEVICE
 
 from .models import BERT_LARGE, BF16, F32, LLAMA, Batch, Classifier, bert, gpt2, images, llama, tokens
 
@@ -43,11 +42,15 @@ def _vision(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 def _resnet50() -> nn.Module:
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    model = ResNetForImageClassification(ResNetConfig(num_labels=1000))
+    return _channels_last(ResNetForImageClassification(ResNetConfig(num_labels=1000)))
+
+
+def _channels_last(model: nn.Module) -> nn.Module:
+    """What convolutions of half-precision networks get on a GPU, and not where they are traced on a CPU."""
     for module in model.modules():  # `to` cannot change fake parameters in place
         if isinstance(module, nn.Conv2d):
             module.weight = nn.Parameter(module.weight.detach().contiguous(memory_format=torch.channels_last))
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _vit_large() -> nn.Module:
@@ -64,20 +67,18 @@ def _vit_large() -> nn.Module:
 def _convnext_base() -> nn.Module:
     from transformers import ConvNextConfig, ConvNextForImageClassification
 
-    return ConvNextForImageClassification(
-        ConvNextConfig(hidden_sizes=[128, 256, 512, 1024], depths=[3, 3, 27, 3], num_labels=1000)
-    )
+    config = ConvNextConfig(hidden_sizes=[128, 256, 512, 1024], depths=[3, 3, 27, 3], num_labels=1000)
+    return _channels_last(ConvNextForImageClassification(config))
 
 
 def _efficientnet_b3() -> nn.Module:
     from transformers import EfficientNetConfig, EfficientNetForImageClassification
 
-    return EfficientNetForImageClassification(
-        EfficientNetConfig(
-            width_coefficient=1.2, depth_coefficient=1.4, image_size=288, hidden_dim=1536, dropout_rate=0.0,
-            drop_connect_rate=0.0, num_labels=1000,
-        )
+    config = EfficientNetConfig(
+        width_coefficient=1.2, depth_coefficient=1.4, image_size=288, hidden_dim=1536, dropout_rate=0.0,
+        drop_connect_rate=0.0, num_labels=1000,
     )  # fmt: skip
+    return _channels_last(EfficientNetForImageClassification(config))
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
@@ -86,8 +87,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
     "bert-large": (bert(BF16, **BERT_LARGE), tokens(30522, 16, 512)),
     "vit-l16": (_vision(_vit_large), images(64, 224, dtype=F32)),
     "resnet50": (_vision(_resnet50), images(256, 224, channels_last=True)),
-    "convnext-b": (_vision(_convnext_base), images(64, 224)),
-    "efficientnet-b3": (_vision(_efficientnet_b3), images(64, 288)),
+    "convnext-b": (_vision(_convnext_base), images(64, 224, channels_last=True)),
+    "efficientnet-b3": (_vision(_efficientnet_b3), images(64, 288, channels_last=True)),
     "resnet50-inference": (_vision(_resnet50), images(256, 224, channels_last=True)),
     "vit-l16-inference": (_vision(_vit_large), images(256, 224, dtype=F32)),
 }
@@ -127,20 +128,14 @@ def cudnns(op: Extern, config: Config) -> Facts:
 def plans_of(model: str, options: dict[str, object]) -> tuple[list[Plan], dict[str, str]]:
     """The forward's and the backward's plan, and what the backward takes over from the forward."""
     build, batch = MODELS[model]
-    capture = memplan.region.capture
-
-    def captured(*args: object, **kwargs: object) -> Program:
-        return on_gpu(capture(*args, **kwargs))  # type: ignore[arg-type]
-
     training = not model.endswith("-inference")
     with torch.device("meta"):
         module = build().train(training)  # a fake module could not be converted to another dtype or layout
     with FakeTensorMode(allow_non_fake_inputs=True):
         fill(module)
         given = batch()
-        patch = mock.patch.object
-        with patch(memplan.region, "capture", captured), patch(convolutions, "facts_of", cudnns):
-            graphs = analyze(module, given, options=options, backward=training)
+        with mock.patch.object(convolutions, "facts_of", cudnns):
+            graphs = analyze(module, given, options={"target": "h100", **options}, backward=training)
     joins = {later: earlier for g in graphs for earlier, later in g.joins}
     return [g.plan for g in graphs], joins
 

@@ -38,10 +38,10 @@ from memplan.ir.program import (
 )
 from memplan.ir.verify import verify_program
 from memplan.passes.cleanup import Cleanup, normalise
-from memplan.passes.fuse_costs import row_is_contiguous
+from memplan.passes.fuse_costs import Limits, row_is_contiguous
 from memplan.passes.fuse_graph import FusionGraph
 from memplan.passes.fuse_kernels import MergeRules, merge
-from memplan.passes.fusion import Fusion
+from memplan.passes.fusion import Fuser, Fusion
 from memplan.passes.narrowing import Narrowing
 from memplan.passes.split_reductions import split
 from tests.passes.test_fusion_generated import assert_same
@@ -231,6 +231,54 @@ def test_siblings_read_once() -> None:
     (op,) = after.operations
     assert isinstance(op, KernelOp)
     assert len(op.kernel.loads) == 1
+
+
+def test_what_something_was_inlined_into_is_inlined_in_its_turn() -> None:
+    # s and t have two readers each, which are no kernels that could be one
+    before = program(
+        [
+            pointwise("s", (64,), {"a": X0, "b": X0}, "mul"),
+            pointwise("t", (64,), {"s": X0, "c": X0}, "sub"),
+            reduction("u", 8, 8, "t", 8 * X0 + R0),
+            reduction("v", 8, 8, "t", X0 + 8 * R0),
+        ],
+        {"a": 64, "b": 64, "c": 64, "s": 64, "t": 64, "u": 8, "v": 8},
+        ("u", "v"),
+    )
+    fuser = Fuser(before, Limits(24, 200, before.hints))
+    fuser.inline_all(trivial=False)
+    after = before.with_operations(tuple(fuser.graph.operations()))
+    assert [op.name for op in after.operations] == ["u", "v"]
+    assert_same(before, after)
+
+
+def test_a_batch_norms_result_is_made_in_its_readers() -> None:
+    numbers = {n: FloorDiv(X0, 64) for n in ("mean", "rstd", "weight", "bias")}
+    before = program(
+        [
+            pointwise("n", (512,), {"x": X0, **numbers}, "add5"),
+            reduction("u", 8, 64, "n", 64 * X0 + R0),
+            reduction("v", 64, 8, "n", X0 + 64 * R0),
+        ],
+        {"x": 512, **dict.fromkeys(numbers, 8), "n": 512, "u": 8, "v": 64},
+        ("u", "v"),
+    )
+    before = replace(before, operations=tuple(map(_summed, before.operations)))
+    after = fused(before)
+    assert [op.name for op in after.operations] == ["u", "v"]
+
+
+def _summed(op: Operation) -> Operation:
+    """ "add5" as calls of two operands."""
+    if not isinstance(op, KernelOp) or op.name != "n":
+        return op
+    kernel = op.kernel
+    loads = [n for n in kernel.nodes if isinstance(n, Load)]
+    nodes: list[Node] = [*loads, Call("add", (0, 1), F32)]
+    for k in range(2, len(loads)):
+        nodes.append(Call("add", (len(nodes) - 1, k), F32))
+    (store,) = kernel.stores
+    return replace(op, kernel=replace(kernel, nodes=tuple(nodes), stores=(replace(store, value=len(nodes) - 1),)))
 
 
 def test_memory_refuses_a_sibling_that_raises_the_peak() -> None:
