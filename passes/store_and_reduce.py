@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from memplan.ir.config import Config
 from memplan.ir.loops import Kernel, Level, StoreMode
-from memplan.ir.program import KernelOp, Operation, Program
+from memplan.ir.program import EXTERNAL_KINDS, KernelOp, Operation, Program
 
 from .fuse_costs import row_is_contiguous
 from .fuse_kernels import MergeRules, merge
@@ -103,17 +103,28 @@ class _Merging:
         return True
 
     def place(self, made_at: int, reduced_at: int) -> int | None:
-        """Where the two can run as one: at the first, if nothing that the second needs is made or changed between; at
-        the second, if nobody between needs what the first makes, and nothing that it reads is changed."""
+        """Where the two can run as one.
+
+        At the first, if nothing that the second needs is made or changed between. At the second, if nobody between
+        needs what the first makes, nothing that it reads is changed, and what it reads for the last time is not more
+        than what it makes: it would be alive between in its place.
+        """
         first, second = self.operations[made_at], self.operations[reduced_at]
         between = self.operations[made_at + 1 : reduced_at]
         changed = {b for op in between for b in (*op.writes, *op.mutates)}
         if not changed.intersection(second.reads):
             return made_at
         touched = {b for op in between for b in (*op.reads, *op.mutates, *op.writes)}
-        if not touched.intersection(first.writes) and not changed.intersection(first.reads):
-            return reduced_at
-        return None
+        if touched.intersection(first.writes) or changed.intersection(first.reads):
+            return None
+        needed = {b for op in self.operations[made_at + 1 :] for b in op.reads}
+        dying = sum(self.program.nbytes(b) for b in first.reads if b not in needed and self.frees(b))
+        return reduced_at if dying <= sum(map(self.program.nbytes, first.writes)) else None
+
+    def frees(self, buffer: str) -> bool:
+        """Whether the program may free a buffer."""
+        found = self.program.buffers[buffer]
+        return found.kind not in EXTERNAL_KINDS or found.donated
 
     def pays(self, kernel: Kernel) -> bool:
         sizes = {b: self.program.nbytes(b) for b in kernel.buffers}

@@ -22,6 +22,7 @@ ROWS, COLUMNS = 1536, 1024
 SIZE = ROWS * COLUMNS
 MADE = "made_and_sums"
 DEVICE = "cuda:0"
+GIVEN = ("a", "b", "c")
 
 
 def pointwise(source: str, target: str, *, stores: int = 1) -> Kernel:
@@ -48,13 +49,13 @@ def weighted(source: str, weights: str, target: str) -> Kernel:
 
 
 def program(*kernels: tuple[str, Kernel]) -> Program:
-    """The kernels in order, reductions split. ``a`` and ``b`` are given; what starts with ``out`` is returned."""
+    """The kernels in order, reductions split. `GIVEN` are given; what starts with ``out`` is returned."""
     buffers: dict[str, Buffer] = {}
     operations: list[Operation] = []
     for name, kernel in kernels:
         for b in kernel.buffers:
             small = b.startswith("out_sum")
-            kind = BufferKind.INPUT if b in ("a", "b") else BufferKind.OUTPUT if b.startswith("out") else None
+            kind = BufferKind.INPUT if b in GIVEN else BufferKind.OUTPUT if b.startswith("out") else None
             size = 4 * (COLUMNS if small else SIZE)
             buffers.setdefault(b, Buffer(b, size, F32, DEVICE, kind or BufferKind.TEMPORARY))
         mutates = tuple(b for b in kernel.written_buffers if b in kernel.read_buffers)
@@ -66,7 +67,7 @@ def program(*kernels: tuple[str, Kernel]) -> Program:
         first, second, made = found
         operations += [first, second]
         buffers.update((b.name, b) for b in made)
-    inputs = tuple(TensorInput(k, View(b, F32, (SIZE,), (1,))) for k, b in enumerate(("a", "b")) if b in buffers)
+    inputs = tuple(TensorInput(k, View(b, F32, (SIZE,), (1,))) for k, b in enumerate(GIVEN) if b in buffers)
     outputs = tuple(View(b, F32, (int(buffers[b].nbytes) // 4,), (1,)) for b in buffers if b.startswith("out"))
     made_program = Program("p", Phase.INFERENCE, buffers, tuple(operations), inputs, outputs)
     verify_program(made_program)
@@ -122,6 +123,17 @@ def test_what_is_made_between_is_waited_for_if_nobody_waits_for_the_first() -> N
     after = StoreAndReduce().run(before)
     assert names(after) == ["made", "read", "other_and_sums", "weigh"]
     same_answers(before, after)
+
+
+def test_what_is_read_for_the_last_time_does_not_wait() -> None:
+    # both of a and b would be alive beside w, where t is alone
+    k = Builder((SIZE,))
+    k.store("t", X[0], k.call("mul", k.load("a", X[0], F32), k.load("b", X[0], F32)), F32)
+    before = program(("made", k.done()), ("other", pointwise("c", "w")), ("weigh", weighted("t", "w", "out_sum")))
+    assert names(StoreAndReduce().run(before)) == ["other", MADE, "weigh"]
+    donated = {b: replace(before.buffers[b], donated=True) for b in ("a", "b")}
+    before = replace(before, buffers={**before.buffers, **donated})
+    assert names(StoreAndReduce().run(before)) == ["made", "other_and_sums", "weigh"]
 
 
 def test_neither_can_move_past_the_other() -> None:
