@@ -248,9 +248,8 @@ class Fuser:
 
     def inline_all(self, *, trivial: bool) -> None:
         """Inline pointwise producers, in program order, where that saves bytes (``trivial``: where it is free)."""
-        for slot in range(len(self.graph.order)):
-            number = self.graph.order[slot]  # by its place: a consumer that something was inlined into has a new number
-            if number is None:
+        for number in self.graph.ordered(self.graph.groups):
+            if number not in self.graph.groups:
                 continue
             for buffer in sorted(self.graph.groups[number].writes):
                 if number in self.graph.groups:
