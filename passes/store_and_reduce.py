@@ -3,7 +3,7 @@
 A gradient is stored for the products that read it, and summed over its rows for a bias or a batch norm. Fusion keeps
 the two apart, since a reduction that stores along its row cannot be split over the whole device. Once it has been
 split (`memplan.passes.split_reductions`), the kernel that reduces parts of the rows can store them as well: they are
-read once less. Measured on an H200 for 71 pairs of seven models (`benchmarks/results/store_and_reduce.md`).
+read once less. Measured on an H200 for 73 pairs of seven models (`benchmarks/results/store_and_reduce.md`).
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class StoreAndReduce:
         return cls()
 
     def run(self, program: Program) -> Program:
-        merging = _Merging(program, list(program.operations))
+        merging = _Merging(program)
         for op in program.operations:
             if isinstance(op, KernelOp) and op.device.startswith("cuda") and _only_reduces(op.kernel):
                 merging.merge(op.name)
-        if len(merging.operations) == len(program.operations):
+        if None not in merging.operations:
             return program
-        return replace(program, operations=tuple(merging.operations))
+        return replace(program, operations=tuple(op for op in merging.operations if op is not None))
 
 
 def _only_reduces(kernel: Kernel) -> bool:
@@ -55,14 +55,21 @@ def _only_reduces(kernel: Kernel) -> bool:
     return all(kernel.store_level(s) is not Level.POINT and s.mode is StoreMode.SET for s in kernel.stores)
 
 
-@dataclass
 class _Merging:
-    program: Program
-    operations: list[Operation]
+    """Operations in their slots; those that were merged into others leave theirs empty."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.operations: list[Operation | None] = list(program.operations)
+        self.slots = {op.name: k for k, op in enumerate(program.operations)}
+        self.makers: dict[str, set[int]] = {}
+        for k, op in enumerate(program.operations):
+            for b in (*op.writes, *op.mutates):
+                self.makers.setdefault(b, set()).add(k)
 
     def merge(self, name: str) -> None:
         """Merge one reduction with the kernel that stores the largest tensor that it reads, where that is possible."""
-        at = next(k for k, op in enumerate(self.operations) if op.name == name)
+        at = self.slots[name]
         reduction = self.operations[at]
         assert isinstance(reduction, KernelOp)
         read = sorted(reduction.kernel.read_buffers, key=lambda b: (-self.program.nbytes(b), b))
@@ -75,12 +82,13 @@ class _Merging:
 
     def maker(self, buffer: str, before: int) -> int | None:
         """The kernel that makes all of a buffer, if it is pointwise or has been merged with a reduction."""
-        makers = [k for k, op in enumerate(self.operations) if buffer in op.writes or buffer in op.mutates]
-        if len(makers) != 1 or makers[0] > before:
+        makers = self.makers.get(buffer, ())
+        if len(makers) != 1 or (found := next(iter(makers))) > before:
             return None
-        op = self.operations[makers[0]]
-        plain = isinstance(op, KernelOp) and not op.mutates and op.device == self.operations[before].device
-        return makers[0] if plain else None
+        op, reduction = self.operations[found], self.operations[before]
+        assert reduction is not None
+        plain = isinstance(op, KernelOp) and not op.mutates and op.device == reduction.device
+        return found if plain else None
 
     def merge_with(self, made_at: int, reduced_at: int) -> bool:
         first, second = self.operations[made_at], self.operations[reduced_at]
@@ -93,13 +101,16 @@ class _Merging:
         if place is None or kernel is None or not self.pays(kernel):
             return False
         name = first.name if first.name.endswith(_SUFFIX) else f"{first.name}{_SUFFIX}"
-        if any(op.name == name for op in self.operations if op is not first):
+        if self.slots.get(name, made_at) != made_at:
             return False
         merged = replace(
             first, name=name, kernel=kernel, origins=tuple(dict.fromkeys((*first.origins, *second.origins)))
         )
+        self.operations[made_at] = self.operations[reduced_at] = None
         self.operations[place] = merged
-        del self.operations[reduced_at if place == made_at else made_at]
+        self.slots[name] = place
+        for b in (*first.writes, *second.writes):
+            self.makers[b] = {place}
         return True
 
     def place(self, made_at: int, reduced_at: int) -> int | None:
@@ -110,14 +121,16 @@ class _Merging:
         than what it makes: it would be alive between in its place.
         """
         first, second = self.operations[made_at], self.operations[reduced_at]
-        between = self.operations[made_at + 1 : reduced_at]
+        assert first is not None
+        assert second is not None
+        between = [op for op in self.operations[made_at + 1 : reduced_at] if op is not None]
         changed = {b for op in between for b in (*op.writes, *op.mutates)}
         if not changed.intersection(second.reads):
             return made_at
         touched = {b for op in between for b in (*op.reads, *op.mutates, *op.writes)}
         if touched.intersection(first.writes) or changed.intersection(first.reads):
             return None
-        needed = {b for op in self.operations[made_at + 1 :] for b in op.reads}
+        needed = {b for op in self.operations[made_at + 1 :] if op is not None for b in op.reads}
         dying = sum(self.program.nbytes(b) for b in first.reads if b not in needed and self.frees(b))
         return reduced_at if dying <= sum(map(self.program.nbytes, first.writes)) else None
 
