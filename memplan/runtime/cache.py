@@ -217,6 +217,9 @@ class Cache:
         for old in _entries_of(folder, key):
             if old.path != target:
                 _unlink(old.path)
+        # Two that publish at once may each have taken the other's for old: whoever looks last leaves its own.
+        if not target.exists():
+            target = _write_atomically(target, data)
         if self.max_bytes is not None:
             _trim(place, self.max_bytes, keep=target)
         return target

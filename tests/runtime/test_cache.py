@@ -8,8 +8,10 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,24 @@ def test_put_replaces(tmp_path: Path) -> None:
     cache.put(KEY, b"two")
     assert cache.get_bytes(KEY) == b"two"
     assert cache.info().entries == 1
+
+
+def test_two_that_put_at_once_leave_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = threading.Barrier(2)
+    entries_of = cache_module._entries_of
+
+    def both_there(folder: Path, key: str) -> list[cache_module._Entry]:
+        listed.wait(30)  # both have written
+        found = entries_of(folder, key)
+        listed.wait(30)  # and neither has deleted what it takes for old
+        return found
+
+    key = cache_key("both")
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module, "_entries_of", both_there)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda data: Cache(tmp_path).put(key, data), (b"one", b"other")))
+    assert Cache(tmp_path).get_bytes(key) in (b"one", b"other")
 
 
 def test_only_cache_keys_are_keys(tmp_path: Path) -> None:
