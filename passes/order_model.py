@@ -58,8 +58,9 @@ class OrderGraph:
     scratch
         Bytes that each operation takes while it runs; empty for none.
     in_place
-        Which outputs may take over which inputs; at one operation each output and each input is used at most once,
-        earlier pairs first.
+        Which outputs may take over which inputs; at one operation each output and each input is used at most once.
+        They are put in the order in which they are used: what saves most first, between equals as they are given. So
+        to free more before an operation never costs memory there, which the exact searches build upon.
 
     Raises
     ------
@@ -103,6 +104,8 @@ class OrderGraph:
                 raise PlanningError(f"in-place pair {pair}: there is no such buffer")
             if self.buffers[pair.output].producer != pair.op or pair.op not in self.buffers[pair.input].consumers:
                 raise PlanningError(f"in-place pair {pair}: the operation does not write the one and read the other")
+        used = sorted(self.in_place, key=lambda p: -min(self.buffers[p.input].size, self.buffers[p.output].size))
+        object.__setattr__(self, "in_place", tuple(used))
 
     def initial_bytes(self) -> int:
         """Bytes live before the first operation."""

@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.planner import differentiated, randomly_wired
@@ -95,8 +95,19 @@ def test_small_graphs_reach_the_least_peak_and_bounds_hold(native, graph):
         assert forced_bound(graph, near, v) <= cut_bound(graph, near, v) <= least
 
 
+def with_two_pairs():
+    """Operation 9 may write over either of two buffers. Freeing the one of no bytes before must not cost the other."""
+    sizes = [0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 1, 0, 0, 0, 2]
+    made = [-1, -1, 0, 0, 1, 2, 3, 4, 4, 6, 6, 7, 8, 8, 9, 9]
+    used = {3: (1, 2), 4: (2, 3, 7), 6: (4, 5, 9), 8: (6,), 9: (7, 8, 9), 11: (8, 9)}
+    buffers = tuple(OrderBuffer(sizes[k], made[k], used.get(k, ())) for k in range(16))
+    edges = ((0, 2), (1, 3), (3, 5), (4, 6), (6, 8), (7, 9))
+    return OrderGraph(10, buffers, edges, in_place=(InPlacePair(9, 15, 6), InPlacePair(9, 15, 9)))
+
+
 @settings(max_examples=80, deadline=None)
 @given(graphs(14))
+@example(with_two_pairs())
 def test_the_exact_search_and_the_beam_agree(native, graph):
     """Two ways that share only the model of memory; where both decide, they found the same least peak."""
     exact = order_ops(graph, tolerance=0.0, widest=0, native=native)
