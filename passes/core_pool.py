@@ -7,11 +7,16 @@ it lies at the end of a segment; the rest comes and goes between the calls, and 
 
 The core's room is not full in the first and the last layers, where the pool would make the peak: there others are
 moved into it, and members in their way out of it, for as long as that lowers the peak.
+
+A *wide* pool has one more place, for what comes between the calls beside something large: the result of a product that
+a normalisation is written over, and that the next, four times as large, is made from. Where such lay now here, now
+there, the large one would find no room in one piece.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -28,6 +33,8 @@ from .schedule import Storage, rounded
 #: Moves into the pool, the storages that are tried for each, at so many places; storages that may fill gaps: bounds on
 #: the work, so that it grows with the program's length alone.
 MOST_MOVES, MOST_TRIED, MOST_PLACES, MOST_FILLED = 16, 6, 32, 128
+#: The moves into a wide pool: what uses its further place in every layer.
+MOST_MOVES_WIDE = 96
 
 
 def core_pool(
@@ -38,8 +45,9 @@ def core_pool(
     *,
     native: PackSearch | None,
     name: str,
+    wide: bool = False,
 ) -> Pooled:
-    """The pool of a program's core on one device; none where less than two storages live across a call.
+    """The pool of a program's core on one device; none for a core of one storage, if the pool is not wide, or of none.
 
     Parameters
     ----------
@@ -49,25 +57,50 @@ def core_pool(
         Steps whose calls allocate their own results.
     alive:
         Bytes alive in each step, with every storage its own allocation.
+    wide:
+        With room for what lives across a call and one more of the most common size, not for all that ever meets.
     """
     before = np.zeros(len(alive) + 2, dtype=np.int64)
     before[np.asarray(calls, dtype=np.int64) + 1] = 1
     before = np.cumsum(before)  # calls before each step
     core = [s for s in movable if before[max(s.lifetime.stop - 1, s.lifetime.start + 1)] > before[s.lifetime.start + 1]]
-    if len(core) < 2:
+    if len(core) < 1 + (not wide):
         return Pooled()
-    starts, stops = (tuple(getattr(s.lifetime, end) for s in core) for end in ("start", "stop"))
-    problem = PackProblem(starts, stops, tuple(aligned(s.nbytes) for s in core), ALIGNMENT)
-    packing = pack_buffers(problem, native=native)
-    found = _Core(movable, alive.copy(), rounded(packing.arena, device))
-    for s, offset in zip(core, packing.offsets, strict=True):
-        found.add(s, offset)
-    for _ in range(MOST_MOVES):
+    if wide:
+        found = _Core(movable, alive.copy(), rounded(_across(core, calls) + _common(movable), device))
+        found.fill(sorted(core, key=lambda s: (-s.nbytes * (s.lifetime.stop - s.lifetime.start), s.root)))
+    else:
+        starts, stops = (tuple(getattr(s.lifetime, end) for s in core) for end in ("start", "stop"))
+        problem = PackProblem(starts, stops, tuple(aligned(s.nbytes) for s in core), ALIGNMENT)
+        packing = pack_buffers(problem, native=native)
+        found = _Core(movable, alive.copy(), rounded(packing.arena, device))
+        for s, offset in zip(core, packing.offsets, strict=True):
+            found.add(s, offset)
+    for _ in range(MOST_MOVES_WIDE if wide else MOST_MOVES):
         if not found.move():
             break
-    found.fill()
+    found.fill(found.others())
+    if len(found.members) < 2:
+        return Pooled()
     offsets = {root: (name, offset) for root, (_, offset) in found.members.items()}
     return Pooled((Pool(name, found.size, device, Lifetime(0, found.stop)),), offsets)
+
+
+def _across(core: Sequence[Storage], calls: Sequence[int]) -> int:
+    """The most bytes of the core that are alive before, in and after one of the calls."""
+    load = np.zeros(max(max(s.lifetime.stop for s in core), *calls) + 2, dtype=np.int64)
+    for s in core:
+        load[s.lifetime.start + 1] += aligned(s.nbytes)
+        load[max(s.lifetime.stop - 1, s.lifetime.start + 1)] -= aligned(s.nbytes)
+    return int(np.cumsum(load)[np.asarray(calls, dtype=np.int64)].max())
+
+
+def _common(movable: Sequence[Storage]) -> int:
+    """The size of most bytes."""
+    found: Counter[int] = Counter()
+    for s in movable:
+        found[aligned(s.nbytes)] += s.nbytes
+    return max(found.items(), key=itemgetter(1, 0))[0]
 
 
 @dataclass
@@ -140,11 +173,15 @@ class _Core:
             total[s.lifetime.start : s.lifetime.stop] += s.nbytes
         return total
 
-    def fill(self) -> None:
-        """What fits into the gaps lies there, the largest first."""
+    def others(self) -> list[Storage]:
+        """What may fill gaps, the largest first."""
         stop = self.stop
         others = [s for s in self.movable if s.root not in self.members and s.lifetime.stop <= stop]
-        for one in sorted(others, key=lambda s: (-s.nbytes, s.root))[:MOST_FILLED]:
+        return sorted(others, key=lambda s: (-s.nbytes, s.root))[:MOST_FILLED]
+
+    def fill(self, order: Sequence[Storage]) -> None:
+        """What fits into the gaps lies there."""
+        for one in order:
             place = 0
             for s, at in sorted(self.besides(one), key=itemgetter(1)):
                 if place + aligned(one.nbytes) <= at:

@@ -248,8 +248,9 @@ class Fuser:
 
     def inline_all(self, *, trivial: bool) -> None:
         """Inline pointwise producers, in program order, where that saves bytes (``trivial``: where it is free)."""
-        for number in self.graph.ordered(self.graph.groups):
-            if number not in self.graph.groups:
+        for slot in range(len(self.graph.order)):
+            number = self.graph.order[slot]  # by its place: a consumer that something was inlined into has a new number
+            if number is None:
                 continue
             for buffer in sorted(self.graph.groups[number].writes):
                 if number in self.graph.groups:
@@ -278,7 +279,7 @@ class Fuser:
         if gain.inputs and any(c.op.device != group.op.device for c in consumers):
             return number
         spans = self._inline_spans(group, buffer, consumers, gain.inputs, whole=whole, vanishes=vanishes)
-        found = graph.try_change(spans, ceiling=int(graph.live.max()))
+        found = graph.try_change(spans, ceiling=int(graph.live.max()), over_calls=False)
         if found is None:
             return number
         replaced = self._inlined_kernels(kernel, buffer, consumers)

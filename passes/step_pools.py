@@ -31,12 +31,12 @@ from .pools import Pooled, aligned, stretch_pools
 from .schedule import rounded
 from .whole_step import Laid, StepStorage, WholeStep, whole_step
 
-#: In place of a number of cuts: the pool of `memplan.passes.core_pool`.
-CORE = -1
+#: In place of a number of cuts: the pool of `memplan.passes.core_pool`, and the one with another place.
+CORE, WIDE = -1, -2
 #: Cuts between stretches that have a pool each; None: own allocations.
-CUTS = (0, None, 1, 3, 7, 15, CORE)
+CUTS = (0, None, 1, 2, 3, 7, 15, 31, CORE, WIDE)
 #: Slabs that saved tensors are grouped into; 0: own allocations.
-SLABS = (8, 0, 2, 4, 16, 32, 64)
+SLABS = (8, 0, 2, 4, 12, 16, 24, 32, 48, 64, 96)
 #: The second step finds the segments of the first.
 STEPS = 2
 #: Passes whose gradients are accumulated before an optimiser's update.
@@ -48,6 +48,9 @@ LIVE_PRICE = 3
 SMALL_PRICE = 1 << 30
 #: Good enough: reserved bytes over the peak of live ones with every storage an allocation of its own.
 CONTENT = 1.005
+#: Nor does any kind of step reserve more than this part of its live bytes if another choice can help it: what it does
+#: above counts so many times more.
+WITHIN, ABOVE_PRICE = 1.03, 3
 #: What one allocation fewer is worth in reserved bytes.
 ALLOCATION = 16 << 10
 #: Bytes of a reserve over those that the step's large allocations need at one time; 0: no reserve. A little more room
@@ -63,7 +66,7 @@ ENOUGH = 1.02
 #: A step that needs less than this has no reserve: the allocator's own segments are as large.
 LEAST_RESERVE = 32 * MIB
 #: Simulations of one step: with the compiled replay, and in Python.
-MOST_TRIALS, MOST_TRIALS_PYTHON = 120, 6
+MOST_TRIALS, MOST_TRIALS_PYTHON = 160, 6
 
 
 @dataclass(frozen=True)
@@ -122,15 +125,16 @@ class _Search:
     pooled: dict[tuple[int, int | None], Pooled] = field(default_factory=dict)
     groups: dict[int, tuple[_Group, ...]] = field(default_factory=dict)
     tried: dict[_Candidate, _Trial] = field(default_factory=dict)
-    #: bytes reserved and alive, summed over `PASSES`
-    updated: dict[_Candidate, Replayed] = field(default_factory=dict)
+    #: bytes reserved and alive, for each of `PASSES`
+    updated: dict[_Candidate, tuple[Replayed, ...]] = field(default_factory=dict)
     #: by cuts and number of slabs
     asked: dict[tuple[tuple[int | None, ...], int], Requests] = field(default_factory=dict)
 
     def run(self) -> StepPools:
         programs = len(self.step.laid)
         none = _Candidate((None,) * programs, 0, 0.0)
-        base, updated = self.trial(none), self.updating(none).live
+        base, lives = self.trial(none), [found.live for found in self.updating(none)]
+        updated = sum(lives)
         allowed, needed = int(base.live * (1 + LIVE_TOLERANCE)), base.live + updated
         content = int(needed * CONTENT)
 
@@ -145,10 +149,13 @@ class _Search:
             found = self.trial(c)
             above = max(0, found.live - (allowed if found.reserved < base.reserved else base.live))
             allocations = base.allocations if above else found.allocations
-            return weight * found.reserved + ALLOCATION * allocations + price * above
+            excess = ABOVE_PRICE * max(0, found.reserved - int(WITHIN * base.live))
+            return weight * found.reserved + ALLOCATION * allocations + price * above + excess
 
         def rank(c: _Candidate) -> int:
-            return alone(c) + self.updating(c).reserved
+            reserved = [found.reserved for found in self.updating(c)]
+            excess = sum(max(0, r - int(WITHIN * live)) for r, live in zip(reserved, lives, strict=True))
+            return alone(c) + sum(reserved) + ABOVE_PRICE * excess
 
         def better(best: _Candidate, other: _Candidate) -> _Candidate:
             """The other one only if it is; the longer simulation is left out where it cannot change that."""
@@ -211,9 +218,11 @@ class _Search:
             else:
                 devices = {b.device for b in one.program.buffers.values()}
                 prefix = "pool" if len(devices) == 1 else f"pool_{self.step.device.replace(':', '')}_"
-                if cuts == CORE:
+                if cuts in (CORE, WIDE):
                     calls, alive = self.step.allocating_calls(owner, MIB), self.step.alive(owner)
-                    found = core_pool(movable, calls, alive, self.step.device, native=self.pack, name=prefix)
+                    found = core_pool(
+                        movable, calls, alive, self.step.device, native=self.pack, name=prefix, wide=cuts == WIDE
+                    )
                 else:
                     found = stretch_pools(one.program, one.order, movable, cuts, self.pack, prefix=prefix)
                 self.pooled[owner, cuts] = found
@@ -251,18 +260,17 @@ class _Search:
             self.asked[c.cuts, c.slabs] = self.calls(c)
         return self.asked[c.cuts, c.slabs]
 
-    def updating(self, c: _Candidate) -> Replayed:
-        """Summed over training steps of `PASSES` that end with an optimiser's update; nothing of an inference."""
+    def updating(self, c: _Candidate) -> tuple[Replayed, ...]:
+        """Of training steps of each of `PASSES` that end with an optimiser's update; nothing of an inference."""
         requests = self.requests(c)
         if not len(requests.gradients):
-            return Replayed(0, 0)
+            return ()
         if c not in self.updated:
             reserve = self.reserve(requests, c.reserve)
-            found = [
+            self.updated[c] = tuple(
                 replay_steps(requests.accumulated(passes=n), reserve=reserve, steps=1, native=self.replay)
                 for n in PASSES
-            ]
-            self.updated[c] = Replayed(sum(f.reserved for f in found), sum(f.live for f in found))
+            )
         return self.updated[c]
 
     def calls(self, c: _Candidate) -> Requests:

@@ -239,34 +239,40 @@ def test_more_room_in_a_reserve_saves_or_is_not_taken(
     assert more.live <= own.live * (1 + LIVE_TOLERANCE)
 
 
-def attending(count: int, elements: int, *, in_place: bool = False) -> Laid:
+def attending(count: int, elements: int, *, in_place: bool = False, early: bool = False) -> Laid:
     """Blocks of a call that allocates its own result between temporaries of several sizes, without gradients.
 
     ``in_place``: the sum over all blocks stays in one place, and what each block adds lives across the next one's call.
+    ``early``: it is added before that call, and only the sum lives across.
     """
     p = ProgramBuilder("blocks")
     x = p.input("x", (2 * elements,))
-    y = p.extern("y", "aten.repeat.default", (x, [1]), (elements,), contract=Contract.OUT)
-
-    def call(name: str, size: int, *args: View, contract: Contract = Contract.OUT) -> View:
-        return p.extern(name, "aten.repeat.default", (*args, [1]), (size,), contract=contract)
-
     pairs: dict[str, str] = {}
+
+    def call(name: str, size: int, *args: View, contract: Contract = Contract.OUT, over: View | None = None) -> View:
+        if over is None:
+            return p.extern(name, "aten.repeat.default", (*args, [1]), (size,), contract=contract)
+        made = p.extern(name, "aten.add.out", args, (size,), contract=contract)
+        pairs[made.buffer] = over.buffer
+        return made
+
+    y = call("y", elements, x)
     for k in range(count):
-        normed = call(f"normed{k}", elements, x, y)
+        if early:
+            x = call(f"first{k}", 2 * elements, x, y, over=x)
+        normed = call(f"normed{k}", elements, x, y, over=y if early else None)
         parts = [call(f"part{k}_{n}", elements, normed) for n in range(3)]
         mixed = call(f"mixed{k}", elements, *parts, contract=Contract.FRESH)
         out = call(f"out{k}", elements, mixed)
-        if in_place:
-            total = p.extern(f"x{k}", "aten.add.out", (x, y, out), (2 * elements,), contract=Contract.OUT)
-            out = p.extern(f"low{k}", "aten.add.out", (y, out, total), (elements,), contract=Contract.OUT)
-            pairs.update({total.buffer: x.buffer, out.buffer: y.buffer})
+        if in_place or early:
+            total = call(f"x{k}", 2 * elements, x, *(() if early else (y,)), out, over=x)
+            out = call(f"low{k}", elements, y if not early else out, out, total, over=out if early else y)
             x = total
         else:
             x = call(f"x{k}", 2 * elements, x, y, out)
         hidden = call(f"hidden{k}", 4 * elements, out)
         y = call(f"y{k}", elements, hidden)
-    pairs.pop("x0", "")  # the input is the caller's
+    pairs = {later: earlier for later, earlier in pairs.items() if earlier != "x"}  # the input is the caller's
     program = p.program(call("last", 1, x, y))
     buffers = {n: replace(b, device="cuda:0") for n, b in program.buffers.items()}
     operations = tuple(replace(op, device="cuda:0") for op in program.operations)
@@ -294,6 +300,27 @@ def test_what_lives_across_calls_that_allocate_lies_in_one_pool(monkeypatch: pyt
     assert found()[0].reserved > 1.04 * own.live
 
 
+def test_what_comes_beside_something_large_in_every_layer_has_its_place_in_a_wide_pool(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    libraries, one = planner_libraries(), attending(8, 9 * MIB, early=True)
+
+    def found() -> tuple[StepMemory, Plan]:
+        chosen = choose_step_pools([one], (), "cuda:0", pack=libraries.pack, replay=libraries.replay)
+        plans = planned([one], chosen, "cuda:0")
+        return step_memory(plans), plans[0]
+
+    own = step_memory([make_plan(one.program, one.order, in_place=one.in_place)])
+    memory, plan = found()
+    assert memory.reserved <= 1.01 * own.live < own.reserved
+    assert memory.live <= own.live
+    inside = {plan.storage_of(n) for n, place in plan.placements.items() if isinstance(place, InPool)}
+    assert {plan.storage_of(n) for n in ("x3", "low3", "y3")} <= inside
+    assert not {"hidden3", "part3_0", "mixed3"} & inside
+    monkeypatch.setattr(step_pools, "CUTS", tuple(c for c in step_pools.CUTS if c != step_pools.WIDE))
+    assert found()[0].reserved > 1.04 * own.live
+
+
 def test_no_core_where_no_call_allocates_or_nothing_lives_across_one() -> None:
     pair, joins = layers(6, 4 * MIB)
     step = whole_step(pair, joins, "cuda:0")
@@ -316,15 +343,17 @@ def test_core_pools_verify(steps: list[Choice], calls: list[int]) -> None:
     alive = whole_step([one], (), "cpu").alive(0)
     calls = [c for c in calls if c < len(alive)]
     peaks = []
-    for moves in (0, core_pool_module.MOST_MOVES):
-        with mock.patch.object(core_pool_module, "MOST_MOVES", moves):
-            pooled = core_pool(one.movable, calls, alive, "cpu", native=None, name="pool")
-        plan = make_plan(
-            one.program, one.order, in_place=one.in_place, pools=pooled.pools, offsets=pooled.offsets or {}
-        )
-        verify_plan(plan)
-        peaks.append(max(plan.timeline))
+    for wide, most in ((False, "MOST_MOVES"), (True, "MOST_MOVES_WIDE")):
+        for moves in (0, getattr(core_pool_module, most)):
+            with mock.patch.object(core_pool_module, most, moves):
+                pooled = core_pool(one.movable, calls, alive, "cpu", native=None, name="pool", wide=wide)
+            plan = make_plan(
+                one.program, one.order, in_place=one.in_place, pools=pooled.pools, offsets=pooled.offsets or {}
+            )
+            verify_plan(plan)
+            peaks.append(max(plan.timeline))
     assert peaks[1] <= peaks[0]
+    assert peaks[3] <= peaks[2]
 
 
 def test_more_is_alive_where_that_saves_several_times_as_many_reserved_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
