@@ -193,6 +193,8 @@ class Texts:
                 text = f"{target} = {value};"
             case StoreMode.ADD | StoreMode.MAX | StoreMode.MIN:
                 text = self._update(store, target, value, atomic)
+            case StoreMode.TOTAL:
+                raise UnsupportedError("totals of columns in a kernel over rows are for GPUs")
             case _:
                 assert_never(store.mode)
         return text if store.mask is None else f"if (v{store.mask}) {text}"

@@ -26,9 +26,11 @@ from memplan.ir.loops import (
     Reduce,
     Store,
     StoreMode,
+    index_symbols,
     operands,
     value_references,
 )
+from memplan.ir.totals import GROUP, by_group, rows_together
 
 from .row_schedule import Schedule, Section
 from .triton_configs import LaunchConfig, divisible
@@ -69,6 +71,7 @@ def emit_body(
     for section in plan.sections:
         body.section(section)
     body.last_stores()
+    body.totals()
     return Emitted("\n".join(body.lines) + "\n", tuple(sorted(body.functions)))
 
 
@@ -88,6 +91,8 @@ class Body:
         self.local: dict[int, Value] | None = None
         self.items: dict[int, tuple[Value, ...]] = {}
         self.masks: dict[int, str] = {}
+        #: rows that an instance goes over, one block after the other, where it sums their columns; else 0
+        self.together = rows_together(self.kernel)
         self.functions: set[str] = set()
         ranges = ranges_of((*self.kernel.outer, *self.kernel.row))
         self.printer = IndexPrinter(ranges, self.symbol, self.functions)
@@ -159,14 +164,69 @@ class Body:
             self.axis(0, "(program // xblocks)", "[:, None]")
             self.axis(1, "(program % xblocks)", "[None, :]")
             return
+        wide = ".to(tl.int64)" if self.wide else ""
+        if self.together:
+            self.rows_together(wide)
+            return
         self.axis(0, "tl.program_id(0)", "[:, None]" if self.loops.reduces else "")
         if self.loops.reduces:
-            wide = ".to(tl.int64)" if self.wide else ""
             if self.persistent:
                 self.line(f"rindex = tl.arange(0, RBLOCK)[None, :]{wide}")
                 self.decompose(1)
             else:
                 self.line(f"rbase = tl.arange(0, RBLOCK)[None, :]{wide}")
+
+    def rows_together(self, wide: str) -> None:
+        """Open the loop over the rows of an instance. What is the same for all of them is loaded before it."""
+        x = self.loops.axes[0]
+        self.line(f"{GROUP.name} = tl.program_id(0){wide}")
+        self.line(f"rindex = tl.arange(0, RBLOCK)[None, :]{wide}")
+        self.decompose(1)
+        for k, node in enumerate(self.kernel.nodes):
+            if isinstance(node, Load) and not self.by_row(k) and node.buffer not in self.kernel.written_buffers:
+                self.need(k)
+        for k, store in self.total_stores():
+            self.line(f"total{k} = tl.zeros({self.shape(self.all_dims)}, {type_name(store.dtype)})")
+        self.line("for xoffset in range(0, XGROUP, XBLOCK):")
+        self.indent += "    "
+        self.line("xlane = xoffset + tl.arange(0, XBLOCK)[:, None]")
+        self.line(f"xindex = {GROUP.name} * XGROUP + xlane")
+        bounds = []
+        if not divisible(self.together, "XBLOCK", self.configs):
+            bounds.append("(xlane < XGROUP)")
+        if not divisible(x.numel, "XGROUP", self.configs):
+            bounds.append(f"(xindex < {self.size(x.numel)})")
+        if bounds:
+            self.line(f"xmask = {' & '.join(bounds)}")
+            self.masks[0] = "xmask"
+        for r in x.ranges:
+            self.line(f"{r.symbol.name} = xindex")
+
+    def by_row(self, k: int) -> bool:
+        """Whether a node differs from row to row."""
+        symbols = {r.symbol for r in self.kernel.outer}
+        pending = [k]
+        while pending:
+            node = self.kernel.nodes[pending.pop()]
+            if isinstance(node, Reduce) or symbols & index_symbols(node):
+                return True
+            pending.extend(operands(node))
+        return False
+
+    def total_stores(self) -> list[tuple[int, Store]]:
+        return [(k, s) for k, s in enumerate(self.kernel.stores) if s.mode is StoreMode.TOTAL]
+
+    def totals(self) -> None:
+        """After the rows: their sums are stored."""
+        if not self.together:
+            return
+        self.indent = "    "
+        for k, store in self.total_stores():
+            index = texpr(by_group(store, self.together), self.printer)
+            arguments = [f"{store.buffer} + ({index})", f"tl.sum(total{k}, 0)[None, :]"]
+            if 1 in self.masks:
+                arguments.append(self.masks[1])
+            self.line(f"tl.store({', '.join(arguments)})")
 
     def _cdiv(self, numel: int | sympy.Expr, block: str) -> str:
         return f"({self.size(numel)} + {block} - 1) // {block}"
@@ -421,7 +481,20 @@ class Body:
             for a in _store_roots(self.kernel.stores[k]):
                 self.need(a)
         for k in chosen:
-            self.store(self.kernel.stores[k])
+            store = self.kernel.stores[k]
+            if store.mode is StoreMode.TOTAL:
+                self.add_total(k, store)
+            else:
+                self.store(store)
+
+    def add_total(self, k: int, store: Store) -> None:
+        text, source = self.tile(store.value), self.kernel.nodes[store.value].dtype
+        if compute_type(source) != store.dtype:
+            text = convert(text, source, store.dtype, keep=False)
+        mask = self.mask(self.all_dims)
+        if mask:
+            text = f"tl.where({mask}, {text}, tl.full([1, 1], 0, {type_name(store.dtype)}))"
+        self.line(f"total{k} += {text}")
 
     def last_stores(self) -> None:
         """Stores once a row. Other warps may still have to read what is overwritten in place."""

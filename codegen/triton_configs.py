@@ -13,6 +13,7 @@ import sympy
 
 from memplan.ir.loops import Level
 from memplan.ir.program import evaluate
+from memplan.ir.totals import rows_together
 
 from .row_schedule import Schedule, kept_values
 from .triton_loops import Loops
@@ -67,6 +68,8 @@ def choose(shape: Shape, plan: Schedule, loops: Loops) -> tuple[tuple[LaunchConf
             return _tiles(shape.sizes["y"], shape.sizes["x"]), False
         return _pointwise(shape.sizes["x"], loops), False
     x, r = shape.sizes["x"], shape.sizes["r"]
+    if rows := rows_together(loops.kernel):
+        return _summed_rows(rows, next_power(r)), True
     kept = max(kept_values(loops.kernel, plan), 1)
     if loops.row_contiguous:
         if shape.row_known and next_power(r) * min(kept, 4) <= _PERSISTENT_ELEMENTS:
@@ -133,6 +136,18 @@ def _persistent_rows(x: int, r: int, kept: int) -> tuple[LaunchConfig, ...]:
     # one row an instance from 1024 elements on: vectors along the row need no exchange between layouts then
     rows = max(1, 1024 // r)
     return _unique([config(rows, 8), config(rows, 16), config(rows * 2, 8), config(rows, 4), config(rows * 4, 16)])
+
+
+def _summed_rows(together: int, r: int) -> tuple[LaunchConfig, ...]:
+    """For kernels that go over ``together`` rows an instance and sum their columns (`memplan.passes.row_totals`)."""
+
+    def config(rows: int, per_thread: int) -> LaunchConfig:
+        rows = max(1, min(rows, _power_below(together)))
+        warps = max(1, min(16, rows * r // (32 * per_thread)))
+        return LaunchConfig((("XBLOCK", rows), ("RBLOCK", r), ("XGROUP", together)), _power_below(warps))
+
+    rows = max(1, 1024 // r)
+    return _unique([config(rows, 4), config(rows, 8), config(rows * 2, 8), config(rows, 16)])
 
 
 def _looped_rows(x: int, r: int) -> tuple[LaunchConfig, ...]:

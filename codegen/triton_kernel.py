@@ -14,6 +14,7 @@ from memplan.ir.errors import LoweringError
 from memplan.ir.index import FloorDiv
 from memplan.ir.loops import Kernel, Level, Load, Size, StoreMode
 from memplan.ir.program import evaluate
+from memplan.ir.totals import rows_together
 
 from .row_schedule import schedule
 from .triton_body import emit_body
@@ -132,7 +133,8 @@ def emit_triton(
     blocks = tuple(n for n, _ in configs[0].blocks)
     parameters = [n for n, _ in arguments] + [f"{b}: tl.constexpr" for b in blocks]
     source = module_source(name, parameters, emitted.functions, emitted.text, early)
-    grid_axes = tuple((a.numel, f"{a.name.upper()}BLOCK") for a in loops.axes if a.name != "r")
+    taken = "GROUP" if rows_together(loops.kernel) else "BLOCK"
+    grid_axes = tuple((a.numel, f"{a.name.upper()}{taken}") for a in loops.axes if a.name != "r")
     guard = () if is_wide or limits is None else tuple(e for e in limits if not isinstance(e, int) and not e.is_Integer)
     pointers = sum(kind.startswith("*") for _, kind in arguments)
     if aligned is not None and len(aligned) != pointers:
@@ -176,11 +178,16 @@ _ATOMIC = {
     StoreMode.MAX: {torch.float32, torch.float64, torch.int32, torch.int64},
     StoreMode.MIN: {torch.float32, torch.float64, torch.int32, torch.int64},
 }
+_TOTALS = (torch.float32, torch.float64)
 
 
 def _check(kernel: Kernel, deterministic: bool) -> None:
     for store in kernel.stores:
         if store.mode is StoreMode.SET:
+            continue
+        if store.mode is StoreMode.TOTAL:
+            if store.dtype not in _TOTALS:
+                raise LoweringError(f"no totals of {store.dtype} in Triton")
             continue
         if store.dtype not in _ATOMIC[store.mode]:
             raise LoweringError(f"no atomic {store.mode.value} of {store.dtype} in Triton")

@@ -44,6 +44,7 @@ from .passes.pipeline import PASSES as PIPELINE
 from .passes.pipeline import Pass, collector_paused, run_pipeline
 from .passes.reorder import reorder
 from .passes.room import best_room
+from .passes.row_totals import RowTotals
 from .passes.schedule import lifetimes, make_plan, own_peak, storages, timeline
 from .passes.split_reductions import SplitReductions
 from .passes.store_and_reduce import StoreAndReduce
@@ -92,7 +93,7 @@ class CompiledProgram:
 
 
 PASSES: tuple[type[Pass], ...] = (
-    Lowering, *PIPELINE, SplitReductions, StoreAndReduce, Templates, Communication,
+    Lowering, *PIPELINE, RowTotals, SplitReductions, StoreAndReduce, Templates, Communication,
 )  # fmt: skip
 #: names that ``options={"disable": [...]}`` accepts
 PASS_NAMES = (

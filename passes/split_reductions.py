@@ -102,11 +102,11 @@ def split(
     """The two kernels and the buffers between them, or None where splitting is impossible or does not pay."""
     kernel = op.kernel
     parts = _parts(kernel, least_elements, long)
-    if parts is None or not _splittable(kernel):
+    if parts is None or not splittable(kernel):
         return None
     chosen, count = parts
     origin = op.origins[0] if op.origins else Origin()
-    slots = _partials(kernel)
+    slots = partials(kernel)
     rows = math.prod(int(r.size) for r in kernel.outer)
     made = []
     for k, (_, _, dtype) in enumerate(slots):
@@ -119,7 +119,7 @@ def split(
         return None
     names = tuple(b.name for b in made)
     first = _first_kernel(kernel, chosen, count, slots, names)
-    second = _second_kernel(kernel, count, slots, names)
+    second = second_kernel(kernel, count, slots, names)
     return (
         KernelOp(f"{op.name}_parts", first, op.device, op.origins),
         replace(op, kernel=second),
@@ -127,7 +127,7 @@ def split(
     )
 
 
-def _splittable(kernel: Kernel) -> bool:
+def splittable(kernel: Kernel) -> bool:
     """One level of reductions of known kinds over a static space, nothing stored along the row."""
     if not kernel.reductions or any(not isinstance(r.size, int) or r.size == 0 for r in (*kernel.outer, *kernel.row)):
         return False
@@ -176,7 +176,7 @@ Slot = tuple[int, int, torch.dtype]
 """A partial result: the reduction's position, which of its results (-1: it has one), and the type that is kept."""
 
 
-def _partials(kernel: Kernel) -> tuple[Slot, ...]:
+def partials(kernel: Kernel) -> tuple[Slot, ...]:
     slots: list[Slot] = []
     for k in kernel.reductions:
         node = kernel.nodes[k]
@@ -207,7 +207,7 @@ def _first_kernel(kernel: Kernel, chosen: int, count: int, slots: tuple[Slot, ..
     length = int(split_range.size) // count
     position = {split_range.symbol: part * length + split_range.symbol}
     row = tuple(replace(r, size=length) if k == chosen else r for k, r in enumerate(kernel.row))
-    nodes, renamed = _subset(kernel, tuple(k for k, _, _ in slots), position)
+    nodes, renamed = subset(kernel, tuple(k for k, _, _ in slots), position)
     flat, rows = _row_major(kernel.outer)
     stores = []
     for (k, item, dtype), name in zip(slots, names, strict=True):
@@ -219,7 +219,7 @@ def _first_kernel(kernel: Kernel, chosen: int, count: int, slots: tuple[Slot, ..
     return Kernel((Range(part, count), *kernel.outer), row, tuple(nodes), tuple(stores))
 
 
-def _second_kernel(kernel: Kernel, count: int, slots: tuple[Slot, ...], names: tuple[str, ...]) -> Kernel:
+def second_kernel(kernel: Kernel, count: int, slots: tuple[Slot, ...], names: tuple[str, ...]) -> Kernel:
     """The partial results reduced, and everything that the kernel did once a row."""
     part = _unused(row_symbol, kernel.outer)
     flat, rows = _row_major(kernel.outer)
@@ -237,7 +237,7 @@ def _second_kernel(kernel: Kernel, count: int, slots: tuple[Slot, ...], names: t
         nodes.append(replace(node, op=op, args=tuple(loads)))
         reduced[k] = len(nodes) - 1
     roots = [a for s in kernel.stores for a in _store_references(s)]
-    nodes, renamed = _subset(kernel, tuple(roots), {}, nodes, reduced)
+    nodes, renamed = subset(kernel, tuple(roots), {}, nodes, reduced)
     return Kernel(
         kernel.outer,
         (Range(part, count),),
@@ -251,7 +251,7 @@ def _store_references(store: Store) -> tuple[int, ...]:
     return (store.value, *value_references(store.index), *mask)
 
 
-def _subset(
+def subset(
     kernel: Kernel,
     roots: tuple[int, ...],
     position: dict[sympy.Symbol, sympy.Expr],

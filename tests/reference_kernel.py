@@ -189,6 +189,9 @@ class _Evaluation:
                 target.index_reduce_(0, at, what, "amax")
             case StoreMode.MIN:
                 target.index_reduce_(0, at, what, "amin")
+            case StoreMode.TOTAL:
+                target[at] = 0
+                target.index_add_(0, at, what)
 
 
 def _bytes(x: Tensor) -> Tensor:

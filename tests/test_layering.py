@@ -34,7 +34,7 @@ RANKS = (
         "call_work",
     },
     {"loops", "user_kernel"},
-    {"index", "index_inversion"},
+    {"index", "index_inversion", "totals"},
     {"program", "canonical"},
     {"template", "in_flight"},
     {"plan", "activation"},

@@ -160,13 +160,16 @@ class StoreMode(Enum):
     ADD = "add"  # atomic
     MAX = "max"  # atomic
     MIN = "min"  # atomic
+    TOTAL = "total"  # sets the element to the sum of what all points with its index store
 
 
 @dataclass(frozen=True, slots=True)
 class Store:
     """Write node ``value`` (cast to ``dtype``, the buffer's) to ``index`` where ``mask`` is true.
 
-    A store whose index and value are both free of the row ranges happens once per outer point.
+    A store whose index and value are both free of the row ranges happens once per outer point. One of mode ``TOTAL``
+    happens at the points, and those that share an index are consecutive along the kernel's one outer range
+    (`memplan.ir.totals`).
     """
 
     buffer: str

@@ -360,7 +360,8 @@ class _ProgramCheck:
                     raise self.fail(f"it races with itself in {name!r}: {hazard}", op)
         for store in op.kernel.stores:
             b = self.program.buffers[store.buffer]
-            if store.mode is not StoreMode.SET and store.buffer not in op.mutates and not b.zero_fill:
+            given = store.mode in (StoreMode.SET, StoreMode.TOTAL) or store.buffer in op.mutates or b.zero_fill
+            if not given:
                 raise self.fail(f"its atomic {store.mode.value} goes to {store.buffer!r}, which holds no value yet", op)
         for name in (*op.reads, *op.writes):
             device = self.program.buffers[name].device

@@ -14,7 +14,7 @@ from functools import lru_cache
 import sympy
 import torch
 
-from .errors import VerificationError
+from .errors import LoweringError, VerificationError
 from .index import FloorDiv, Mod
 from .loops import (
     CHECKED_INDEX,
@@ -39,6 +39,7 @@ from .loops import (
     value_references,
 )
 from .program import Buffer
+from .totals import GROUP, by_group, rows_together
 
 _LOGICAL = "eq ne lt le gt ge logical_and logical_or logical_xor logical_not isnan isinf"
 _BOOLEAN_RESULTS = frozenset(_LOGICAL.split())
@@ -278,6 +279,8 @@ class _Check:
 
     def check_written_once(self, store: Store) -> None:
         """No two points may set one element (the last would win, whichever that is)."""
+        if store.mode is StoreMode.TOTAL:
+            self.check_totals(store)
         if store.mode is not StoreMode.SET or store.mask is not None:
             return
         ranges: tuple[Range, ...] = self.kernel.outer
@@ -296,6 +299,24 @@ class _Check:
         clash = self.enumerated_clash(store.index, wide)
         if clash is not None:
             raise self.fail(f"two points set element {clash} of {store.buffer!r} (index {store.index})")
+
+    def check_totals(self, store: Store) -> None:
+        """Only consecutive rows may share an element of totals, and no two columns."""
+        if store.mask is not None:
+            raise self.fail(f"its store of totals to {store.buffer!r} is masked")
+        try:
+            rows = rows_together(self.kernel)
+        except LoweringError as error:
+            raise self.fail(str(error)) from None
+        index = by_group(store, rows)
+        (x,) = self.kernel.outer
+        self.ranges |= {GROUP}
+        self.sizes[GROUP] = -(-self.sizes[x.symbol] // rows)
+        wide = [s for s in (GROUP, *(r.symbol for r in self.kernel.row)) if self.sizes[s] > 1]
+        if not self.nested_strides(index, wide):
+            raise self.fail(
+                f"columns or groups of rows may have one total in {store.buffer!r} together (index {store.index})"
+            )
 
     def reach(self, expr: sympy.Expr) -> frozenset[sympy.Symbol]:
         """Range symbols that an index depends on, through loaded values too."""
