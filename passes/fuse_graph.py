@@ -24,8 +24,6 @@ Bytes: TypeAlias = np.ndarray[tuple[int], np.dtype[np.int64]]
 _MOST_VISITED = 4000
 #: slots that a merge may reorder
 _WIDEST_REGION = 400
-#: Storages that are more than those in whose place they are have at most this part of their bytes.
-_CLEARLY_FEWER = 63 / 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -230,41 +228,27 @@ class FusionGraph:
         spans: Iterable[tuple[int, tuple[int, int] | None, tuple[int, int] | None]],
         *,
         ceiling: int,
-        over_calls: bool = True,
     ) -> tuple[int, Bytes] | None:
         """The new live bytes of a stretch of slots (its first slot, the values), or None if memory forbids it.
 
         ``spans`` are (bytes, old span, new span). Refused is what rises anywhere, and there above ``ceiling``.
-        Without ``over_calls`` so is what has more storages alive while something runs that is no kernel of ours, and
-        not fewer bytes: calls allocate between them, and pieces of other sizes in every layer leave holes.
         """
         changed = [(n, a, b) for n, a, b in spans if a != b]
         ends = [x for _, a, b in changed for s in (a, b) if s is not None for x in s]
         if not ends:
             return 0, self.live[:0]
         low, high = min(ends), max(ends) + 1
-        gone, come, more = (np.zeros(high - low, dtype=np.int64) for _ in range(3))
+        delta = np.zeros(high - low, dtype=np.int64)
         for nbytes, old, new in changed:
             if old is not None:
-                gone[old[0] - low : old[1] + 1 - low] += nbytes
-                more[old[0] - low : old[1] + 1 - low] -= 1
+                delta[old[0] - low : old[1] + 1 - low] -= nbytes
             if new is not None:
-                come[new[0] - low : new[1] + 1 - low] += nbytes
-                more[new[0] - low : new[1] + 1 - low] += 1
-        rising = come > gone
-        values = self.live[low:high] + come - gone
+                delta[new[0] - low : new[1] + 1 - low] += nbytes
+        rising = delta > 0
+        values = self.live[low:high] + delta
         if rising.any() and int(values[rising].max()) > ceiling:
             return None
-        if not over_calls:
-            scattered = (more > 0) & (come > gone * _CLEARLY_FEWER)
-            if any(self.calls(low + k) for k in np.flatnonzero(scattered).tolist()):
-                return None
         return low, values
-
-    def calls(self, slot: int) -> bool:
-        """Whether something runs there that is no kernel of ours."""
-        number = self.order[slot]
-        return number is not None and self.groups[number].points is None
 
     # --- changes -----------------------------------------------------------------------------------------------
 

@@ -149,7 +149,7 @@ class _Search:
             found = self.trial(c)
             above = max(0, found.live - (allowed if found.reserved < base.reserved else base.live))
             allocations = base.allocations if above else found.allocations
-            excess = ABOVE_PRICE * max(0, found.reserved - int(WITHIN * base.live))
+            excess = weight * ABOVE_PRICE * max(0, found.reserved - int(WITHIN * base.live))
             return weight * found.reserved + ALLOCATION * allocations + price * above + excess
 
         def rank(c: _Candidate) -> int:
