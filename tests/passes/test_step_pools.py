@@ -280,16 +280,19 @@ def attending(count: int, elements: int, *, in_place: bool = False, early: bool 
     return replace(one, in_place=pairs)
 
 
-def test_what_lives_across_calls_that_allocate_lies_in_one_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    libraries, one = planner_libraries(), attending(8, 9 * MIB, in_place=True)
+def alone(one: Laid) -> tuple[StepMemory, Plan]:
+    """What a program needs with the pools that are chosen for it, and its plan."""
+    libraries = planner_libraries()
+    chosen = choose_step_pools([one], (), "cuda:0", pack=libraries.pack, replay=libraries.replay)
+    plans = planned([one], chosen, "cuda:0")
+    return step_memory(plans), plans[0]
 
-    def found() -> tuple[StepMemory, Plan]:
-        chosen = choose_step_pools([one], (), "cuda:0", pack=libraries.pack, replay=libraries.replay)
-        plans = planned([one], chosen, "cuda:0")
-        return step_memory(plans), plans[0]
+
+def test_what_lives_across_calls_that_allocate_lies_in_one_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = attending(8, 9 * MIB, in_place=True)
 
     own = step_memory([make_plan(one.program, one.order, in_place=one.in_place)])
-    memory, plan = found()
+    memory, plan = alone(one)
     assert memory.reserved <= 1.01 * own.live < own.reserved
     assert memory.live <= own.live
     assert len(plan.pools) == 1
@@ -297,28 +300,23 @@ def test_what_lives_across_calls_that_allocate_lies_in_one_pool(monkeypatch: pyt
     assert {"x0", "y0", "y3"} <= inside
     assert not {"hidden3", "part3_0", "normed3"} & inside
     monkeypatch.setattr(step_pools, "CUTS", tuple(c for c in step_pools.CUTS if c != step_pools.CORE))
-    assert found()[0].reserved > 1.04 * own.live
+    assert alone(one)[0].reserved > 1.04 * own.live
 
 
 def test_what_comes_beside_something_large_in_every_layer_has_its_place_in_a_wide_pool(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    libraries, one = planner_libraries(), attending(8, 9 * MIB, early=True)
-
-    def found() -> tuple[StepMemory, Plan]:
-        chosen = choose_step_pools([one], (), "cuda:0", pack=libraries.pack, replay=libraries.replay)
-        plans = planned([one], chosen, "cuda:0")
-        return step_memory(plans), plans[0]
+    one = attending(8, 9 * MIB, early=True)
 
     own = step_memory([make_plan(one.program, one.order, in_place=one.in_place)])
-    memory, plan = found()
+    memory, plan = alone(one)
     assert memory.reserved <= 1.01 * own.live < own.reserved
     assert memory.live <= own.live
     inside = {plan.storage_of(n) for n, place in plan.placements.items() if isinstance(place, InPool)}
     assert {plan.storage_of(n) for n in ("x3", "low3", "y3")} <= inside
     assert not {"hidden3", "part3_0", "mixed3"} & inside
     monkeypatch.setattr(step_pools, "CUTS", tuple(c for c in step_pools.CUTS if c != step_pools.WIDE))
-    assert found()[0].reserved > 1.04 * own.live
+    assert alone(one)[0].reserved > 1.04 * own.live
 
 
 def test_no_core_where_no_call_allocates_or_nothing_lives_across_one() -> None:
