@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from memplan.codegen.triton_kernel import emit_triton
 from memplan.ir.canonical import canonicalize
@@ -25,6 +29,7 @@ from memplan.ir.program import (
     View,
 )
 from memplan.ir.verify import verify_program
+from memplan.passes import row_totals
 from memplan.passes.costs import step_microseconds
 from memplan.passes.row_totals import RowTotals
 from memplan.passes.split_reductions import SplitReductions
@@ -66,9 +71,9 @@ def sums(*, kept: str = "", columns: int = COLUMNS, rows: int = ROWS) -> Kernel:
     return k.done()
 
 
-def sum_of(source: str, target: str = "dfirst", *, by: str = "") -> Kernel:
-    k = Builder((COLUMNS,), (ROWS,))
-    at = R[0] * COLUMNS + X[0]
+def sum_of(source: str, target: str = "dfirst", *, by: str = "", columns: int = COLUMNS, rows: int = ROWS) -> Kernel:
+    k = Builder((columns,), (rows,))
+    at = R[0] * columns + X[0]
     value = k.load(source, at)
     k.store(target, X[0], k.reduce("sum", k.call("mul", value, k.load(by, at)) if by else value))
     return k.done()
@@ -241,3 +246,44 @@ def test_each_group_of_rows_has_its_sums() -> None:
     (index,) = {s.index for s in kernel.stores if s.mode is StoreMode.TOTAL}
     (division,) = index.atoms(FloorDiv)
     assert -(-ROWS // int(division.args[1])) * COLUMNS * 4 == after.buffers["sums_total1"].nbytes
+
+
+KINDS = st.lists(st.sampled_from(["rows", "again", "sums", "dx", "xhat", "product", "call"]), min_size=2, max_size=7)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(KINDS, st.integers(3, 40), st.integers(2, 12), st.integers(1, 12), st.booleans())
+def test_any_kernels_in_any_order(kinds: list[str], rows: int, columns: int, instances: int, keep: bool) -> None:
+    """Two kernels over rows, sums of what is given and of what they store, calls between: the same answers."""
+    size = {"columns": columns, "rows": rows}
+    stored = ["x"]
+    operations: list[tuple[str, Kernel] | Extern] = []
+    for k, kind in enumerate(kinds):
+        latest, name = stored[-1], f"op{k}"
+        if kind in ("rows", "again"):
+            names = {"dx": f"dx{k}", "xhat": f"xhat{k}", "x": latest if kind == "again" else "x"}
+            made = backward(keep="xhat" if keep else "", **size)
+            operations.append((name, made.over(tuple(names.get(b, b) for b in made.buffers))))
+            stored += [names["xhat"]] * keep + [names["dx"]]
+        elif kind == "sums":
+            made = sums(kept=latest, **size)
+            names = {"dweight": f"dweight{k}", "dbias": f"dbias{k}"}
+            operations.append((name, made.over(tuple(names.get(b, b) for b in made.buffers))))
+        elif kind == "call":
+            views = [View(b, F32, (rows * columns,), (1,)) for b in (latest, f"made{k}")]
+            call = Extern(name, "aten.relu.default", (views[0],), (), (views[1],), Contract.FRESH, DEVICE)
+            operations.append(call)
+            stored.append(f"made{k}")
+        else:
+            source = stored[-2] if kind == "xhat" and len(stored) > 1 else latest
+            by = "dy" if kind == "product" else ""
+            operations.append((name, sum_of(source, f"sum{k}", by=by, **size)))
+    names = {b for op in operations if not isinstance(op, Extern) for b in op[1].buffers}
+    sizes = {"mean": rows, "rstd": rows, "weight": columns}
+    sizes |= {b: columns if b.startswith(("dweight", "dbias", "sum")) else rows * columns for b in names - set(sizes)}
+    sizes |= {op.results[0].buffer: rows * columns for op in operations if isinstance(op, Extern)}  # type: ignore[union-attr]
+    limits = {"_INSTANCES": instances, "_LEAST_INSTANCES": 1, "_LEAST_ROWS": 1, "_LEAST_BYTES": 0, "_SUMS_PART": 1e6}
+    with contextlib.ExitStack() as stack:
+        for name, value in limits.items():
+            stack.enter_context(mock.patch.object(row_totals, name, value))
+        joined(program(*operations, sizes=sizes))
