@@ -110,7 +110,7 @@ def format_node(node: Node) -> str:
 
 
 def format_store(store: Store) -> str:
-    """``b[index] = v3 : f32``, with ``add=`` and so on for atomic ones."""
+    """``b[index] = v3 : f32``, with ``add=`` and so on for atomic ones and ``total=`` for totals."""
     sign = "=" if store.mode is StoreMode.SET else f"{store.mode.value}="
     masked = "" if store.mask is None else f" if v{store.mask}"
     return f"{store.buffer}[{store.index}] {sign} v{store.value}{masked} : {dtype_name(store.dtype)}"
