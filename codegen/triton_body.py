@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import sympy
 import torch
 
-from memplan.ir.errors import LoweringError
 from memplan.ir.index import expand, ranges_of, stride_of
 from memplan.ir.loops import (
     CHECKED_INDEX,
@@ -26,17 +25,17 @@ from memplan.ir.loops import (
     Reduce,
     Store,
     StoreMode,
-    index_symbols,
     operands,
     value_references,
 )
-from memplan.ir.totals import GROUP, by_group, rows_together
+from memplan.ir.totals import rows_together
 
+from . import triton_totals
 from .row_schedule import Schedule, Section
 from .triton_configs import LaunchConfig, divisible
 from .triton_loops import Loops
 from .triton_pointwise import LITERAL_OPERANDS, pointwise
-from .triton_printer import IndexPrinter, compute_type, literal, texpr, type_name
+from .triton_printer import IndexPrinter, compute_type, convert, literal, texpr, type_name
 from .triton_reduce import Reduction, finish, start, step, whole
 
 Dims = frozenset[int]
@@ -71,7 +70,7 @@ def emit_body(
     for section in plan.sections:
         body.section(section)
     body.last_stores()
-    body.totals()
+    triton_totals.close_rows(body)
     return Emitted("\n".join(body.lines) + "\n", tuple(sorted(body.functions)))
 
 
@@ -166,7 +165,7 @@ class Body:
             return
         wide = ".to(tl.int64)" if self.wide else ""
         if self.together:
-            self.rows_together(wide)
+            triton_totals.open_rows(self, wide)
             return
         self.axis(0, "tl.program_id(0)", "[:, None]" if self.loops.reduces else "")
         if self.loops.reduces:
@@ -175,58 +174,6 @@ class Body:
                 self.decompose(1)
             else:
                 self.line(f"rbase = tl.arange(0, RBLOCK)[None, :]{wide}")
-
-    def rows_together(self, wide: str) -> None:
-        """Open the loop over the rows of an instance. What is the same for all of them is loaded before it."""
-        x = self.loops.axes[0]
-        self.line(f"{GROUP.name} = tl.program_id(0){wide}")
-        self.line(f"rindex = tl.arange(0, RBLOCK)[None, :]{wide}")
-        self.decompose(1)
-        for k, node in enumerate(self.kernel.nodes):
-            if isinstance(node, Load) and not self.by_row(k) and node.buffer not in self.kernel.written_buffers:
-                self.need(k)
-        for k, store in self.total_stores():
-            self.line(f"total{k} = tl.zeros({self.shape(self.all_dims)}, {type_name(store.dtype)})")
-        self.line("for xoffset in range(0, XGROUP, XBLOCK):")
-        self.indent += "    "
-        self.line("xlane = xoffset + tl.arange(0, XBLOCK)[:, None]")
-        self.line(f"xindex = {GROUP.name} * XGROUP + xlane")
-        bounds = []
-        if not divisible(self.together, "XBLOCK", self.configs):
-            bounds.append("(xlane < XGROUP)")
-        if not divisible(x.numel, "XGROUP", self.configs):
-            bounds.append(f"(xindex < {self.size(x.numel)})")
-        if bounds:
-            self.line(f"xmask = {' & '.join(bounds)}")
-            self.masks[0] = "xmask"
-        for r in x.ranges:
-            self.line(f"{r.symbol.name} = xindex")
-
-    def by_row(self, k: int) -> bool:
-        """Whether a node differs from row to row."""
-        symbols = {r.symbol for r in self.kernel.outer}
-        pending = [k]
-        while pending:
-            node = self.kernel.nodes[pending.pop()]
-            if isinstance(node, Reduce) or symbols & index_symbols(node):
-                return True
-            pending.extend(operands(node))
-        return False
-
-    def total_stores(self) -> list[tuple[int, Store]]:
-        return [(k, s) for k, s in enumerate(self.kernel.stores) if s.mode is StoreMode.TOTAL]
-
-    def totals(self) -> None:
-        """After the rows: their sums are stored."""
-        if not self.together:
-            return
-        self.indent = "    "
-        for k, store in self.total_stores():
-            index = texpr(by_group(store, self.together), self.printer)
-            arguments = [f"{store.buffer} + ({index})", f"tl.sum(total{k}, 0)[None, :]"]
-            if 1 in self.masks:
-                arguments.append(self.masks[1])
-            self.line(f"tl.store({', '.join(arguments)})")
 
     def _cdiv(self, numel: int | sympy.Expr, block: str) -> str:
         return f"({self.size(numel)} + {block} - 1) // {block}"
@@ -483,18 +430,9 @@ class Body:
         for k in chosen:
             store = self.kernel.stores[k]
             if store.mode is StoreMode.TOTAL:
-                self.add_total(k, store)
+                triton_totals.add(self, k, store)
             else:
                 self.store(store)
-
-    def add_total(self, k: int, store: Store) -> None:
-        text, source = self.tile(store.value), self.kernel.nodes[store.value].dtype
-        if compute_type(source) != store.dtype:
-            text = convert(text, source, store.dtype, keep=False)
-        mask = self.mask(self.all_dims)
-        if mask:
-            text = f"tl.where({mask}, {text}, tl.full([1, 1], 0, {type_name(store.dtype)}))"
-        self.line(f"total{k} += {text}")
 
     def last_stores(self) -> None:
         """Stores once a row. Other warps may still have to read what is overwritten in place."""
@@ -537,15 +475,3 @@ class Body:
 def _store_roots(store: Store) -> tuple[int, ...]:
     mask = () if store.mask is None else (store.mask,)
     return (*value_references(store.index), store.value, *mask)
-
-
-def convert(text: str, source: torch.dtype, target: torch.dtype, *, keep: bool = True) -> str:
-    """A value of dtype ``source`` as one of ``target``; ``keep`` says that halves are to be held in float32 again."""
-    if target == torch.bool:
-        return text if source == torch.bool else f"({text} != 0)"
-    if target.is_complex or source.is_complex:
-        raise LoweringError("Triton kernels cannot hold complex numbers")
-    out = text if compute_type(source) == target else f"{text}.to({type_name(target)})"
-    if keep and compute_type(target) != target:
-        out += f".to({type_name(compute_type(target))})"
-    return out

@@ -188,3 +188,15 @@ def _print_division(expr: FloorDiv | Mod, printer: IndexPrinter) -> tuple[str, i
     name = "floor_divide" if is_div else "floor_modulo"
     printer.used.add(name)
     return f"{name}({texpr(base, printer)}, {texpr(divisor, printer)})", _ATOM
+
+
+def convert(text: str, source: torch.dtype, target: torch.dtype, *, keep: bool = True) -> str:
+    """A value of dtype ``source`` as one of ``target``; ``keep`` says that halves are to be held in float32 again."""
+    if target == torch.bool:
+        return text if source == torch.bool else f"({text} != 0)"
+    if target.is_complex or source.is_complex:
+        raise LoweringError("Triton kernels cannot hold complex numbers")
+    out = text if compute_type(source) == target else f"{text}.to({type_name(target)})"
+    if keep and compute_type(target) != target:
+        out += f".to({type_name(compute_type(target))})"
+    return out

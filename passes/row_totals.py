@@ -99,7 +99,7 @@ class _Summing:
         return program.with_operations(self.slots.flat()) if self.changed else program
 
     def join(self, at: int) -> None:
-        """Have a sum over columns made by the kernel over rows that saves the most by it."""
+        """Have a sum over columns made by the nearest kernel over rows that reads or stores all that is large in it."""
         (op,) = self.slots.operations[at]
         assert isinstance(op, KernelOp)
         nbytes = {b: self.slots.program.nbytes(b) for b in op.reads}
@@ -118,7 +118,10 @@ class _Summing:
         assert isinstance(rows, KernelOp)
         assert isinstance(sums, KernelOp)
         first, second = min(rows_at, sums_at), max(rows_at, sums_at)
-        place = self.slots.place(first, second)
+        if rows_at == first:
+            place = self.slots.place(first, second)
+        else:  # what the rows store would be alive earlier in the place of the sums
+            place = second if self.slots.fits_second(first, second) else None
         if place is None:
             return False
         joined = self.joined(rows, sums, saved, rows_first=rows_at < sums_at)

@@ -25,24 +25,33 @@ class Slots:
                 self.readers.setdefault(b, set()).add(slot)
 
     def place(self, first: int, second: int) -> int | None:
-        """Where the operations of two slots can run as one.
+        """The slot of two in which their operations can run as one: the first if possible, or None."""
+        return first if self.fits_first(first, second) else second if self.fits_second(first, second) else None
 
-        At the first, if nothing that the second needs is made or changed between. At the second, if nobody between
-        needs what the first makes, nothing that it reads is changed, and what it reads for the last time is not more
-        than what it makes: it would be alive between in its place.
+    def fits_first(self, first: int, second: int) -> bool:
+        """Whether nothing that the second needs is made or changed between."""
+        return not self._changed(first, second) & self._of(second)[0]
+
+    def fits_second(self, first: int, second: int) -> bool:
+        """Whether the first can wait for the second.
+
+        Nobody between needs what it makes, nothing that it reads is changed, and what it reads for the last time is not
+        more than what it makes: it would be alive between in its place.
         """
         reads, writes = self._of(first)
-        between = range(first + 1, second)
-        changed = {b for k in between for op in self.operations[k] for b in (*op.writes, *op.mutates)}
-        if not changed & self._of(second)[0]:
-            return first
-        touched = changed | {b for k in between for op in self.operations[k] for b in op.reads}
+        changed = self._changed(first, second)
+        touched = changed | {b for k in range(first + 1, second) for op in self.operations[k] for b in op.reads}
         if touched & writes or changed & reads:
-            return None
+            return False
         later = self.operations[first + 1 :]
         needed = {b for operations in later for op in operations for b in op.reads}
         dying = sum(self.program.nbytes(b) for b in reads - needed if self._may_free(b))
-        return second if dying <= sum(map(self.program.nbytes, writes)) else None
+        return dying <= sum(map(self.program.nbytes, writes))
+
+    def _changed(self, first: int, second: int) -> set[str]:
+        """What is made or changed between two slots."""
+        between = self.operations[first + 1 : second]
+        return {b for operations in between for op in operations for b in (*op.writes, *op.mutates)}
 
     def merge(self, first: int, second: int, place: int, operations: tuple[Operation, ...]) -> None:
         """Put ``operations`` in the place of the first ones of two slots; what follows those follows them."""

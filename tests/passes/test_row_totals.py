@@ -194,6 +194,15 @@ def test_what_is_made_between_is_waited_for_if_nobody_waits_for_the_rows() -> No
     assert names(joined(early)) == ["dy", "rows", "sums"]
 
 
+def test_sums_wait_for_the_rows_whose_results_would_be_alive_earlier() -> None:
+    before = program(("sums", sums()), product("other", "out"), ("rows", backward()))
+    assert names(joined(before)) == ["out", "rows", "sums"]
+    k = Builder((COLUMNS,))
+    k.store("twice", X[0], k.call("add", k.load("dbias", X[0]), k.load("dbias", X[0])))
+    reading = program(("sums", sums()), ("read", k.done()), ("rows", backward()), sizes={"twice": COLUMNS})
+    assert RowTotals().run(reading) is reading
+
+
 def test_neither_can_move_past_the_other() -> None:
     # the rows' result is called between, and the sums need what that makes
     k = Builder((COLUMNS,), (ROWS,))
