@@ -5,6 +5,7 @@ from __future__ import annotations
 import sympy
 import torch
 
+from memplan.ir.index import FloorDiv
 from memplan.ir.loops import (
     Call,
     Cast,
@@ -131,11 +132,15 @@ def layer_norm(rows: Size, columns: Size, dtype: torch.dtype = BF16, *, residual
     return k.done()
 
 
-def layer_norm_backward(rows: Size, columns: Size, dtype: torch.dtype = BF16) -> Kernel:
-    """Gradient of the input: rstd * (wdy - mean(wdy) - xhat * mean(wdy * xhat))."""
+def layer_norm_backward(rows: Size, columns: Size, dtype: torch.dtype = BF16, *, together: int = 0) -> Kernel:
+    """Gradient of the input: rstd * (wdy - mean(wdy) - xhat * mean(wdy * xhat)).
+
+    ``together``: and partial sums of the gradients of weight and bias, over so many rows each.
+    """
     k = Builder((rows,), (columns,))
     at = X[0] * columns + R[0]
-    wdy = k.call("mul", k.cast(k.load("dy", at, dtype), F32), k.cast(k.load("weight", R[0], dtype), F32))
+    dy = k.cast(k.load("dy", at, dtype), F32)
+    wdy = k.call("mul", dy, k.cast(k.load("weight", R[0], dtype), F32))
     x = k.cast(k.load("x", at, dtype), F32)
     xhat = k.call("mul", k.call("sub", x, k.load("mean", X[0])), k.load("rstd", X[0]))
     n = k.cast(k.index(columns), F32)
@@ -143,6 +148,10 @@ def layer_norm_backward(rows: Size, columns: Size, dtype: torch.dtype = BF16) ->
     second = k.call("div", k.reduce("sum", k.call("mul", wdy, xhat)), n)
     out = k.call("sub", k.call("sub", wdy, first), k.call("mul", xhat, second))
     k.store("dx", at, k.call("mul", out, k.load("rstd", X[0])), dtype)
+    if together:
+        place = FloorDiv(X[0], together) * columns + R[0]
+        k.store("dweight", place, k.call("mul", dy, xhat), mode=StoreMode.TOTAL)
+        k.store("dbias", place, dy, mode=StoreMode.TOTAL)
     return k.done()
 
 

@@ -32,6 +32,13 @@ def norm_buffers(rows: int, columns: int, dtype: torch.dtype) -> Tensors:
     }
 
 
+def norm_gradients(rows: int, columns: int, together: int) -> tuple[Kernel, Tensors]:
+    """All gradients of a layer norm in one kernel; what the sums were before does not matter."""
+    kernel = s.layer_norm_backward(rows, columns, F32, together=together)
+    sums = {b: torch.full((-(-rows // together) * columns,), float("nan")) for b in ("dweight", "dbias")}
+    return kernel, only(kernel, norm_buffers(rows, columns, F32) | sums)
+
+
 def only(kernel: Kernel, buffers: Tensors) -> Tensors:
     return {b: buffers[b] for b in (*kernel.read_buffers, *kernel.written_buffers)}
 

@@ -7,58 +7,32 @@ from dataclasses import replace
 import pytest
 import sympy
 import torch
-from sample_kernels import BF16, F32, R, X, layer_norm_backward
-from small_kernels import norm_buffers
+from reference_kernel import run_reference
+from sample_kernels import F32, R, X, layer_norm_backward
+from small_kernels import norm_gradients
 
 from memplan.codegen.cpp_kernel import emit_cpp
 from memplan.codegen.triton_kernel import emit_triton
 from memplan.ir.canonical import canonicalize
 from memplan.ir.errors import LoweringError, UnsupportedError, VerificationError
 from memplan.ir.index import FloorDiv
-from memplan.ir.loops import Call, Cast, Kernel, Load, Store, StoreMode
+from memplan.ir.loops import Kernel
 from memplan.ir.program import Buffer, BufferKind
 from memplan.ir.verify_kernel import verify_kernel
-
-
-def summed(rows: int, columns: int, together: int, dtype: torch.dtype = F32) -> Kernel:
-    """The gradient of a layer norm's input, and partial sums of those of its weight and bias."""
-    kernel = layer_norm_backward(rows, columns, dtype)
-    nodes = list(kernel.nodes)
-    dy = next(k for k, n in enumerate(nodes) if isinstance(n, Load) and n.buffer == "dy")
-    wide = next((k for k, n in enumerate(nodes) if isinstance(n, Cast) and n.arg == dy), dy)
-    xhat = next(k for k, n in enumerate(nodes) if isinstance(n, Call) and n.op == "mul" and _is_rstd(nodes, n.args[1]))
-    nodes.append(Call("mul", (wide, xhat), F32))
-    place = FloorDiv(X[0], together) * columns + R[0]
-    totals = (
-        Store("dweight", place, len(nodes) - 1, F32, StoreMode.TOTAL),
-        Store("dbias", place, wide, F32, StoreMode.TOTAL),
-    )
-    return Kernel(kernel.outer, kernel.row, tuple(nodes), (*kernel.stores, *totals))
-
-
-def _is_rstd(nodes: list[object], k: int) -> bool:
-    node = nodes[k]
-    return isinstance(node, Load) and node.buffer == "rstd"
 
 
 @pytest.mark.parametrize("config", [0, -1])
 @pytest.mark.parametrize(("rows", "columns", "together"), [(7, 40, 3), (12, 64, 4), (5, 33, 2), (24, 128, 8)])
 def test_numbers(rows: int, columns: int, together: int, config: int, check) -> None:
-    kernel = summed(rows, columns, together)
+    kernel, buffers = norm_gradients(rows, columns, together)
     groups = -(-rows // together)
-    buffers = {b: t for b, t in norm_buffers(rows, columns, F32).items() if b in kernel.buffers}
-    buffers |= {b: torch.full((groups * columns,), float("nan")) for b in ("dweight", "dbias")}
     emitted = check.numbers(kernel, buffers, config=config, rtol=1e-5, atol=1e-5)
     assert emitted.grid(emitted.configs[config]) == groups
     assert "atomic" not in emitted.source
 
 
 def test_they_are_the_sums_of_columns() -> None:
-    from reference_kernel import run_reference
-
-    kernel = summed(10, 6, 4)
-    buffers = {b: t for b, t in norm_buffers(10, 6, F32).items() if b in kernel.buffers}
-    buffers |= {b: torch.full((18,), float("nan")) for b in ("dweight", "dbias")}
+    kernel, buffers = norm_gradients(10, 6, 4)
     run_reference(kernel, buffers)
     dy = buffers["dy"].view(10, 6)
     xhat = (buffers["x"].view(10, 6) - buffers["mean"][:, None]) * buffers["rstd"][:, None]
@@ -68,13 +42,13 @@ def test_they_are_the_sums_of_columns() -> None:
 
 @pytest.mark.parametrize(("rows", "columns"), [(200_704, 128), (16_384, 768), (12_608, 1024), (8192, 4096)])
 def test_builds_without_spills(rows: int, columns: int, check) -> None:
-    found = check.builds(summed(rows, columns, 24, BF16))
+    found = check.builds(layer_norm_backward(rows, columns, together=24))
     assert found.spilled_bytes == 0, found
     assert found.registers <= 128, found
 
 
 def test_what_is_the_same_for_all_rows_is_loaded_once() -> None:
-    source = emit_triton(canonicalize(summed(64, 128, 8)), name="kernel", hints={}).source
+    source = emit_triton(canonicalize(layer_norm_backward(64, 128, F32, together=8)), name="kernel", hints={}).source
     loop = source.index("for xoffset")
     weight = source.index("evict_last")
     assert weight < loop
@@ -82,7 +56,7 @@ def test_what_is_the_same_for_all_rows_is_loaded_once() -> None:
 
 
 def with_place(index: sympy.Expr) -> Kernel:
-    kernel = summed(16, 8, 4)
+    kernel = layer_norm_backward(16, 8, F32, together=4)
     stores = (*kernel.stores[:-1], replace(kernel.stores[-1], index=index))
     return replace(kernel, stores=stores)
 
@@ -114,4 +88,4 @@ def verify(kernel: Kernel) -> None:
 
 def test_cpus_have_none() -> None:
     with pytest.raises(UnsupportedError, match="totals"):
-        emit_cpp(canonicalize(summed(16, 8, 4)), name="kernel", hints={}, threads=False)
+        emit_cpp(canonicalize(layer_norm_backward(16, 8, F32, together=4)), name="kernel", hints={}, threads=False)

@@ -26,7 +26,7 @@ if not any(Path(p) == ROOT for p in memplan.__path__):
 import operation_kernels  # noqa: E402
 import sample_kernels as s  # noqa: E402
 from reference_kernel import run_reference  # noqa: E402
-from small_kernels import SMALL, norm_buffers, only  # noqa: E402
+from small_kernels import SMALL, norm_buffers, norm_gradients, only  # noqa: E402
 
 from memplan.codegen.triton_kernel import TritonKernel, emit_triton  # noqa: E402
 from memplan.ir.canonical import CanonicalKernel, canonicalize  # noqa: E402
@@ -69,6 +69,8 @@ def correctness() -> int:
         cases.append((f"argmax {rows}x{columns}", kernel, {"a": a.round(), "out": torch.zeros(rows, dtype=I64)}))
         kernel = s.column_sum(columns, rows, F32)
         cases.append((f"column_sum {columns}x{rows}", kernel, {"a": a, "out": torch.zeros(rows)}))
+    for rows, columns, together in ((1000, 768, 24), (37, 1000, 8), (4096, 128, 48), (301, 4096, 7)):
+        cases.append((f"norm_gradients {rows}x{columns}, {together}", *norm_gradients(rows, columns, together)))
     operations = operation_kernels.cases()
     canonical = [canonicalize(k) for _, k, _ in (*cases, *operations)]
     emitted = [
