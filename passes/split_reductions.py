@@ -3,7 +3,8 @@
 A bias's gradient sums 16384 rows into 768 columns, a batch norm's statistics 800,000 pixels into 64 channels: one
 program instance for each result leaves most of a GPU idle. Such a kernel becomes two: the first reduces parts of the
 row into a small buffer of partial results, the second reduces those and does what came after. The parts are fixed, so
-that the result is the same in every run. Only the order of summation changes.
+that the result is the same in every run. Only the order of summation changes. A row that divides into no suitable
+number of equal parts has a shorter last one, where what is reduced has a neutral element.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from memplan.ir.config import Config
 from memplan.ir.loops import (
     Call,
     Cast,
+    Constant,
     Index,
     Item,
     Kernel,
@@ -58,6 +60,8 @@ _LONG = 1 << 17
 _LARGEST_PARTIALS = 4 << 20
 
 _SIMPLE = frozenset({"sum", "prod", "max", "min", "any", "all"})
+#: where no divisor of the row is within this factor of the number of parts that is wanted, the last part is shorter
+_FAR = 2.0
 _PARTS = {"welford": 3, "welford_combine": 3}
 
 
@@ -164,7 +168,24 @@ def _parts(kernel: Kernel, least_elements: int, long: int) -> tuple[int, int] | 
                 distance = abs(math.log(count / target))
                 if best is None or distance < best[0]:
                     best = (distance, k, count)
+    if (best is None or best[0] > math.log(_FAR)) and _may_be_cut(kernel):
+        k = max(range(len(kernel.row)), key=lambda k: int(kernel.row[k].size))
+        size = int(kernel.row[k].size)
+        count = _parts_of(size, -(-size // min(target, size)))
+        distance = abs(math.log(count / target))
+        if count >= 2 and (best is None or distance < best[0]):
+            best = (distance, k, count)
     return None if best is None else best[1:]
+
+
+def _parts_of(size: int, length: int) -> int:
+    return -(-size // length)
+
+
+def _may_be_cut(kernel: Kernel) -> bool:
+    """Whether parts may reach beyond the end of the row: what is there has to count for nothing, and not be checked."""
+    simple = all(isinstance(n, Reduce) and n.op in _SIMPLE for n in (kernel.nodes[k] for k in kernel.reductions))
+    return simple and not kernel.checks_indices
 
 
 def _divisors(n: int) -> list[int]:
@@ -204,10 +225,15 @@ def _first_kernel(kernel: Kernel, chosen: int, count: int, slots: tuple[Slot, ..
     """The original reductions over ``1 / count`` of row range ``chosen``, their results stored."""
     part = _unused(outer_symbol, (*kernel.outer, *kernel.row))
     split_range = kernel.row[chosen]
-    length = int(split_range.size) // count
-    position = {split_range.symbol: part * length + split_range.symbol}
+    size = int(split_range.size)
+    length = -(-size // count)
+    place = part * length + split_range.symbol
     row = tuple(replace(r, size=length) if k == chosen else r for k, r in enumerate(kernel.row))
-    nodes, renamed = subset(kernel, tuple(k for k, _, _ in slots), position)
+    roots = tuple(k for k, _, _ in slots)
+    if length * count == size:
+        nodes, renamed = subset(kernel, roots, {split_range.symbol: place})
+    else:
+        nodes, renamed = _cut_off(kernel, roots, split_range.symbol, place, size)
     flat, rows = _row_major(kernel.outer)
     stores = []
     for (k, item, dtype), name in zip(slots, names, strict=True):
@@ -217,6 +243,43 @@ def _first_kernel(kernel: Kernel, chosen: int, count: int, slots: tuple[Slot, ..
             value = len(nodes) - 1
         stores.append(Store(name, part * rows + flat, value, dtype))
     return Kernel((Range(part, count), *kernel.outer), row, tuple(nodes), tuple(stores))
+
+
+def _cut_off(
+    kernel: Kernel, roots: tuple[int, ...], symbol: sympy.Symbol, place: sympy.Expr, size: int
+) -> tuple[list[Node], dict[int, int]]:
+    """The nodes that reductions need where the last part reaches beyond the end: nothing is read there, or counts."""
+    nodes: list[Node] = [Index(place), Constant(size, torch.int64), Call("lt", (0, 1), torch.bool)]
+    inside, renamed = 2, dict[int, int]()
+
+    def add(node: Node) -> int:
+        nodes.append(node)
+        return len(nodes) - 1
+
+    for k in sorted(_closure(kernel, roots, renamed)):
+        node = _renamed(kernel.nodes[k], renamed, {symbol: place})
+        if isinstance(node, Load):
+            mask = inside if node.mask is None else add(Call("logical_and", (node.mask, inside), torch.bool))
+            node = replace(node, mask=mask)
+        if isinstance(node, Reduce):
+            (value,) = node.args
+            dtype = kernel.nodes[kernel.nodes[k].args[0]].dtype  # type: ignore[union-attr]
+            nothing = add(Constant(_nothing(node.op, dtype), dtype))
+            node = replace(node, args=(add(Call("where", (inside, value, nothing), dtype)),))
+        renamed[k] = add(node)
+    return nodes, renamed
+
+
+def _nothing(op: str, dtype: torch.dtype) -> bool | int | float:
+    """What counts for nothing in a reduction of `_SIMPLE`."""
+    if dtype == torch.bool:
+        return op in ("all", "prod", "min")
+    if op in ("max", "min"):
+        if dtype.is_floating_point:
+            return -math.inf if op == "max" else math.inf
+        return torch.iinfo(dtype).min if op == "max" else torch.iinfo(dtype).max
+    value = int(op in ("prod", "all"))
+    return float(value) if dtype.is_floating_point else value
 
 
 def second_kernel(kernel: Kernel, count: int, slots: tuple[Slot, ...], names: tuple[str, ...]) -> Kernel:
@@ -260,17 +323,22 @@ def subset(
 ) -> tuple[list[Node], dict[int, int]]:
     """The nodes that the roots need, appended to ``nodes``; and where each of them is now."""
     nodes, renamed = list(nodes or ()), dict(known or {})
+    for k in sorted(_closure(kernel, roots, renamed)):
+        nodes.append(_renamed(kernel.nodes[k], renamed, position))
+        renamed[k] = len(nodes) - 1
+    return nodes, renamed
+
+
+def _closure(kernel: Kernel, roots: tuple[int, ...], known: dict[int, int]) -> set[int]:
+    """The nodes that the roots need, up to known ones."""
     needed: set[int] = set()
     pending = list(roots)
     while pending:
         k = pending.pop()
-        if k not in needed and k not in renamed:
+        if k not in needed and k not in known:
             needed.add(k)
             pending.extend(operands(kernel.nodes[k]))
-    for k in sorted(needed):
-        nodes.append(_renamed(kernel.nodes[k], renamed, position))
-        renamed[k] = len(nodes) - 1
-    return nodes, renamed
+    return needed
 
 
 def _substitute(expr: sympy.Expr, renamed: dict[int, int], position: dict[sympy.Symbol, sympy.Expr]) -> sympy.Expr:

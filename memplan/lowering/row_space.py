@@ -5,8 +5,8 @@ kernel has the chunk as one more outer dimension and writes partial results, a s
 decided by sizes alone, so the result is the same in every run.
 
 The pass `split_reductions` does the same after fusion, which finds more to fuse in whole reductions. So a reduction is
-split here only where that pass cannot: sizes known at run time, rows that divide into no equal parts, arguments of
-extrema.
+split here only where that pass cannot: sizes known at run time, moments of rows that divide into no equal parts,
+arguments of extrema.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ def choose_split(
     if chunks < 4:
         return None
     static = all(isinstance(s, int) for s in source.sizes)
-    if after_fusion and static and any(row % c == 0 for c in range(max(chunks // 2, 2), 2 * chunks + 1)):
+    equal = any(row % c == 0 for c in range(max(chunks // 2, 2), 2 * chunks + 1))
+    if after_fusion and static and (equal or not exact_only):
         return None
     return _cut(source, sizes, sorted(reduced), chunks, exact_only)
 

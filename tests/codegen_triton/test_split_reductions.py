@@ -22,6 +22,15 @@ def operation(kernel: Kernel) -> KernelOp:
     )
 
 
+def masked_sum(rows: int, columns: int) -> Kernel:
+    """Sums over columns of every third element, with something else in the place of the others."""
+    k = s.Builder((columns,), (rows,))
+    third = k.call("eq", k.call("mod", k.index(s.R[0]), k.index(3)), k.index(0), dtype=torch.bool)
+    value = k.load("a", s.R[0] * columns + s.X[0], F32, third, 0.5)
+    k.store("out", s.X[0], k.reduce("sum", value), F32)
+    return k.done()
+
+
 CASES = {
     "bias gradient": (s.column_sum(4096, 24, F32), {"a": torch.randn(4096 * 24), "out": torch.zeros(24)}),
     "batch norm": (
@@ -38,6 +47,15 @@ CASES = {
             ("sum", BF16),
             ("min", torch.int32),
         )
+    },
+    # no equal parts: the last one is shorter
+    "a prime number of rows": (s.column_sum(4099, 24, F32), {"a": torch.randn(4099 * 24), "out": torch.zeros(24)}),
+    "masked rows, a prime number": (masked_sum(4099, 24), {"a": torch.randn(4099 * 24), "out": torch.zeros(24)}),
+    **{
+        f"{op} {dtype}, a prime length": o.reduction(op, dtype, 6, 20_011)[1:]
+        for op, dtypes in o.REDUCTIONS
+        for dtype in dtypes
+        if op in ("sum", "prod", "max", "min", "any", "all")
     },
 }
 
@@ -71,6 +89,8 @@ def test_same_meaning(name: str, check) -> None:
         (s.column_sum(1 << 13, 32), 128),  # the columns of one instance
         (s.column_sum(1 << 10, 768), None),  # of 12 instances, none reads much
         (s.column_sum(1 << 14, 768), 64),
+        (s.column_sum(6304, 768), 88),  # 32 pictures of 197 pieces, which have no divisor near: parts of 72 rows
+        (s.column_sum(12608, 1024), 64),
     ],
 )
 def test_one_instance_alone_is_not_left_to_read_a_long_row(kernel: Kernel, parts: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 
 from memplan.ir.loops import Reduce
 from memplan.ir.program import KernelOp
+from memplan.lowering import reductions
+from memplan.lowering.row_space import choose_split
+from memplan.passes.split_reductions import split
 from tests.lowering.harness import check, check_call
 
 aten = torch.ops.aten
@@ -39,7 +43,7 @@ def on_gpu(overload: torch._ops.OpOverload, *args: object) -> tuple[KernelOp, ..
 @pytest.mark.parametrize("shape", LONG)
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_only_unequal_parts_are_split_before_fusion(shape: str, call: str, channels_last: bool) -> None:
+def test_static_sizes_are_split_after_fusion(shape: str, call: str, channels_last: bool) -> None:
     torch.manual_seed(0)
     size, dims = LONG[shape]
     x = torch.rand(size)
@@ -48,11 +52,26 @@ def test_only_unequal_parts_are_split_before_fusion(shape: str, call: str, chann
     overload, args = CALLS[call](x, dims)
     kernels = on_gpu(overload, *args)
     assert kernels is not None
-    # what divides into equal parts is split after fusion; Welford's recurrence needs equal parts
-    assert len(kernels) == (2 if shape == "prime" and call != "var_mean" else 1)
-    if len(kernels) == 2:
-        assert kernels[0].name != kernels[1].name
+    assert len(kernels) == 1
+    found = split(kernels[0], {}, least_elements=0)
+    # Welford's recurrence needs equal parts
+    assert (found is not None) == (shape != "prime" or call != "var_mean")
     assert len(check(overload, *args)) == 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", LONG)
+@pytest.mark.parametrize("call", CALLS)
+def test_sizes_known_at_run_time_are_split_before(shape: str, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if none were known: the pass after fusion leaves those alone. A prime does not divide into equal parts."""
+    monkeypatch.setattr(reductions, "choose_split", functools.partial(choose_split, after_fusion=False))
+    torch.manual_seed(0)
+    size, dims = LONG[shape]
+    overload, args = CALLS[call](torch.rand(size), dims)
+    kernels = on_gpu(overload, *args)
+    assert kernels is not None
+    # Welford's recurrence needs equal parts
+    assert len(kernels) == (1 if shape == "prime" and call == "var_mean" else 2)
+    assert len({op.name for op in kernels}) == len(kernels)
 
 
 def test_enough_rows_are_not_split() -> None:
