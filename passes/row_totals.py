@@ -17,8 +17,8 @@ from typing import ClassVar
 import sympy
 
 from memplan.ir.config import Config
-from memplan.ir.index import FloorDiv, expand
-from memplan.ir.loops import Kernel, Range, Reduce, Store, StoreMode
+from memplan.ir.index import FloorDiv, delinearize, expand, ranges_of, simplify
+from memplan.ir.loops import Index, Kernel, Load, Node, Range, Reduce, Store, StoreMode
 from memplan.ir.program import Buffer, BufferKind, KernelOp, Origin, Program, View
 
 from .fuse_costs import row_is_contiguous
@@ -69,14 +69,12 @@ def _sums_columns(op: KernelOp) -> bool:
 
 
 def _goes_over_rows(op: object, device: str) -> bool:
-    """Whether an operation is a kernel over one range of rows that lie beside each other."""
+    """Whether an operation is a kernel over rows of static sizes, each of which lies in one piece."""
     if not isinstance(op, KernelOp) or op.mutates or op.device != device:
         return False
     kernel = op.kernel
     static = all(isinstance(r.size, int) for r in (*kernel.outer, *kernel.row))
-    return (
-        static and len(kernel.outer) == len(kernel.row) == 1 and bool(kernel.reductions) and row_is_contiguous(kernel)
-    )
+    return static and bool(kernel.outer and kernel.reductions) and len(kernel.row) == 1 and row_is_contiguous(kernel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +132,9 @@ class _Summing:
         return True
 
     def joined(self, rows: KernelOp, sums: KernelOp, saved: int, *, rows_first: bool) -> _Joined | None:
-        (x,), (column,) = rows.kernel.outer, rows.kernel.row
-        totals = [s for s in rows.kernel.stores if s.mode is StoreMode.TOTAL]
+        over = _over_one_range(rows.kernel)
+        (x,), (column,) = over.outer, over.row
+        totals = [s for s in over.stores if s.mode is StoreMode.TOTAL]
         slots = partials(sums.kernel)
         together = _together(int(x.size), int(column.size), len(slots), saved)
         if together is None or len(totals) + len(slots) > _MOST_TOTALS:
@@ -157,7 +156,7 @@ class _Summing:
         if set(names) & set(self.slots.program.buffers):
             return None
         points = _points(sums.kernel, slots, names)
-        pair = (rows.kernel, points) if rows_first else (points, rows.kernel)
+        pair = (over, points) if rows_first else (points, over)
         kernel = merge(*pair, MergeRules(dropped=self.needless(rows, sums)))
         kernel = None if kernel is None else _with_totals(kernel, x, column, names, together)
         if kernel is None:
@@ -170,6 +169,29 @@ class _Summing:
         """What the kernel over rows stores for the sums alone."""
         at = {k for b in sums.reads for k in self.slots.readers[b] if sums in self.slots.operations[k]}
         return frozenset(b for b in rows.writes if b not in self.kept and self.slots.readers.get(b, set()) == at)
+
+
+def _over_one_range(kernel: Kernel) -> Kernel:
+    """The same loops with one outer range, where each of a batch of pictures has something of its own."""
+    if len(kernel.outer) == 1:
+        return kernel
+    sizes = tuple(r.size for r in kernel.outer)
+    x = Range(kernel.outer[-1].symbol, math.prod(map(int, sizes)))
+    ranges = ranges_of((x, *kernel.row))
+    position = dict(zip((r.symbol for r in kernel.outer), delinearize(x.symbol, sizes, ranges), strict=True))
+
+    def moved(expr: sympy.Expr) -> sympy.Expr:
+        return simplify(expr.xreplace(position), ranges)
+
+    nodes: list[Node] = []
+    for node in kernel.nodes:
+        if isinstance(node, Load):
+            node = replace(node, index=moved(node.index))
+        elif isinstance(node, Index):
+            node = replace(node, expr=moved(node.expr))
+        nodes.append(node)
+    stores = tuple(replace(s, index=moved(s.index)) for s in kernel.stores)
+    return Kernel((x,), kernel.row, tuple(nodes), stores)
 
 
 def _together(rows: int, columns: int, sums: int, saved: int) -> int | None:
@@ -216,7 +238,8 @@ def _with_totals(kernel: Kernel, x: Range, column: Range, names: Sequence[str], 
     stores = []
     for s in kernel.stores:
         if s.buffer in names:
-            if expand(s.index - x.symbol * column.size - column.symbol) != 0 or s.mask is not None:
+            index = simplify(s.index, ranges_of((x, column)))
+            if expand(index - x.symbol * column.size - column.symbol) != 0 or s.mask is not None:
                 return None
             index = FloorDiv(x.symbol, together) * column.size + column.symbol
             s = replace(s, index=index, mode=StoreMode.TOTAL)
