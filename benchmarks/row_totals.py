@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from memplan.codegen.triton_configs import LaunchConfig
+from memplan.codegen.triton_kernel import TritonKernel
 from memplan.ir.program import Program
 from memplan.ir.totals import rows_together
 from memplan.passes import row_totals
@@ -103,22 +104,21 @@ def variants(case: Case, device: str, **options: object) -> Iterator[tuple[tuple
             _, program = programs(case, "row_totals", device, **options)
         kernels = emitted(program)
         for elements, warps in itertools.product(ELEMENTS, WARPS):
-            choice = []
-            for op, kernel in kernels:
-                together = rows_together(op.kernel)
-                config = kernel.configs[0]
-                if together:
-                    length = config.block("RBLOCK")
-                    rows = max(1, min(elements // length, 1 << together.bit_length() - 1))
-                    blocks = (("XBLOCK", rows), ("RBLOCK", length), ("XGROUP", together))
-                    config = LaunchConfig(blocks, warps)
-                    if config not in kernel.configs:  # a mask may be needed that its own configurations do not need
-                        kernel = replace(kernel, configs=(config,))
-                        if together % rows:
-                            break
-                choice.append((kernel, config))
-            else:
-                yield (instances, elements, warps), program, tuple(choice)
+            choice = [_changed(rows_together(op.kernel), kernel, elements, warps) for op, kernel in kernels]
+            if all(choice):
+                yield (instances, elements, warps), program, tuple(c for c in choice if c)
+
+
+def _changed(
+    together: int, kernel: TritonKernel, elements: int, warps: int
+) -> tuple[TritonKernel, LaunchConfig] | None:
+    """A kernel with totals in another block; None if its rows would not come out even. Others as they are."""
+    if not together:
+        return kernel, kernel.configs[0]
+    length = kernel.configs[0].block("RBLOCK")
+    rows = max(1, min(elements // length, 1 << together.bit_length() - 1))
+    config = LaunchConfig((("XBLOCK", rows), ("RBLOCK", length), ("XGROUP", together)), warps)
+    return None if together % rows else (replace(kernel, configs=(config,)), config)
 
 
 def sweep() -> str:

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import sympy
 
-from memplan.ir.index import FloorDiv, Mod, Ranges, affine, expand, ranges_of, simplify, stride_of
+from memplan.ir.index import FloorDiv, Mod, Ranges, affine, expand, ranges_of, stride_of
 from memplan.ir.loops import (
     Call,
     Cast,
@@ -33,6 +33,7 @@ from memplan.ir.loops import (
     value_references,
     value_symbol,
 )
+from memplan.ir.over_ranges import over_ranges
 
 Hints = Mapping[sympy.Symbol, int]
 _ZERO = sympy.Integer(0)
@@ -48,13 +49,13 @@ def hinted(size: Size, hints: Hints) -> int:
 @lru_cache(maxsize=4096)
 def prepare(kernel: Kernel) -> Kernel:
     """Index expressions simplified, unit ranges and equal nodes gone, ranges split at divisions."""
-    kernel = _rewrite(kernel, {}, kernel.outer, kernel.row)
+    kernel = over_ranges(kernel, {}, kernel.outer, kernel.row)
     outer = tuple(r for r in kernel.outer if r.size != 1)
     # a row of one point stays a row: its reductions need one
     row = tuple(r for r in kernel.row if r.size != 1) or kernel.row[-1:]
     gone = {r.symbol: _ZERO for r in (*kernel.outer, *kernel.row) if r not in outer and r not in row}
     if gone:
-        kernel = _rewrite(kernel, gone, outer, row)
+        kernel = over_ranges(kernel, gone, outer, row)
     return _split_divisions(share(kernel))
 
 
@@ -128,29 +129,6 @@ def renumber_store(store: Store, moved: Mapping[int, int]) -> Store:
     return replace(store, value=moved[store.value], mask=mask, index=store.index.xreplace(names))
 
 
-def _rewrite(
-    kernel: Kernel,
-    values: Mapping[sympy.Symbol, sympy.Expr],
-    outer: tuple[Range, ...],
-    row: tuple[Range, ...],
-) -> Kernel:
-    """The kernel over other ranges, its old symbols replaced by ``values``, index expressions simplified."""
-    ranges = ranges_of((*outer, *row))
-
-    def index(expr: IndexExpr) -> IndexExpr:
-        return simplify(sympy.sympify(expr).xreplace(values) if values else sympy.sympify(expr), ranges)
-
-    nodes: list[Node] = []
-    for node in kernel.nodes:
-        if isinstance(node, Load):
-            node = replace(node, index=index(node.index))
-        elif isinstance(node, Index):
-            node = replace(node, expr=index(node.expr))
-        nodes.append(node)
-    stores = tuple(replace(s, index=index(s.index)) for s in kernel.stores)
-    return Kernel(outer, row, tuple(nodes), stores)
-
-
 def expressions(kernel: Kernel) -> list[sympy.Expr]:
     """Every index expression of the kernel."""
     found = [n.index if isinstance(n, Load) else n.expr for n in kernel.nodes if isinstance(n, (Load, Index))]
@@ -215,7 +193,7 @@ def _split(kernel: Kernel, symbol: sympy.Symbol, inner: int) -> Kernel:
                 out.append(r)
         return tuple(out)
 
-    return _rewrite(kernel, {symbol: inner * high + low}, cut(kernel.outer), cut(kernel.row))
+    return over_ranges(kernel, {symbol: inner * high + low}, cut(kernel.outer), cut(kernel.row))
 
 
 def _fresh(kernel: Kernel, count: int) -> list[sympy.Symbol]:

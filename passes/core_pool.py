@@ -64,7 +64,7 @@ def core_pool(
     before[np.asarray(calls, dtype=np.int64) + 1] = 1
     before = np.cumsum(before)  # calls before each step
     core = [s for s in movable if before[max(s.lifetime.stop - 1, s.lifetime.start + 1)] > before[s.lifetime.start + 1]]
-    if len(core) < 1 + (not wide):
+    if len(core) < (1 if wide else 2):
         return Pooled()
     if wide:
         found = _Core(movable, alive.copy(), rounded(_across(core, calls) + _common(movable), device))

@@ -18,8 +18,10 @@ import sympy
 
 from memplan.ir.config import Config
 from memplan.ir.index import FloorDiv, delinearize, expand, ranges_of, simplify
-from memplan.ir.loops import Index, Kernel, Load, Node, Range, Reduce, Store, StoreMode
-from memplan.ir.program import Buffer, BufferKind, KernelOp, Origin, Program, View
+from memplan.ir.loops import Kernel, Range, Reduce, Store, StoreMode
+from memplan.ir.over_ranges import over_ranges
+from memplan.ir.program import EXTERNAL_KINDS, Buffer, BufferKind, KernelOp, Origin, Program
+from memplan.ir.totals import rows_together
 
 from .fuse_costs import row_is_contiguous
 from .fuse_kernels import MergeRules, merge
@@ -89,7 +91,6 @@ class _Joined:
 class _Summing:
     def __init__(self, program: Program) -> None:
         self.slots = Slots(program)
-        self.kept = {v.buffer for v in program.outputs if isinstance(v, View)}
         self.changed = False
 
     def result(self) -> Program:
@@ -134,15 +135,14 @@ class _Summing:
     def joined(self, rows: KernelOp, sums: KernelOp, saved: int, *, rows_first: bool) -> _Joined | None:
         over = _over_one_range(rows.kernel)
         (x,), (column,) = over.outer, over.row
-        totals = [s for s in over.stores if s.mode is StoreMode.TOTAL]
+        totals = sum(s.mode is StoreMode.TOTAL for s in over.stores)
         slots = partials(sums.kernel)
         together = _together(int(x.size), int(column.size), len(slots), saved)
-        if together is None or len(totals) + len(slots) > _MOST_TOTALS:
+        if together is None or totals + len(slots) > _MOST_TOTALS:
             return None
         if math.prod(int(r.size) for r in sums.kernel.outer) != column.size:
             return None  # sums of some rows: gradients of positions, over a batch
-        if totals:  # of an earlier sum
-            together = _rows_of(totals[0])
+        together = rows_together(over) or together  # those of an earlier sum
         groups = -(-int(x.size) // together)
         origin = sums.origins[0] if sums.origins else Origin()
         made = tuple(
@@ -168,7 +168,9 @@ class _Summing:
     def needless(self, rows: KernelOp, sums: KernelOp) -> frozenset[str]:
         """What the kernel over rows stores for the sums alone."""
         at = {k for b in sums.reads for k in self.slots.readers[b] if sums in self.slots.operations[k]}
-        return frozenset(b for b in rows.writes if b not in self.kept and self.slots.readers.get(b, set()) == at)
+        program = self.slots.program
+        inside = [b for b in rows.writes if program.buffers[b].kind not in EXTERNAL_KINDS]
+        return frozenset(b for b in inside if self.slots.readers.get(b) == at) - program.output_buffers
 
 
 def _over_one_range(kernel: Kernel) -> Kernel:
@@ -177,21 +179,9 @@ def _over_one_range(kernel: Kernel) -> Kernel:
         return kernel
     sizes = tuple(r.size for r in kernel.outer)
     x = Range(kernel.outer[-1].symbol, math.prod(map(int, sizes)))
-    ranges = ranges_of((x, *kernel.row))
-    position = dict(zip((r.symbol for r in kernel.outer), delinearize(x.symbol, sizes, ranges), strict=True))
-
-    def moved(expr: sympy.Expr) -> sympy.Expr:
-        return simplify(expr.xreplace(position), ranges)
-
-    nodes: list[Node] = []
-    for node in kernel.nodes:
-        if isinstance(node, Load):
-            node = replace(node, index=moved(node.index))
-        elif isinstance(node, Index):
-            node = replace(node, expr=moved(node.expr))
-        nodes.append(node)
-    stores = tuple(replace(s, index=moved(s.index)) for s in kernel.stores)
-    return Kernel((x,), kernel.row, tuple(nodes), stores)
+    coordinates = delinearize(x.symbol, sizes, ranges_of((x,)))
+    position = dict(zip((r.symbol for r in kernel.outer), coordinates, strict=True))
+    return over_ranges(kernel, position, (x,), kernel.row)
 
 
 def _together(rows: int, columns: int, sums: int, saved: int) -> int | None:
@@ -204,11 +194,6 @@ def _together(rows: int, columns: int, sums: int, saved: int) -> int | None:
     # blocks of some 2048 elements, of whole rows, come out even (`codegen.triton_configs`)
     unit = max(1, 2048 >> max(columns - 1, 0).bit_length())
     return -(-rows // (most * unit)) * unit
-
-
-def _rows_of(total: Store) -> int:
-    (division,) = total.index.atoms(FloorDiv)
-    return int(division.args[1])
 
 
 def _points(kernel: Kernel, slots: Sequence[Slot], names: Sequence[str]) -> Kernel:

@@ -34,6 +34,7 @@ from memplan.ir.loops import (
     Reduce,
     Store,
     StoreMode,
+    index_symbols,
     operands,
     outer_symbol,
     row_symbol,
@@ -171,15 +172,12 @@ def _parts(kernel: Kernel, least_elements: int, long: int) -> tuple[int, int] | 
     if (best is None or best[0] > math.log(_FAR)) and _may_be_cut(kernel):
         k = max(range(len(kernel.row)), key=lambda k: int(kernel.row[k].size))
         size = int(kernel.row[k].size)
-        count = _parts_of(size, -(-size // min(target, size)))
+        length = -(-size // min(target, size))
+        count = -(-size // length)
         distance = abs(math.log(count / target))
         if count >= 2 and (best is None or distance < best[0]):
             best = (distance, k, count)
     return None if best is None else best[1:]
-
-
-def _parts_of(size: int, length: int) -> int:
-    return -(-size // length)
 
 
 def _may_be_cut(kernel: Kernel) -> bool:
@@ -257,13 +255,15 @@ def _cut_off(
         return len(nodes) - 1
 
     for k in sorted(_closure(kernel, roots, renamed)):
-        node = _renamed(kernel.nodes[k], renamed, {symbol: place})
-        if isinstance(node, Load):
+        old = kernel.nodes[k]
+        node = _renamed(old, renamed, {symbol: place})
+        # what is the same for the whole row stays so, and is read once
+        if isinstance(node, Load) and (symbol in index_symbols(old) or operands(old)):
             mask = inside if node.mask is None else add(Call("logical_and", (node.mask, inside), torch.bool))
             node = replace(node, mask=mask)
         if isinstance(node, Reduce):
             (value,) = node.args
-            dtype = kernel.nodes[kernel.nodes[k].args[0]].dtype  # type: ignore[union-attr]
+            dtype = nodes[value].dtype
             nothing = add(Constant(_nothing(node.op, dtype), dtype))
             node = replace(node, args=(add(Call("where", (inside, value, nothing), dtype)),))
         renamed[k] = add(node)

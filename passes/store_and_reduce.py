@@ -42,15 +42,16 @@ class StoreAndReduce:
     def run(self, program: Program) -> Program:
         merging = _Merging(Slots(program))
         for k, op in enumerate(program.operations):
-            if isinstance(op, KernelOp) and op.device.startswith("cuda") and _only_reduces(op.kernel):
+            if isinstance(op, KernelOp) and op.device.startswith("cuda") and _only_reduces(op):
                 merging.merge(k)
         operations = merging.slots.flat()
         return program if len(operations) == len(program.operations) else replace(program, operations=operations)
 
 
-def _only_reduces(kernel: Kernel) -> bool:
-    """Whether a kernel reduces columns and stores nothing along them."""
-    if not kernel.row or not kernel.reductions or row_is_contiguous(kernel):
+def _only_reduces(op: KernelOp) -> bool:
+    """Whether a kernel reduces columns, stores nothing along them and changes nothing."""
+    kernel = op.kernel
+    if op.mutates or not kernel.row or not kernel.reductions or row_is_contiguous(kernel):
         return False
     return all(kernel.store_level(s) is not Level.POINT and s.mode is StoreMode.SET for s in kernel.stores)
 

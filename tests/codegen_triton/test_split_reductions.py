@@ -11,7 +11,7 @@ import torch
 from reference_kernel import run_reference
 from sample_kernels import BF16, F32
 
-from memplan.ir.loops import Kernel, Load, outer_symbol, row_symbol
+from memplan.ir.loops import Kernel, Level, Load, outer_symbol, row_symbol
 from memplan.ir.program import BufferKind, KernelOp
 from memplan.passes.split_reductions import split
 
@@ -133,3 +133,14 @@ def test_ranges_that_fusion_left_numbered_with_gaps(outer: int, row: int) -> Non
         assert len(set(symbols)) == len(symbols)
         run_reference(op.kernel, got)
     torch.testing.assert_close(got["out"], got["a"].view(4096, 24).sum(0), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_the_same_for_a_row_stays_so_where_the_last_part_is_shorter() -> None:
+    k = s.Builder((24,), (4099,))
+    value = k.call("sub", k.load("a", s.R[0] * 24 + s.X[0], F32), k.load("mean", s.X[0], F32))
+    k.store("out", s.X[0], k.reduce("sum", value), F32)
+    found = split(operation(k.done()), {}, least_elements=0)
+    assert found is not None
+    kernel = found[0].kernel
+    levels = {n.buffer: kernel.levels[i] for i, n in enumerate(kernel.nodes) if isinstance(n, Load)}
+    assert levels == {"a": Level.POINT, "mean": Level.OUTER}

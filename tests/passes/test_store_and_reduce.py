@@ -125,6 +125,19 @@ def test_what_is_made_between_is_waited_for_if_nobody_waits_for_the_first() -> N
     same_answers(before, after)
 
 
+def test_a_reduction_that_changes_something_stays_in_its_place() -> None:
+    """Few enough columns that it is not split: running statistics may be read between."""
+    k = Builder((COLUMNS,), (ROWS,))
+    total = k.reduce("sum", k.load("t", R[0] * COLUMNS + X[0], F32))
+    k.store("out_sum", X[0], k.call("add", k.load("out_sum", X[0], F32), total), F32)
+    op = KernelOp("update", k.done(), DEVICE, mutates=("out_sum",))
+    before = program(("made", pointwise("a", "t")), ("first", summed("b", "out_sum")), ("read", pointwise("t", "out")))
+    before = replace(before, operations=(*before.operations, op))
+    verify_program(before)
+    assert "update" in names(StoreAndReduce().run(before))
+    assert MADE not in names(StoreAndReduce().run(before))
+
+
 def test_what_is_read_for_the_last_time_does_not_wait() -> None:
     # both of a and b would be alive beside w, where t is alone
     k = Builder((SIZE,))
